@@ -1,0 +1,39 @@
+# make run    set up what is missing and serve a demo volume in the foreground
+# make test   set up what is missing and run every test, real clients and servers included
+# make check  format, lint, types and the fast tests
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# Where the demo listens: a TCP port on the loopback address.
+PORT ?= 10809
+
+.PHONY: run test check
+.DELETE_ON_ERROR:
+
+$(VENV)/installed: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "Python 3.11 or newer is needed; name it with: make PYTHON=/path/to/python3" >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
+	  if [ "$$(id -u)" -eq 0 ] && command -v apt-get >/dev/null; then \
+	    apt-get --quiet update && \
+	    DEBIAN_FRONTEND=noninteractive apt-get --quiet --yes install --no-install-recommends python3-venv; \
+	  else \
+	    echo "Python's venv module is needed; as root: apt-get install --yes python3-venv" >&2; exit 1; \
+	  fi
+	@[ -x $(BIN)/python ] || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	@touch $@
+
+run: $(VENV)/installed
+	@scripts/demo $(PORT)
+
+test: $(VENV)/installed
+	@scripts/install-test-dependencies
+	$(BIN)/python -m pytest --durations=15
+
+check: $(VENV)/installed
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -m 'not integration'
