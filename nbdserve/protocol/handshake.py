@@ -1,0 +1,368 @@
+"""The handshake as a state machine without input or output.
+
+States and what leads from one to the next::
+
+    CLIENT_FLAGS --4 bytes of flags--> OPTION --EXPORT_NAME, GO--> QUESTION --accepted--> DONE
+         |                             |    ^                        |
+         | unknown flags        a wrong|    +--answered, refused-----+  (EXPORT_NAME: CLOSED)
+         v                        magic|    ^
+       CLOSED <-------ABORT------------+    +--SKIPPING (an option too long to be kept)
+
+Rules (specification, "Newstyle negotiation" and "Fixed newstyle negotiation"):
+
+- The server speaks first: NBDMAGIC, IHAVEOPT, handshake flags.
+- Client flags that the server does not know end the connection.
+- An option is magic, type, length, data. A wrong magic ends the connection: nothing tells where
+  the next option would begin.
+- Every option gets replies that end with ACK or an error, save EXPORT_NAME: that is answered by
+  the export itself, or by closing the connection. The client waits for the final reply.
+- A client that did not set FIXED_NEWSTYLE knows EXPORT_NAME only, and could not read a reply to
+  anything else: any other option ends the connection.
+- An option longer than MAX_OPTION is read past without being kept, and answered ERR_TOO_BIG.
+- SET_META_CONTEXT replaces the earlier choice, even when it fails, and holds for the export that
+  it names only. It wants STRUCTURED_REPLY first.
+
+Use: give what was received to ``receive``; ask ``next_event`` until it returns None (more input
+is needed); answer each question with ``answer_*`` or ``refuse`` before asking again; send what
+``data_to_send`` returns. ``Ended`` is the last event: send, then close. After ``answer_open`` the
+transmission phase has begun: ``trailing_data`` holds what the client sent beyond the handshake.
+
+To add: TLS (STARTTLS is answered ERR_UNSUP; accepting it would return an event for the upgrade
+and reset what was negotiated) and extended headers (likewise one entry in the table of options).
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from enum import Enum, auto
+from struct import Struct
+
+from nbdserve.protocol.constants import (
+    BASE_ALLOCATION,
+    FLAG_C_FIXED_NEWSTYLE,
+    FLAG_C_NO_ZEROES,
+    FLAG_CAN_MULTI_CONN,
+    FLAG_FIXED_NEWSTYLE,
+    FLAG_HAS_FLAGS,
+    FLAG_NO_ZEROES,
+    FLAG_READ_ONLY,
+    FLAG_SEND_CACHE,
+    FLAG_SEND_DF,
+    FLAG_SEND_FLUSH,
+    FLAG_SEND_FUA,
+    FLAG_SEND_TRIM,
+    FLAG_SEND_WRITE_ZEROES,
+    INIT_PASSWD,
+    OPTION_MAGIC,
+    Option,
+    OptionReply,
+)
+from nbdserve.protocol.options import (
+    ExportDescription,
+    InfoRequest,
+    MetaContextRequest,
+    OptionError,
+    decode_string,
+    encode_error,
+    encode_information,
+    encode_meta_context,
+    encode_reply,
+    encode_server,
+    matches_allocation,
+    parse_info_request,
+    parse_meta_context_request,
+    parse_nothing,
+)
+
+MAX_OPTION = 64 << 10
+"""Most bytes of data of one option that are kept."""
+
+_GREETING = Struct(">QQH")
+_CLIENT_FLAGS = Struct(">I")
+_OPTION = Struct(">QII")
+_EXPORT = Struct(">QH")
+
+_ALLOCATION_CONTEXT = 1
+"""Metadata context ID that stands for base:allocation."""
+
+
+@dataclass(frozen=True)
+class ListExports:
+    """Question: which exports are there? ``answer_list``."""
+
+
+@dataclass(frozen=True)
+class DescribeExport:
+    """Question: what is this export? ``answer_describe`` or ``refuse``."""
+
+    name: str
+
+
+@dataclass(frozen=True)
+class OpenExport:
+    """Question: may the client have this export now? ``answer_open`` or ``refuse``."""
+
+    name: str
+
+
+@dataclass(frozen=True)
+class Ended:
+    """The connection is to be closed once everything is sent; ``reason`` is for the log."""
+
+    reason: str
+
+
+Event = ListExports | DescribeExport | OpenExport | Ended
+
+
+class _State(Enum):
+    CLIENT_FLAGS = auto()
+    OPTION = auto()
+    SKIPPING = auto()
+    QUESTION = auto()
+    DONE = auto()
+    CLOSED = auto()
+
+
+def transmission_flags(*, read_only: bool, structured_replies: bool) -> int:
+    """Return what NBD_INFO_EXPORT and EXPORT_NAME say that the server can do."""
+    flags = FLAG_HAS_FLAGS | FLAG_SEND_FLUSH | FLAG_SEND_FUA | FLAG_CAN_MULTI_CONN | FLAG_SEND_CACHE
+    flags |= FLAG_READ_ONLY if read_only else FLAG_SEND_TRIM | FLAG_SEND_WRITE_ZEROES
+    if structured_replies:
+        flags |= FLAG_SEND_DF
+    return flags
+
+
+class Handshake:
+    """The server's side of one handshake."""
+
+    def __init__(self) -> None:
+        self.structured_replies = False
+        self._input = bytearray()
+        self._output = bytearray(
+            _GREETING.pack(INIT_PASSWD, OPTION_MAGIC, FLAG_FIXED_NEWSTYLE | FLAG_NO_ZEROES)
+        )
+        self._state = _State.CLIENT_FLAGS
+        self._reason = ""
+        self._client_flags = 0
+        self._option = 0
+        self._to_skip = 0
+        self._request: InfoRequest | MetaContextRequest | None = None
+        self._context_export: str | None = None  # export that base:allocation was chosen for
+        self._opened: str | None = None
+        self._handlers: dict[int, Callable[[bytes], Event | None]] = {
+            Option.EXPORT_NAME: self._on_export_name,
+            Option.ABORT: self._on_abort,
+            Option.LIST: self._on_list,
+            Option.STARTTLS: self._on_starttls,
+            Option.INFO: self._on_info,
+            Option.GO: self._on_info,
+            Option.STRUCTURED_REPLY: self._on_structured_reply,
+            Option.LIST_META_CONTEXT: self._on_meta_context,
+            Option.SET_META_CONTEXT: self._on_meta_context,
+            Option.EXTENDED_HEADERS: self._on_extended_headers,
+        }
+
+    @property
+    def allocation_context(self) -> int | None:
+        """ID of base:allocation when it was chosen for the export that was opened."""
+        if self._opened is None or self._context_export != self._opened:
+            return None
+        return _ALLOCATION_CONTEXT
+
+    @property
+    def trailing_data(self) -> bytes:
+        """What came behind the last option: the first requests of a hasty client."""
+        return bytes(self._input)
+
+    def receive(self, data: bytes | bytearray | memoryview) -> None:
+        """Take what the client sent."""
+        self._input += data
+
+    def data_to_send(self) -> bytes:
+        """Return what is to be sent to the client now, and forget it."""
+        data = bytes(self._output)
+        self._output.clear()
+        return data
+
+    def next_event(self) -> Event | None:
+        """Go on with what was received: the next question, or None when more input is needed."""
+        assert self._state not in (_State.QUESTION, _State.DONE), "a question is to be answered"
+        while True:
+            event: Event | None = None
+            if self._state is _State.CLOSED:
+                return Ended(self._reason)
+            if self._state is _State.CLIENT_FLAGS:
+                if len(self._input) < _CLIENT_FLAGS.size:
+                    return None
+                self._on_client_flags()
+            elif self._state is _State.SKIPPING:
+                skipped = min(self._to_skip, len(self._input))
+                del self._input[:skipped]
+                self._to_skip -= skipped
+                if self._to_skip:
+                    return None
+                self._state = _State.OPTION
+                self._error(
+                    OptionReply.ERR_TOO_BIG, f"an option carries at most {MAX_OPTION} bytes"
+                )
+            else:
+                if not self._option_complete():
+                    if self._state is not _State.OPTION:
+                        continue
+                    return None
+                event = self._take_option()
+            if event is not None:
+                return event
+
+    def answer_list(self, names: Iterable[str]) -> None:
+        """Answer ListExports."""
+        assert self._option == Option.LIST
+        for name in names:
+            self._output += encode_server(self._option, name)
+        self._acknowledge()
+
+    def answer_describe(self, description: ExportDescription) -> None:
+        """Answer DescribeExport: the export exists."""
+        request = self._request
+        if isinstance(request, InfoRequest):
+            self._output += self._information(description, request)
+        else:
+            assert request is not None
+            listing = self._option == Option.LIST_META_CONTEXT
+            found = matches_allocation(request.queries, listing=listing)
+            if not listing:
+                self._context_export = request.name if found else None
+            if found:
+                context = 0 if listing else _ALLOCATION_CONTEXT
+                self._output += encode_meta_context(self._option, context, BASE_ALLOCATION)
+        self._acknowledge()
+
+    def answer_open(self, description: ExportDescription) -> None:
+        """Answer OpenExport: the client has it, the transmission phase begins."""
+        request = self._request
+        assert isinstance(request, InfoRequest)
+        self._opened = request.name
+        if self._option == Option.GO:
+            self._output += self._information(description, request)
+            self._acknowledge()
+        else:
+            self._output += _EXPORT.pack(description.size, self._flags_of(description))
+            if not self._client_flags & FLAG_C_NO_ZEROES:
+                self._output += bytes(124)
+        self._state = _State.DONE
+
+    def refuse(self, message: str, reply: OptionReply = OptionReply.ERR_UNKNOWN) -> None:
+        """Answer a question with an error; after EXPORT_NAME that ends the connection."""
+        self._error(reply, message)
+
+    def _on_client_flags(self) -> None:
+        (self._client_flags,) = _CLIENT_FLAGS.unpack_from(self._input)
+        del self._input[: _CLIENT_FLAGS.size]
+        self._state = _State.OPTION
+        if self._client_flags & ~(FLAG_C_FIXED_NEWSTYLE | FLAG_C_NO_ZEROES):
+            self._close(f"unknown client flags {self._client_flags:#010x}")
+
+    def _option_complete(self) -> bool:
+        """Look at the option in front: True when it can be taken; may change the state."""
+        if len(self._input) < _OPTION.size:
+            return False
+        magic, self._option, length = _OPTION.unpack_from(self._input)
+        if magic != OPTION_MAGIC:
+            self._close(f"bad option magic {magic:#018x}")
+            return False
+        if not self._client_flags & FLAG_C_FIXED_NEWSTYLE and self._option != Option.EXPORT_NAME:
+            self._close(f"option {self._option} from a client without fixed newstyle")
+            return False
+        if length > MAX_OPTION:
+            del self._input[: _OPTION.size]
+            self._to_skip = length
+            self._state = _State.SKIPPING
+            if self._option == Option.EXPORT_NAME:  # no error can be sent: no need to wait
+                self._close(f"export name of {length} bytes")
+            return False
+        return len(self._input) >= _OPTION.size + length
+
+    def _take_option(self) -> Event | None:
+        _, _, length = _OPTION.unpack_from(self._input)
+        end = _OPTION.size + length
+        data = bytes(self._input[_OPTION.size : end])
+        del self._input[:end]
+        handler = self._handlers.get(self._option)
+        try:
+            if handler is None:
+                raise OptionError(
+                    OptionReply.ERR_UNSUP, f"this server does not know option {self._option}"
+                )
+            return handler(data)
+        except OptionError as error:
+            self._error(error.reply, str(error))
+            return None
+
+    def _on_export_name(self, data: bytes) -> Event:
+        self._request = InfoRequest(decode_string(data, "export name"), frozenset())
+        return self._ask(OpenExport(self._request.name))
+
+    def _on_abort(self, _data: bytes) -> None:
+        self._acknowledge()
+        self._close("the client ended the handshake")
+
+    def _on_list(self, data: bytes) -> Event:
+        parse_nothing(data)
+        return self._ask(ListExports())
+
+    def _on_starttls(self, data: bytes) -> None:
+        parse_nothing(data)
+        raise OptionError(OptionReply.ERR_UNSUP, "this server does not offer TLS")
+
+    def _on_extended_headers(self, data: bytes) -> None:
+        parse_nothing(data)
+        raise OptionError(OptionReply.ERR_UNSUP, "this server does not offer extended headers")
+
+    def _on_structured_reply(self, data: bytes) -> None:
+        parse_nothing(data)
+        self.structured_replies = True
+        self._acknowledge()
+
+    def _on_info(self, data: bytes) -> Event:
+        self._request = parse_info_request(data)
+        question = OpenExport if self._option == Option.GO else DescribeExport
+        return self._ask(question(self._request.name))
+
+    def _on_meta_context(self, data: bytes) -> Event:
+        if not self.structured_replies:
+            raise OptionError(
+                OptionReply.ERR_INVALID, "metadata contexts need NBD_OPT_STRUCTURED_REPLY first"
+            )
+        self._request = parse_meta_context_request(data)
+        return self._ask(DescribeExport(self._request.name))
+
+    def _information(self, description: ExportDescription, request: InfoRequest) -> bytes:
+        return encode_information(
+            self._option, description, self._flags_of(description), request.information
+        )
+
+    def _flags_of(self, description: ExportDescription) -> int:
+        return transmission_flags(
+            read_only=description.read_only, structured_replies=self.structured_replies
+        )
+
+    def _ask(self, question: Event) -> Event:
+        self._state = _State.QUESTION
+        return question
+
+    def _acknowledge(self) -> None:
+        self._output += encode_reply(self._option, OptionReply.ACK)
+        self._state = _State.OPTION
+
+    def _error(self, reply: OptionReply, message: str) -> None:
+        self._state = _State.OPTION
+        if self._option == Option.SET_META_CONTEXT:
+            self._context_export = None
+        if self._option == Option.EXPORT_NAME:
+            self._close(message)
+        else:
+            self._output += encode_error(self._option, reply, message)
+
+    def _close(self, reason: str) -> None:
+        self._reason = reason
+        self._state = _State.CLOSED

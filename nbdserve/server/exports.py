@@ -1,0 +1,76 @@
+"""What the server needs of the things that it exports.
+
+All methods are called on the event loop's thread. Offsets and lengths are in bytes; the server has
+checked that they lie within ``size``. Failures are OSError, whose errno becomes the NBD error.
+"""
+
+from collections.abc import Callable
+from typing import Protocol
+
+from nbdserve.protocol.options import ExportDescription as ExportDescription
+
+
+class Export(Protocol):
+    """One opened export."""
+
+    @property
+    def name(self) -> str:
+        """Name that clients know it by."""
+
+    @property
+    def size(self) -> int:
+        """Size in bytes; may grow."""
+
+    @property
+    def read_only(self) -> bool:
+        """Whether writes are refused."""
+
+    @property
+    def block_size(self) -> int:
+        """Preferred block size in bytes; requests may have any size and alignment."""
+
+    def try_read(self, offset: int, buffer: memoryview) -> bool:
+        """Fill ``buffer`` at once; False when that would block (its content is then undefined)."""
+
+    async def read(self, offset: int, buffer: memoryview) -> None:
+        """Fill ``buffer``, however long it takes."""
+
+    def extents(self, offset: int, length: int, limit: int) -> list[tuple[int, bool]]:
+        """Return runs of (length, holds data) from ``offset`` on.
+
+        At least one run and at most ``limit``; neighbours differ; together at most ``length``.
+        """
+
+    def try_write(self, offset: int, data: memoryview) -> bool:
+        """Write all of ``data`` at once; False when that would block (nothing is then written)."""
+
+    async def write(self, offset: int, data: bytes | bytearray | memoryview) -> None:
+        """Write ``data``, which stays valid and unchanged until this returns."""
+
+    async def write_zeroes(self, offset: int, length: int, *, no_hole: bool) -> None:
+        """Make the range read as zeroes; ``no_hole`` asks for space to be kept for it."""
+
+    async def trim(self, offset: int, length: int) -> None:
+        """Give up the content of the range."""
+
+    async def cache(self, offset: int, length: int) -> None:
+        """Prepare for reads of the range."""
+
+    async def flush(self) -> None:
+        """Make everything durable that was written, by any connection, before this was called."""
+
+
+class ExportRegistry(Protocol):
+    """Finds exports by name. Failures are StorageError, whose line the client gets to see."""
+
+    def list_names(self) -> list[str]:
+        """Return the names that NBD_OPT_LIST shows."""
+
+    async def describe(self, name: str) -> ExportDescription:
+        """Describe an export; NotFoundError when there is none of that name."""
+
+    async def open(self, name: str, revoke: Callable[[], None]) -> Export:
+        """Open an export; ``revoke`` may be called later to force the connection closed."""
+
+    async def close(self, export: Export) -> None:
+        """Take back what ``open`` returned; called once for each ``open``."""
