@@ -1,0 +1,370 @@
+"""An object store in an S3 bucket, through boto3.
+
+Credentials, region and endpoint come the AWS way (environment, ``~/.aws``, instance role). boto3's
+own retries are off; this module retries itself, because botocore bounds the number of tries but
+not the time. A call is tried again, with growing random pauses, when the answer is a 5xx, 429 or a
+dropped connection, until :data:`DEADLINE` has passed; until the endpoint has answered for the first
+time it is :data:`FIRST_DEADLINE`, so a mistyped endpoint is reported quickly while one that was
+there is waited for.
+
+``put_if_absent`` is a PUT with ``If-None-Match: *``. When an attempt ends without a clear answer
+(a time-out, a 500) it may have taken effect; a 412 to the next attempt may then be caused by
+ourselves. So after an unclear attempt the object is read back and compared.
+
+Checksums are only computed "when_required": the newer default adds trailing checksums that older
+servers, radosgw 16 among them, do not understand. What is read is checked by the layers above.
+"""
+
+from __future__ import annotations
+
+import http.client
+import random
+import re
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, TypeVar, cast
+from urllib.parse import urlsplit
+
+import boto3
+import botocore.exceptions as aws
+from botocore.config import Config
+from botocore.parsers import ResponseParserError
+
+from backends.errors import (
+    CorruptError,
+    InvalidError,
+    NoSpaceError,
+    NotFoundError,
+    StorageError,
+    UnavailableError,
+)
+from backends.objects import check_key, check_prefix
+
+if TYPE_CHECKING:
+    from mypy_boto3_s3 import S3Client
+    from mypy_boto3_s3.type_defs import GetObjectOutputTypeDef
+
+Result = TypeVar("Result")
+
+CONNECT_TIMEOUT = 5.0  # seconds
+READ_TIMEOUT = 30.0  # seconds without a byte
+FIRST_DEADLINE = 5.0  # seconds in which an endpoint that never answered is tried again
+DEADLINE = 60.0  # seconds in which one that did answer is tried again
+CONNECTIONS = 24  # at least as many as threads of a push, restore or verify use at once
+
+_LONGEST_PAUSE = 5.0  # seconds
+_CODE = re.compile(r"[A-Za-z0-9.]{1,64}\Z")
+_WRONG_CREDENTIALS = {
+    "InvalidAccessKeyId",
+    "SignatureDoesNotMatch",
+    "InvalidToken",
+    "ExpiredToken",
+    "TokenRefreshRequired",
+}
+_NO_CREDENTIALS = (
+    aws.NoCredentialsError,
+    aws.PartialCredentialsError,
+    aws.CredentialRetrievalError,
+    aws.ProfileNotFound,
+    aws.NoAuthTokenError,
+)
+_TRANSIENT_CODES = {
+    "ConditionalRequestConflict",  # another conditional PUT of the key is under way
+    "InternalError",
+    "OperationAborted",
+    "RequestTimeout",
+    "SlowDown",
+    "ServiceUnavailable",
+    "Throttling",
+    "ThrottlingException",
+}
+# What a request that got no answer, or not all of it, ends with.
+_NO_ANSWER = (aws.HTTPClientError, aws.ConnectionError, aws.IncompleteReadError, OSError)
+
+
+class S3ObjectStore:
+    """Objects in ``bucket`` whose keys begin with ``prefix``. See the module's text."""
+
+    def __init__(self, bucket: str, prefix: str = "") -> None:
+        self._bucket = bucket
+        self._prefix = prefix + "/" if prefix else ""
+        self._answered = False
+        self._stopping = threading.Event()
+        where = f"s3://{bucket}/{prefix}".rstrip("/")
+        self.name = where
+        try:
+            self._client: S3Client = boto3.session.Session().client(
+                "s3",
+                config=Config(
+                    connect_timeout=CONNECT_TIMEOUT,
+                    read_timeout=READ_TIMEOUT,
+                    max_pool_connections=CONNECTIONS,
+                    retries={"total_max_attempts": 1, "mode": "standard"},
+                    request_checksum_calculation="when_required",
+                    response_checksum_validation="when_required",
+                    tcp_keepalive=True,
+                ),
+            )
+        except ValueError:
+            raise InvalidError(
+                f"cannot open {where}: the endpoint in AWS_ENDPOINT_URL or the AWS configuration "
+                "is not a URL such as http://host:port"
+            ) from None
+        except aws.BotoCoreError as error:
+            raise UnavailableError(
+                f"cannot open {where}: the AWS configuration does not work "
+                f"({type(error).__name__}); check AWS_PROFILE and ~/.aws"
+            ) from None
+        self.name = f"{where} at {_without_user(self._client.meta.endpoint_url)}"
+
+    def put(self, key: str, data: bytes | bytearray) -> None:
+        name = self._key(key)
+
+        def attempt() -> None:
+            self._client.put_object(Bucket=self._bucket, Key=name, Body=cast(bytes, data))
+
+        self._call("write", key, attempt)
+
+    def put_if_absent(self, key: str, data: bytes | bytearray) -> bool:
+        name = self._key(key)
+        unclear = False
+
+        def attempt() -> bool:
+            nonlocal unclear
+            try:
+                self._client.put_object(
+                    Bucket=self._bucket, Key=name, Body=cast(bytes, data), IfNoneMatch="*"
+                )
+            except aws.ClientError as error:
+                if _status(error) == http.client.PRECONDITION_FAILED:
+                    return unclear and self._holds(key, data)
+                unclear = unclear or _status(error) >= http.client.INTERNAL_SERVER_ERROR
+                raise
+            except _NO_ANSWER:
+                unclear = True
+                raise
+            return True
+
+        try:
+            return self._call("write", key, attempt)
+        except UnavailableError:
+            if unclear and self._answered and self._holds(key, data):
+                return True
+            raise
+
+    def get(self, key: str, limit: int) -> bytes:
+        name = self._key(key)
+
+        def attempt() -> bytes:
+            answer = self._client.get_object(Bucket=self._bucket, Key=name)
+            size = answer["ContentLength"]
+            if size > limit:
+                answer["Body"].close()
+                raise CorruptError(
+                    f"object {key} of {self.name} has {size} bytes, at most {limit} are expected"
+                )
+            return self._body(answer, key, size)
+
+        return self._call("read", key, attempt)
+
+    def get_range(self, key: str, offset: int, length: int) -> bytes:
+        name = self._key(key)
+        if length == 0:
+            return b""
+        span = f"bytes={offset}-{offset + length - 1}"
+
+        def attempt() -> bytes:
+            answer = self._client.get_object(Bucket=self._bucket, Key=name, Range=span)
+            whole = answer["ResponseMetadata"]["HTTPStatusCode"] != http.client.PARTIAL_CONTENT
+            if answer["ContentLength"] != length or (whole and offset):
+                answer["Body"].close()
+                raise CorruptError(
+                    f"object {key} of {self.name} does not have the bytes {offset} to "
+                    f"{offset + length}: it is too short"
+                )
+            return self._body(answer, key, length)
+
+        return self._call("read", key, attempt)
+
+    def list(self, prefix: str) -> Iterator[tuple[str, int]]:
+        full = self._prefix + check_prefix(prefix)
+        token: str | None = None
+        while True:
+            more = {"ContinuationToken": token} if token else {}
+            answer = self._call(
+                "list",
+                prefix,
+                lambda more=more: self._client.list_objects_v2(  # type: ignore[misc]
+                    Bucket=self._bucket, Prefix=full, **more
+                ),
+            )
+            for item in answer.get("Contents", []):
+                yield item["Key"][len(self._prefix) :], item["Size"]
+            following = answer.get("NextContinuationToken")
+            if not answer.get("IsTruncated") or not following or following == token:
+                return
+            token = following
+
+    def size(self, key: str) -> int | None:
+        name = self._key(key)
+
+        def attempt() -> int | None:
+            try:
+                return self._client.head_object(Bucket=self._bucket, Key=name)["ContentLength"]
+            except aws.ClientError as error:
+                # The answer to a HEAD has no body that would tell a missing key from a bucket.
+                if _status(error) == http.client.NOT_FOUND:
+                    self._answered = True
+                    return None
+                raise
+
+        return self._call("look at", key, attempt)
+
+    def delete(self, key: str) -> None:
+        name = self._key(key)
+
+        def attempt() -> None:
+            self._client.delete_object(Bucket=self._bucket, Key=name)
+
+        self._call("delete", key, attempt)
+
+    def stop_retrying(self) -> None:
+        self._stopping.set()
+
+    def _key(self, key: str) -> str:
+        return self._prefix + check_key(key)
+
+    def _holds(self, key: str, data: bytes | bytearray) -> bool:
+        """Tell whether the object is there with these very bytes."""
+        try:
+            return self.get(key, len(data)) == data
+        except (NotFoundError, CorruptError):
+            return False
+
+    def _body(self, answer: GetObjectOutputTypeDef, key: str, length: int) -> bytes:
+        with answer["Body"] as body:
+            data = body.read()
+        if len(data) != length:
+            raise aws.IncompleteReadError(actual_bytes=len(data), expected_bytes=length)
+        return data
+
+    def _call(self, doing: str, key: str, attempt: Callable[[], Result]) -> Result:
+        """Run ``attempt`` until it succeeds, fails for good, or the deadline has passed."""
+        started = time.monotonic()
+        pause = 0.1
+        while True:
+            try:
+                result = attempt()
+            except StorageError:
+                raise
+            except (aws.ClientError, aws.BotoCoreError, ResponseParserError, OSError) as error:
+                if isinstance(error, aws.ClientError):
+                    self._answered = True
+                deadline = DEADLINE if self._answered else FIRST_DEADLINE
+                left = started + deadline - time.monotonic()
+                if not _is_transient(error) or left <= 0 or self._stopping.is_set():
+                    raise self._explain(doing, key, error) from None
+                self._stopping.wait(min(left, pause * random.uniform(0.5, 1.0)))  # noqa: S311
+                pause = min(2 * pause, _LONGEST_PAUSE)
+            else:
+                self._answered = True
+                return result
+
+    def _explain(self, doing: str, key: str, error: Exception) -> StorageError:
+        what = f"cannot {doing} {key or 'objects'} in {self.name}"
+        if isinstance(error, aws.ClientError):
+            return self._explain_answer(what, key, error)
+        if isinstance(error, _NO_CREDENTIALS):
+            return UnavailableError(
+                f"{what}: no usable AWS credentials were found; set AWS_ACCESS_KEY_ID and "
+                "AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"
+            )
+        if isinstance(error, aws.ParamValidationError):
+            return InvalidError(f"{what}: {self._bucket!r} is not a valid bucket name")
+        if isinstance(error, aws.SSLError):
+            return UnavailableError(
+                f"{what}: the TLS connection failed; check the endpoint's certificate, and "
+                "AWS_CA_BUNDLE for one of your own"
+            )
+        if isinstance(error, aws.ConnectTimeoutError | aws.ReadTimeoutError):
+            return UnavailableError(f"{what}: the endpoint did not answer in time; try again later")
+        if isinstance(error, aws.EndpointConnectionError | aws.ProxyConnectionError):
+            return UnavailableError(
+                f"{what}: cannot connect to the endpoint; check that it is up and that "
+                "AWS_ENDPOINT_URL is right"
+            )
+        if isinstance(error, ResponseParserError):
+            return UnavailableError(
+                f"{what}: the endpoint does not answer as S3 does; check AWS_ENDPOINT_URL"
+            )
+        if isinstance(error, _NO_ANSWER):
+            return UnavailableError(f"{what}: the connection broke; try again later")
+        return UnavailableError(
+            f"{what}: the AWS configuration does not work ({type(error).__name__})"
+        )
+
+    def _explain_answer(self, what: str, key: str, error: aws.ClientError) -> StorageError:
+        status = _status(error)
+        code = _code(error)
+        if code == "NoSuchBucket":
+            return NotFoundError(f"{what}: there is no such bucket; create {self._bucket} first")
+        if code in _WRONG_CREDENTIALS:
+            return UnavailableError(
+                f"{what}: the credentials were refused ({code}); check AWS_ACCESS_KEY_ID and "
+                "AWS_SECRET_ACCESS_KEY"
+            )
+        if code == "RequestTimeTooSkewed":
+            return UnavailableError(f"{what}: the clock of this host is wrong ({code}); set it")
+        if code == "QuotaExceeded" or status == http.client.INSUFFICIENT_STORAGE:
+            return NoSpaceError(f"{what}: the bucket or its owner is over quota; free some space")
+        if code == "InvalidRange":
+            return CorruptError(f"object {key} of {self.name} is too short")
+        if code == "NoSuchKey" or status == http.client.NOT_FOUND:
+            return NotFoundError(f"there is no object {key} in {self.name}")
+        if status == http.client.FORBIDDEN:
+            return UnavailableError(
+                f"{what}: access was denied ({code}); these credentials need read, write, list and "
+                f"delete rights on the bucket {self._bucket}"
+            )
+        if code in ("PermanentRedirect", "AuthorizationHeaderMalformed", "IllegalLocation"):
+            return UnavailableError(
+                f"{what}: the bucket is in another region ({code}); set AWS_DEFAULT_REGION"
+            )
+        if status == http.client.NOT_IMPLEMENTED:
+            return InvalidError(f"{what}: the endpoint does not support this request ({code})")
+        if _is_transient(error):
+            return UnavailableError(
+                f"{what}: the endpoint keeps failing ({status} {code}); try again later"
+            )
+        return UnavailableError(f"{what}: the endpoint refused it ({status} {code})")
+
+
+def _status(error: aws.ClientError) -> int:
+    return error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
+
+
+def _code(error: aws.ClientError) -> str:
+    """The server's error code; its message is left out, for it may quote what was sent."""
+    code = str(error.response.get("Error", {}).get("Code", ""))
+    return code if _CODE.match(code) else "unknown error"
+
+
+def _is_transient(error: Exception) -> bool:
+    if isinstance(error, aws.ClientError):
+        status = _status(error)
+        if status == http.client.NOT_IMPLEMENTED:
+            return False
+        return (
+            status >= http.client.INTERNAL_SERVER_ERROR
+            or status == http.client.TOO_MANY_REQUESTS
+            or _code(error) in _TRANSIENT_CODES
+        )
+    if isinstance(error, aws.SSLError | aws.ParamValidationError):
+        return False
+    return isinstance(error, _NO_ANSWER)
+
+
+def _without_user(endpoint: str) -> str:
+    parts = urlsplit(endpoint)
+    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}"
