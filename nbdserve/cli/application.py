@@ -1,0 +1,144 @@
+"""The top of the command line, and what becomes of errors."""
+
+import importlib
+import logging
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Sequence
+from types import FrameType
+from typing import NoReturn
+
+import click
+
+from backends.errors import StorageError
+from nbdserve.cli.options import data_option
+from nbdserve.control.errors import one_line
+
+_COMMANDS = {
+    "serve": "nbdserve.cli.serve",
+    "volume": "nbdserve.cli.volume",
+    "snapshot": "nbdserve.cli.snapshot",
+    "repo": "nbdserve.cli.repo",
+    "backup": "nbdserve.cli.backup",
+    "status": "nbdserve.cli.status",
+}
+
+INTERRUPTED = 128 + signal.SIGINT
+TERMINATED = 128 + signal.SIGTERM
+
+
+class LazyGroup(click.Group):
+    """Imports a command's module when it is used: a listing does not wait for the S3 client."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(_COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        module = _COMMANDS.get(cmd_name)
+        if module is None:
+            return None
+        command = getattr(importlib.import_module(module), cmd_name)
+        assert isinstance(command, click.Command)
+        return command
+
+
+@click.group(cls=LazyGroup, name="nbdserve")
+@click.version_option(package_name="nbdserve", message="%(prog)s %(version)s")
+@data_option
+def application() -> None:
+    """Thin volumes over NBD, with snapshots and incremental backups.
+
+    A size takes K, M, G or T (powers of 1024). A snapshot is VOLUME@SNAPSHOT. A repository is
+    file:///directory or s3://bucket/prefix; credentials and endpoint come the AWS way.
+    """
+
+
+def main() -> NoReturn:
+    """Run the command line of this process."""
+    status = run(sys.argv[1:])
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        _discard_output()
+        if not isinstance(error, BrokenPipeError) and status == 0:
+            status = fail(f"standard output: {one_line(error)}")
+    sys.exit(status)
+
+
+def run(arguments: Sequence[str]) -> int:
+    """The exit status of one command line; every error is one line on standard error."""
+    logging.basicConfig(level=logging.WARNING, handlers=[_line_handler()])
+    signal.signal(signal.SIGTERM, _terminate)
+    try:
+        result = application.main(list(arguments), prog_name="nbdserve", standalone_mode=False)
+    except click.exceptions.NoArgsIsHelpError as error:
+        click.echo(error.format_message(), err=True)
+        return error.exit_code
+    except click.UsageError as error:
+        return fail(_usage_line(error), status=2)
+    except click.ClickException as error:
+        return fail(error.format_message())
+    except click.Abort:
+        return INTERRUPTED
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except StorageError as error:
+        return fail(one_line(error))
+    except OSError as error:
+        return fail(one_line(error))
+    except Exception as error:
+        return fail(_internal_line(error))
+    return result if isinstance(result, int) else 0
+
+
+def fail(line: str, *, status: int = 1) -> int:
+    """Say why, and return the exit status."""
+    try:
+        click.echo(f"nbdserve: {line}", err=True)
+    except OSError:
+        _discard_output()
+    return status
+
+
+def _usage_line(error: click.UsageError) -> str:
+    line = " ".join(error.format_message().split())
+    if error.ctx is None:
+        return line
+    command = error.ctx.command_path
+    return f"{line.rstrip('.')}; see '{command} --help'"
+
+
+def _internal_line(error: Exception) -> str:
+    where = traceback.extract_tb(error.__traceback__)[-1]
+    name = os.path.basename(where.filename)
+    return f"internal error: {type(error).__name__}: {one_line(error)} ({name}:{where.lineno})"
+
+
+def _terminate(number: int, frame: FrameType | None) -> NoReturn:
+    """Leave through the ``finally`` clauses, so that what is half-made is taken back."""
+    sys.exit(TERMINATED)
+
+
+def _discard_output() -> None:
+    """Keep the interpreter's flush at exit from complaining about a stream that is gone."""
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, sys.stdout.fileno())
+    os.close(null)
+
+
+class _LineFormatter(logging.Formatter):
+    """One line a record: no traceback."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        line = f"nbdserve: {record.levelname.lower()}: {record.getMessage()}"
+        if record.exc_info and record.exc_info[1] is not None:
+            line += f": {one_line(record.exc_info[1])}"
+        return line
+
+
+def _line_handler() -> logging.Handler:
+    handler = logging.StreamHandler()
+    handler.setFormatter(_LineFormatter())
+    return handler

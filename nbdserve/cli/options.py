@@ -1,0 +1,52 @@
+"""Options that many commands take."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+Decorated = TypeVar("Decorated", bound=Callable[..., Any])
+
+_DATA = "nbdserve.data"
+
+
+def _keep_data(context: click.Context, parameter: click.Parameter, value: Path | None) -> None:
+    if value is not None:
+        context.meta[_DATA] = value  # meta is shared with the groups above and below
+
+
+def data_option(function: Decorated) -> Decorated:
+    """``--data DIR``: taken before or behind the command; the one behind wins."""
+    return click.option(
+        "--data",
+        metavar="DIR",
+        type=click.Path(path_type=Path),
+        envvar="NBDSERVE_DATA",
+        expose_value=False,
+        callback=_keep_data,
+        help="The data directory; NBDSERVE_DATA in the environment says the same.",
+    )(function)
+
+
+def json_option(function: Decorated) -> Decorated:
+    """``--json``, passed as ``as_json``."""
+    return click.option(
+        "--json", "as_json", is_flag=True, help="Write the result as JSON, sizes in bytes."
+    )(function)
+
+
+def given_data_directory() -> Path | None:
+    """The data directory that the command line or the environment names."""
+    data = click.get_current_context().meta.get(_DATA)
+    return data if isinstance(data, Path) else None
+
+
+def data_directory() -> Path:
+    """The data directory; a usage error when it is not named."""
+    data = given_data_directory()
+    if data is None:
+        raise click.UsageError(
+            "no data directory: give --data DIR or set NBDSERVE_DATA", click.get_current_context()
+        )
+    return data

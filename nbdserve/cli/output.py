@@ -1,0 +1,71 @@
+"""Results on standard output: JSON, or text for people."""
+
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import click
+
+Document = Mapping[str, Any]
+
+_UNITS = "KMGTPE"
+
+
+def print_json(value: object) -> None:
+    click.echo(json.dumps(value, indent=2))
+
+
+def print_result(document: Document, as_json: bool, line: str) -> None:
+    """The outcome of a command that changed something."""
+    if as_json:
+        print_json(document)
+    else:
+        click.echo(line)
+
+
+def print_listing(
+    name: str,
+    documents: Sequence[Document],
+    as_json: bool,
+    columns: Mapping[str, Callable[[Document], str]],
+) -> None:
+    """A table with a line a document, or ``{name: [document, …]}``."""
+    if as_json:
+        print_json({name: documents})
+    else:
+        print_table(list(columns), ([cell(row) for cell in columns.values()] for row in documents))
+
+
+def print_table(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """Columns as wide as their widest cell."""
+    lines = [[title.upper() for title in titles], *rows]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(titles))]
+    for line in lines:
+        cells = (cell.ljust(width) for cell, width in zip(line, widths, strict=True))
+        click.echo("  ".join(cells).rstrip())
+
+
+def print_fields(document: Document, as_json: bool, fields: Mapping[str, str]) -> None:
+    """One thing, a field a line."""
+    if as_json:
+        print_json(document)
+        return
+    width = max(len(name) for name in fields)
+    for name, value in fields.items():
+        click.echo(f"{name.ljust(width)}  {value}")
+
+
+def format_size(size: float) -> str:
+    """``size`` in bytes as ``512``, ``4K`` or ``1.5G`` (powers of 1024)."""
+    if size < 1024:
+        return f"{size:.0f}"
+    for unit in _UNITS:
+        size /= 1024
+        if round(size, 1) < 1024 or unit == _UNITS[-1]:
+            break
+    return f"{size:.1f}".removesuffix(".0") + unit
+
+
+def seconds_of(timestamp: str) -> str:
+    """An ISO 8601 time without its milliseconds."""
+    return timestamp.partition(".")[0] + "Z" if "." in timestamp else timestamp

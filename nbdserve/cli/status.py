@@ -1,0 +1,33 @@
+"""``nbdserve status``."""
+
+import click
+
+from nbdserve.cli.options import data_directory, data_option, json_option
+from nbdserve.cli.output import format_size, print_fields, seconds_of
+from nbdserve.cli.session import Session
+from nbdserve.control.client import path
+
+
+@click.command()
+@data_option
+@json_option
+def status(as_json: bool) -> None:
+    """Show whether a daemon serves the data directory, and what it holds."""
+    with Session(data_directory()) as session:
+        document = session.client.get(path("status"))
+    if document["daemon"]:
+        daemon = f"runs as process {document['pid']} since {seconds_of(document['started'])}"
+    else:
+        daemon = "does not run"
+    fields = {
+        "daemon": daemon,
+        "listening": ", ".join(document["listening"]) or "-",
+        "data": document["data"],
+        "free": f"{format_size(document['free'])} of {format_size(document['total'])}",
+        "volumes": str(document["volumes"]),
+        "snapshots": str(document["snapshots"]),
+        "clients": str(document["clients"]),
+        "backups": ", ".join(document["backups"]) or "-",
+        "version": document["version"],
+    }
+    print_fields(document, as_json, fields)

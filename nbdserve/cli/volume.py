@@ -1,0 +1,132 @@
+"""``nbdserve volume``."""
+
+from typing import Any
+
+import click
+
+from nbdserve.cli.options import data_directory, data_option, json_option
+from nbdserve.cli.output import (
+    format_size,
+    print_fields,
+    print_listing,
+    print_result,
+    seconds_of,
+)
+from nbdserve.cli.session import Session
+from nbdserve.control.client import path
+from snapshots.names import parse_size
+
+_COLUMNS = {
+    "name": lambda v: v["name"],
+    "size": lambda v: format_size(v["size"]),
+    "mapped": lambda v: format_size(v["mapped"]),
+    "own": lambda v: format_size(v["own"]),
+    "shared": lambda v: format_size(v["shared"]),
+    "snapshots": lambda v: str(v["snapshots"]),
+    "clients": lambda v: str(v["clients"]),
+    "created": lambda v: seconds_of(v["created"]),
+}
+
+
+@click.group()
+def volume() -> None:
+    """Volumes: create, list, show, resize, rename, delete."""
+
+
+def _print(info: dict[str, Any], as_json: bool, done: str) -> None:
+    print_result(info, as_json, f"{done} volume {info['name']}, {format_size(info['size'])}")
+
+
+@volume.command()
+@click.argument("name")
+@click.option("--size", help="Size, such as 10G; with --from it may only be larger.")
+@click.option("--from", "source", metavar="VOL@SNAP", help="Clone this snapshot.")
+@data_option
+@json_option
+def create(name: str, size: str | None, source: str | None, as_json: bool) -> None:
+    """Create the volume NAME: empty, or as a clone that shares a snapshot's data."""
+    if size is None and source is None:
+        raise click.UsageError("Missing option '--size'", click.get_current_context())
+    body: dict[str, object] = {"name": name}
+    if size is not None:
+        body["size"] = parse_size(size)
+    if source is not None:
+        body["from"] = source
+    with Session(data_directory(), create=True) as session:
+        info = session.client.post(path("volumes"), body)
+    _print(info, as_json, "created")
+
+
+@volume.command("list")
+@data_option
+@json_option
+def list_(as_json: bool) -> None:
+    """List the volumes.
+
+    MAPPED is what the guest sees as data; OWN and SHARED are bytes on disk, in layers of this
+    volume alone and in layers that other volumes use too.
+    """
+    with Session(data_directory()) as session:
+        volumes = session.client.get(path("volumes"))["volumes"]
+    print_listing("volumes", volumes, as_json, _COLUMNS)
+
+
+@volume.command()
+@click.argument("name")
+@data_option
+@json_option
+def show(name: str, as_json: bool) -> None:
+    """Show the volume NAME."""
+    with Session(data_directory()) as session:
+        info = session.client.get(path("volumes", name))
+    fields = {
+        "name": info["name"],
+        "id": info["id"],
+        "size": f"{format_size(info['size'])} ({info['size']} bytes)",
+        "mapped": f"{format_size(info['mapped'])} (holds data, as the guest sees it)",
+        "own": f"{format_size(info['own'])} (on disk, used by this volume alone)",
+        "shared": f"{format_size(info['shared'])} (on disk, used by other volumes too)",
+        "layers": str(info["layers"]),
+        "snapshots": str(info["snapshots"]),
+        "clients": str(info["clients"]),
+        "created": seconds_of(info["created"]),
+    }
+    print_fields(info, as_json, fields)
+
+
+@volume.command()
+@click.argument("name")
+@click.option("--size", required=True, help="The new size, such as 20G; never less than before.")
+@data_option
+@json_option
+def resize(name: str, size: str, as_json: bool) -> None:
+    """Grow the volume NAME."""
+    bytes_ = parse_size(size)
+    with Session(data_directory()) as session:
+        info = session.client.post(path("volumes", name, "resize"), {"size": bytes_})
+    _print(info, as_json, "resized")
+
+
+@volume.command()
+@click.argument("old")
+@click.argument("new")
+@data_option
+@json_option
+def rename(old: str, new: str, as_json: bool) -> None:
+    """Rename the volume OLD to NEW."""
+    with Session(data_directory()) as session:
+        info = session.client.post(path("volumes", old, "rename"), {"name": new})
+    _print(info, as_json, "renamed")
+
+
+@volume.command()
+@click.argument("name")
+@click.option("--with-snapshots", is_flag=True, help="Delete its snapshots with it.")
+@data_option
+@json_option
+def delete(name: str, with_snapshots: bool, as_json: bool) -> None:
+    """Delete the volume NAME."""
+    query = "true" if with_snapshots else None
+    with Session(data_directory()) as session:
+        document = session.client.delete(path("volumes", name, with_snapshots=query))
+    print_result(document, as_json, f"deleted volume {name}")

@@ -1,0 +1,116 @@
+"""Claims: streams that hold something for as long as they are open.
+
+The first line says what was claimed; the connection then stays open until the client closes it,
+which is how the claim ends, also when the client was killed. When the process that serves the
+claim stops, the stream ends with an error line: the claim holds no longer.
+
+* ``pin`` keeps the layers of a snapshot as they are while another process reads them.
+* ``imports`` reserves a volume's name while another process fills its layer; a commit, on another
+  connection, makes it a volume, anything else discards it.
+* ``backups`` keeps a second backup away from a volume.
+"""
+
+import asyncio
+import dataclasses
+import secrets
+from collections.abc import Mapping
+
+from aiohttp import web
+
+from backends.errors import InUseError, NotFoundError, UnavailableError
+from nbdserve.control import documents
+from nbdserve.control.bodies import Fields
+from nbdserve.control.state import State, state_of
+from nbdserve.control.streams import stream
+from snapshots.catalogue import Import, VolumeInfo
+
+routes = web.RouteTableDef()
+
+
+async def _hold(request: web.Request, claim: Mapping[str, object]) -> web.StreamResponse:
+    """Answer with ``claim`` and return only by the server's stop; a lost client cancels."""
+    async with stream(request) as answer:
+        await answer.send(claim)
+        await state_of(request).stopping.wait()
+        raise UnavailableError("the daemon stops, and what was claimed from it is free again")
+    return answer.response
+
+
+@routes.post("/v1/volumes/{volume}/snapshots/{snapshot}/pin")
+async def pin(request: web.Request) -> web.StreamResponse:
+    """First line: ``{"source": where the layers are}``."""
+    catalogue = state_of(request).catalogue
+    pinned = catalogue.pin(request.match_info["volume"], request.match_info["snapshot"])
+    try:
+        return await _hold(request, {"source": dataclasses.asdict(pinned.source)})
+    finally:
+        pinned.release()
+
+
+@routes.post("/v1/backups")
+async def begin_backup(request: web.Request) -> web.StreamResponse:
+    """``{"volumes": [name, …]}``; first line: ``{"volumes": […]}``."""
+    state = state_of(request)
+    fields = await Fields.of(request)
+    volumes = sorted(set(fields.texts("volumes")))
+    fields.end()
+    for volume in volumes:
+        await state.catalogue.show_volume(volume)
+    for volume in volumes:  # no await from here to the claim
+        if volume in state.backups:
+            raise InUseError(f"volume {volume} is being backed up by another command")
+    state.backups.update(volumes)
+    try:
+        return await _hold(request, {"volumes": volumes})
+    finally:
+        state.backups.difference_update(volumes)
+
+
+@routes.post("/v1/imports")
+async def begin_import(request: web.Request) -> web.StreamResponse:
+    """``{"volume", "size"}``; first line: ``{"import": id, "sink": where the layer is}``."""
+    state = state_of(request)
+    fields = await Fields.of(request)
+    volume, size = fields.text("volume"), fields.size("size")
+    fields.end()
+    identifier = secrets.token_hex(8)
+    begun = state.operations.start(_begin(state, identifier, volume, size))
+    try:
+        imported = await asyncio.shield(begun)
+        return await _hold(
+            request, {"import": identifier, "sink": dataclasses.asdict(imported.sink)}
+        )
+    finally:
+        state.operations.start(_discard(state, identifier, begun))
+
+
+async def _begin(state: State, identifier: str, volume: str, size: int) -> Import:
+    imported = await state.catalogue.begin_import(volume, size)
+    state.imports[identifier] = imported
+    return imported
+
+
+async def _discard(state: State, identifier: str, begun: asyncio.Task[Import]) -> None:
+    """Give up an import, unless it never began or its commit has taken it."""
+    await asyncio.wait({begun})
+    imported = state.imports.pop(identifier, None)
+    if imported is not None:
+        await state.catalogue.discard_import(imported)
+
+
+@routes.post("/v1/imports/{import}/commit")
+async def commit_import(request: web.Request) -> web.Response:
+    state = state_of(request)
+    imported = state.imports.pop(request.match_info["import"], None)
+    if imported is None:
+        raise NotFoundError("there is no such import, or its connection was closed")
+    info = await state.operations.run(_commit(state, imported))
+    return web.json_response(documents.volume(info), status=201)
+
+
+async def _commit(state: State, imported: Import) -> VolumeInfo:
+    try:
+        return await state.catalogue.commit_import(imported)
+    except BaseException:
+        await state.catalogue.discard_import(imported)
+        raise

@@ -1,0 +1,95 @@
+"""The control application and the socket that it is served on."""
+
+import asyncio
+import logging
+import select
+from collections.abc import Awaitable, Callable
+
+from aiohttp import web
+
+from backends.errors import StorageError
+from nbdserve.control import address, claims, snapshots, volumes
+from nbdserve.control.bodies import MAX_BODY
+from nbdserve.control.errors import one_line, to_document
+from nbdserve.control.state import STATE, State
+
+log = logging.getLogger(__name__)
+
+_Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+
+@web.middleware
+async def _answer_errors(request: web.Request, handler: _Handler) -> web.StreamResponse:
+    """Every error is a JSON object with one line."""
+    try:
+        return await handler(request)
+    except StorageError as error:
+        status, document = to_document(error)
+        return web.json_response(document, status=status)
+    except web.HTTPException as error:
+        if error.status == web.HTTPNotFound.status_code:
+            document = {"error": f"there is nothing at {request.path}", "kind": "not-found"}
+        else:
+            document = {"error": f"{error.reason}: {request.path}", "kind": "invalid"}
+        return web.json_response(document, status=error.status)
+    except ConnectionError:
+        raise  # the client has gone: there is nobody to answer
+    except OSError as error:
+        return web.json_response({"error": one_line(error), "kind": "internal"}, status=500)
+    except Exception as error:
+        log.exception("%s %s failed", request.method, request.path)
+        line = f"internal error: {type(error).__name__}: {one_line(error)}"
+        return web.json_response({"error": line, "kind": "internal"}, status=500)
+
+
+def build_application(state: State) -> web.Application:
+    application = web.Application(middlewares=[_answer_errors], client_max_size=MAX_BODY)
+    application[STATE] = state
+    for module in (volumes, snapshots, claims):
+        application.add_routes(module.routes)
+    return application
+
+
+class ControlServer:
+    """Serves ``state`` on the control socket of its data directory, whose lock the caller holds."""
+
+    def __init__(self, state: State) -> None:
+        self.state = state
+        self._runner = web.AppRunner(
+            build_application(state),
+            handler_cancellation=True,  # claims end with their connection
+            access_log=None,
+            shutdown_timeout=5.0,
+        )
+
+    async def start(self) -> None:
+        await self._runner.setup()
+        self._listener = address.bind(self.state.host.data)
+        await web.SockSite(self._runner, self._listener).start()
+
+    async def linger(self) -> None:
+        """Serve until nobody is connected, then take the socket's name away.
+
+        A process that served the directory only for its own command must not tear the commands
+        that found it doing so.
+        """
+        while True:
+            while self._connections():
+                await asyncio.sleep(0.05)
+            address.hide(self.state.host.data)
+            if not self._connections():
+                return
+            address.show(self.state.host.data)  # someone came in just before
+
+    def _connections(self) -> bool:
+        """Whether anyone is connected or waits to be accepted."""
+        server = self._runner.server
+        waiting = select.select([self._listener], [], [], 0)[0]
+        return bool(waiting) or (server is not None and bool(server.connections))
+
+    async def stop(self) -> None:
+        """End every claim and finish every change, then close."""
+        address.remove(self.state.host.data)
+        self.state.stopping.set()
+        await self._runner.cleanup()
+        await self.state.operations.finish()

@@ -1,0 +1,134 @@
+"""Requests about volumes, and the status of the process that serves them."""
+
+import os
+from importlib.metadata import version
+
+from aiohttp import web
+
+from backends.errors import InvalidError
+from nbdserve.control import documents
+from nbdserve.control.bodies import Fields, query_flag
+from nbdserve.control.state import state_of
+from nbdserve.control.streams import stream
+from snapshots.names import parse_snapshot_name
+
+routes = web.RouteTableDef()
+
+_EXTENTS_A_WRITE = 2000
+
+
+@routes.get("/v1/status")
+async def status(request: web.Request) -> web.Response:
+    state = state_of(request)
+    volumes = await state.catalogue.list_volumes()
+    snapshots = state.catalogue.list_snapshots()
+    space = await state.store.space()
+    return web.json_response(
+        {
+            "version": version("nbdserve"),
+            "data": str(state.host.data),
+            "daemon": state.host.daemon,
+            "pid": os.getpid(),
+            "started": documents.timestamp(state.host.started),
+            "listening": state.host.listening,
+            "volumes": len(volumes),
+            "snapshots": len(snapshots),
+            "clients": sum(info.clients for info in (*volumes, *snapshots)),
+            "backups": sorted(state.backups),
+            "free": space.free,
+            "total": space.total,
+        }
+    )
+
+
+@routes.get("/v1/volumes")
+async def list_volumes(request: web.Request) -> web.Response:
+    volumes = await state_of(request).catalogue.list_volumes()
+    return web.json_response({"volumes": [documents.volume(info) for info in volumes]})
+
+
+@routes.post("/v1/volumes")
+async def create_volume(request: web.Request) -> web.Response:
+    """``{"name", "size"}``, or ``{"name", "from": "VOL@SNAP"}`` with or without a size."""
+    state = state_of(request)
+    fields = await Fields.of(request)
+    name, source, size = fields.text("name"), fields.optional_text("from"), None
+    if source is None:
+        size = fields.size("size")
+        fields.end()
+        change = state.catalogue.create_volume(name, size)
+    else:
+        size = fields.optional_size("size")
+        fields.end()
+        change = state.catalogue.clone_volume(name, *parse_snapshot_name(source), size)
+    info = await state.operations.run(change)
+    return web.json_response(documents.volume(info), status=201)
+
+
+@routes.get("/v1/volumes/{volume}")
+async def show_volume(request: web.Request) -> web.Response:
+    info = await state_of(request).catalogue.show_volume(request.match_info["volume"])
+    return web.json_response(documents.volume(info))
+
+
+@routes.delete("/v1/volumes/{volume}")
+async def delete_volume(request: web.Request) -> web.Response:
+    state = state_of(request)
+    with_snapshots = query_flag(request, "with_snapshots")
+    await state.operations.run(
+        state.catalogue.delete_volume(request.match_info["volume"], with_snapshots)
+    )
+    return web.json_response({"deleted": request.match_info["volume"]})
+
+
+@routes.post("/v1/volumes/{volume}/resize")
+async def resize_volume(request: web.Request) -> web.Response:
+    state = state_of(request)
+    fields = await Fields.of(request)
+    size = fields.size("size")
+    fields.end()
+    info = await state.operations.run(
+        state.catalogue.resize_volume(request.match_info["volume"], size)
+    )
+    return web.json_response(documents.volume(info))
+
+
+@routes.post("/v1/volumes/{volume}/rename")
+async def rename_volume(request: web.Request) -> web.Response:
+    state = state_of(request)
+    fields = await Fields.of(request)
+    name = fields.text("name")
+    fields.end()
+    info = await state.operations.run(
+        state.catalogue.rename_volume(request.match_info["volume"], name)
+    )
+    return web.json_response(documents.volume(info))
+
+
+@routes.post("/v1/volumes/{volume}/rollback")
+async def rollback(request: web.Request) -> web.Response:
+    """``{"snapshot", "force"}``: force disconnects the clients that have the volume open."""
+    state = state_of(request)
+    fields = await Fields.of(request)
+    snapshot, force = fields.text("snapshot"), fields.flag("force")
+    fields.end()
+    info = await state.operations.run(
+        state.catalogue.rollback(request.match_info["volume"], snapshot, force)
+    )
+    return web.json_response(documents.volume(info))
+
+
+@routes.get("/v1/volumes/{volume}/diff")
+async def diff(request: web.Request) -> web.StreamResponse:
+    """A line an extent: ``{"offset", "length", "zero"}``, in bytes, between ``from`` and ``to``."""
+    older, newer = request.query.get("from"), request.query.get("to")
+    if older is None:
+        raise InvalidError("the query lacks 'from', the name of a snapshot")
+    extents = await state_of(request).catalogue.diff(request.match_info["volume"], older, newer)
+    async with stream(request) as answer:
+        for start in range(0, len(extents), _EXTENTS_A_WRITE):
+            await answer.send_all(
+                {"offset": extent.offset, "length": extent.length, "zero": extent.zero}
+                for extent in extents[start : start + _EXTENTS_A_WRITE]
+            )
+    return answer.response
