@@ -1,0 +1,260 @@
+"""The real parts that the tests put together: a daemon, an S3 server, a kernel, disk images."""
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import boto3
+import pytest
+
+PROJECT = Path(__file__).resolve().parents[2]
+SCRIPTS = PROJECT / "scripts"
+NBDSERVE = Path(sys.executable).parent / "nbdserve"
+# Debian's python3-libnbd is for Debian's Python, which another one must not hide.
+SYSTEM_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+# What a child is started with so that it cannot outlive the test run.
+DIE_WITH_PARENT = ("setpriv", "--pdeathsig", "KILL")
+
+KIB = 1 << 10
+MIB = 1 << 20
+GIB = 1 << 30
+
+
+def require(*programs: str) -> None:
+    """Skip the test when one of these programs is not installed."""
+    path = f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"
+    missing = [program for program in programs if shutil.which(program, path=path) is None]
+    if missing:
+        pytest.skip(f"{', '.join(missing)} not found: run scripts/install-test-dependencies")
+
+
+def require_root() -> None:
+    """Skip the test when it may not mount a file system."""
+    if os.geteuid() != 0:
+        pytest.skip("needs root, for a loop-mounted file system")
+
+
+def run(
+    *command: str | Path,
+    check: bool = True,
+    timeout: float = 120,
+    env: Mapping[str, str] | None = None,
+    stdin: bytes | None = None,
+) -> subprocess.CompletedProcess[str]:
+    """Run a program; with `check`, fail the test with all that it said when its status is not 0."""
+    words = [str(word) for word in command]
+    done = subprocess.run(
+        words,
+        capture_output=True,
+        timeout=timeout,
+        env=None if env is None else dict(env),
+        input=b"" if stdin is None else stdin,
+        check=False,
+    )
+    result = subprocess.CompletedProcess(
+        words,
+        done.returncode,
+        done.stdout.decode(errors="replace"),
+        done.stderr.decode(errors="replace"),
+    )
+    if check and result.returncode:
+        pytest.fail(
+            f"{' '.join(words)}: status {result.returncode}\n{result.stdout}{result.stderr}"
+        )
+    return result
+
+
+def run_nbdsh(script: str, uri: str | None = None, timeout: float = 120) -> str:
+    """Run a script in nbdsh, connected as `h` when a URI is given; return what it printed."""
+    require("nbdsh")
+    arguments = [] if uri is None else ["--uri", uri]
+    # nbdsh is quiet about the line that failed unless it comes through the interpreter itself.
+    environment = {**os.environ, "PATH": SYSTEM_PATH}
+    return run("nbdsh", *arguments, "-c", script, env=environment, timeout=timeout).stdout
+
+
+def find_free_port() -> int:
+    """Return a TCP port of 127.0.0.1 that was free a moment ago."""
+    with socket.socket() as holder:
+        holder.bind(("127.0.0.1", 0))
+        return int(holder.getsockname()[1])
+
+
+class Daemon:
+    """`nbdserve serve` as a process of its own, over a data directory.
+
+    The directory outlives the process, so that a test can stop or kill it and start it again.
+    """
+
+    def __init__(self, data: Path) -> None:
+        self.data = data
+        self.socket = data / "nbd.sock"
+        self.port = find_free_port()
+        self.process: subprocess.Popen[bytes] | None = None
+        self.log = data.with_name(data.name + ".log")
+        self.env = {**os.environ, "NBDSERVE_DATA": str(data)}
+
+    def start(self) -> None:
+        """Start it and return when both sockets take connections."""
+        assert self.process is None, "it runs already"
+        with self.log.open("ab") as log:
+            self.process = subprocess.Popen(
+                [*DIE_WITH_PARENT, NBDSERVE, "serve", "--data", self.data,
+                 "--listen", f"127.0.0.1:{self.port}", "--listen", f"unix:{self.socket}"],
+                stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+            )  # fmt: skip
+        deadline = time.monotonic() + 60
+        while not self._accepts():
+            if self.process.poll() is not None or time.monotonic() > deadline:
+                pytest.fail(f"the daemon does not start:\n{self.read_log()}")
+            time.sleep(0.05)
+
+    def stop(self) -> int:
+        """Send SIGTERM; return the exit status."""
+        assert self.process is not None
+        self.process.terminate()
+        return self.wait()
+
+    def kill(self) -> None:
+        """Send SIGKILL: no part of the daemon runs after this."""
+        assert self.process is not None
+        self.process.kill()
+        self.wait()
+
+    def wait(self) -> int:
+        """Wait until it has ended; return the exit status."""
+        assert self.process is not None
+        status = self.process.wait(timeout=60)
+        self.process = None
+        return status
+
+    def is_running(self) -> bool:
+        """Say whether it was started and has not ended."""
+        return self.process is not None and self.process.poll() is None
+
+    def read_log(self) -> str:
+        """Return all that it has printed, over all its starts."""
+        return self.log.read_text(errors="replace") if self.log.exists() else ""
+
+    def command(
+        self,
+        *arguments: str | Path,
+        check: bool = True,
+        env: Mapping[str, str] | None = None,
+        timeout: float = 300,
+    ) -> subprocess.CompletedProcess[str]:
+        """Run an nbdserve command on this data directory, with more environment if given."""
+        environment = {**self.env, **(env or {})}
+        return run(NBDSERVE, *arguments, check=check, env=environment, timeout=timeout)
+
+    def json(
+        self, *arguments: str | Path, env: Mapping[str, str] | None = None, timeout: float = 300
+    ) -> Any:
+        """Run a command with --json; return what it printed."""
+        return json.loads(self.command(*arguments, "--json", env=env, timeout=timeout).stdout)
+
+    def uri(self, export: str) -> str:
+        """Return the URI of an export on the Unix socket."""
+        return f"nbd+unix:///{export}?socket={self.socket}"
+
+    def tcp_uri(self, export: str) -> str:
+        """Return the URI of an export on the TCP port."""
+        return f"nbd://127.0.0.1:{self.port}/{export}"
+
+    def _accepts(self) -> bool:
+        try:
+            with socket.socket(socket.AF_UNIX) as client:
+                client.connect(str(self.socket))
+            with socket.socket() as client:
+                client.connect(("127.0.0.1", self.port))
+        except OSError:
+            return False
+        return True
+
+
+class S3Server:
+    """A radosgw that scripts/s3-test-server runs; `env` holds what an S3 client needs to use it."""
+
+    def __init__(self, endpoint: str, access_key: str, secret_key: str) -> None:
+        self.endpoint = endpoint
+        self.access_key = access_key
+        self.secret_key = secret_key
+        self.env = {
+            "AWS_ENDPOINT_URL": endpoint,
+            "AWS_ACCESS_KEY_ID": access_key,
+            "AWS_SECRET_ACCESS_KEY": secret_key,
+            "AWS_DEFAULT_REGION": "us-east-1",
+            "AWS_CONFIG_FILE": "/dev/null",
+            "AWS_SHARED_CREDENTIALS_FILE": "/dev/null",
+            "AWS_EC2_METADATA_DISABLED": "true",
+            "NO_PROXY": "127.0.0.1",
+        }
+        self.client = boto3.client(
+            "s3",
+            endpoint_url=endpoint,
+            aws_access_key_id=access_key,
+            aws_secret_access_key=secret_key,
+            region_name="us-east-1",
+        )
+
+    def new_bucket(self) -> str:
+        """Create an empty bucket; return its name."""
+        name = f"test-{uuid.uuid4().hex}"
+        self.client.create_bucket(Bucket=name)
+        return name
+
+    def list_sizes(self, bucket: str) -> dict[str, int]:
+        """Return the size in bytes of each object of a bucket, by its key."""
+        pages = self.client.get_paginator("list_objects_v2").paginate(Bucket=bucket)
+        return {entry["Key"]: entry["Size"] for page in pages for entry in page.get("Contents", [])}
+
+    def empty_bucket(self, bucket: str) -> None:
+        """Delete all objects of a bucket: they are held in memory."""
+        for key in self.list_sizes(bucket):
+            self.client.delete_object(Bucket=bucket, Key=key)
+
+
+class KernelMachine:
+    """Runs shell scripts under a real kernel in a virtual machine; see scripts/kernel-vm."""
+
+    def __init__(self, directory: Path) -> None:
+        self._script = directory / "script"
+
+    def run(self, script: str, answers: Mapping[str, Callable[[], None]] | None = None) -> str:
+        """Run a script to its end with status 0; return what it printed.
+
+        When it prints a line that is a key of `answers`, that function is called here, and then
+        the script, which should be waiting in `read`, gets a line.
+        """
+        self._script.write_text(script)
+        machine = subprocess.Popen(
+            [*DIE_WITH_PARENT, SCRIPTS / "kernel-vm", "--timeout", "240", self._script],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+        )
+        assert machine.stdin is not None
+        assert machine.stdout is not None
+        lines = []
+        with machine:
+            for line in machine.stdout:
+                lines.append(line)
+                answer = (answers or {}).get(line.strip())
+                if answer is not None:
+                    answer()
+                    machine.stdin.write("\n")
+                    machine.stdin.flush()
+        output = "".join(lines)
+        if machine.returncode:
+            pytest.fail(f"the script in the machine ended with {machine.returncode}:\n{output}")
+        return output
