@@ -1,0 +1,159 @@
+"""The layer store contract: random-access, mutable bytes under the volumes.
+
+A **layer** is one level of a volume's copy-on-write stack. To a store it is a name that owns
+
+* **data**: a sparse space of bytes in which a block lies at the offset it has in the volume;
+* **logs**: small named files that only grow (journal, merge log) or that appear whole (index).
+
+Beside the layers a store keeps **records**: small blobs, grouped by kind, each replaced atomically.
+
+Three kinds of call, told apart because they run in different places:
+
+* ``DataFile`` methods and ``LogFile`` methods are synchronous. ``try_read`` never blocks on a
+  disk; the others may, and callers choose between the event loop and a thread.
+* ``LayerStore`` methods that touch the disk are coroutines: they are rare, off the data path.
+* Errors of the data path are plain ``OSError`` with an errno, since the NBD reply needs one;
+  errors of the coroutines are ``StorageError`` where the user can do something about it, else
+  ``OSError``.
+
+**Durability.** ``DataFile.sync`` and ``LogFile.sync`` return when everything written before is on
+stable storage. A coroutine that creates, replaces or removes something returns when that is
+durable, its directory entry included. Nothing else is promised to survive a power cut, and no
+order between unsynced writes either.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+Buffer = bytes | bytearray | memoryview
+
+
+@dataclass(frozen=True)
+class Space:
+    """Room on the file system under a store, in bytes."""
+
+    free: int
+    total: int
+
+
+class DataFile(Protocol):
+    """The data of one layer, addressed by volume offset in bytes."""
+
+    def try_read(self, offset: int, buffer: memoryview) -> bool:
+        """Fill ``buffer`` without waiting for a disk; False when that is not possible now."""
+
+    def read(self, offset: int, buffer: memoryview) -> None:
+        """Fill ``buffer``; EIO when the layer ends before it is full."""
+
+    def write(self, offset: int, data: Buffer) -> None:
+        """Write all of ``data``; on an error any part of it may have been written."""
+
+    def write_zeroes(self, offset: int, length: int) -> None:
+        """Make the range read as zeroes while keeping it allocated."""
+
+    def punch(self, offset: int, length: int) -> None:
+        """Give the range's space back; it then reads as zeroes."""
+
+    def cache(self, offset: int, length: int) -> None:
+        """Ask for the range to be read ahead into the page cache."""
+
+    def sync(self) -> None:
+        """Make every write and punch that returned before durable."""
+
+    def allocated(self) -> int:
+        """Bytes of disk space in use."""
+
+    def close(self) -> None:
+        """Release descriptors; no other call may follow."""
+
+
+class LogFile(Protocol):
+    """A file that grows at its end."""
+
+    def append(self, data: Buffer) -> None:
+        """Write at the end."""
+
+    def reserve(self, length: int) -> None:
+        """Guarantee that ``length`` further bytes can be appended whatever fills the disk."""
+
+    def sync(self) -> None:
+        """Make everything appended before durable."""
+
+    def close(self) -> None:
+        """Release descriptors; no other call may follow."""
+
+
+class LayerClaim(Protocol):
+    """A hold on a layer against other processes, until released or until the process ends."""
+
+    def release(self) -> None:
+        """Let go; a second call does nothing."""
+
+
+class LayerStore(Protocol):
+    """Where layers and records live."""
+
+    async def lock(self) -> None:
+        """Become the one owner of the store; InUseError when another process is."""
+
+    async def unlock(self) -> None:
+        """Stop being the owner."""
+
+    async def space(self) -> Space:
+        """Room left and in all."""
+
+    async def release_reserve(self) -> bool:
+        """Free the space kept back for metadata, when there is any; whether some was freed."""
+
+    async def keep_reserve(self) -> None:
+        """Keep that space back again; does nothing when there is none to spare."""
+
+    async def list_layers(self) -> list[str]:
+        """Names of all layers."""
+
+    async def create_layer(self, layer: str) -> None:
+        """Make an empty layer."""
+
+    async def delete_layer(self, layer: str) -> None:
+        """Remove a layer and all that it owns; a layer that is gone already is no error."""
+
+    async def open_data(self, layer: str, *, writable: bool) -> DataFile:
+        """Open the data of a layer."""
+
+    async def create_log(self, layer: str, log: str, content: bytes) -> None:
+        """Make a log with this content, replacing one of that name atomically."""
+
+    async def open_log(self, layer: str, log: str, end: int) -> LogFile:
+        """Open a log to append at byte ``end``, which callers found by reading it."""
+
+    async def read_log(self, layer: str, log: str) -> bytes | None:
+        """The whole content of a log, space reserved at its end included; None: no such log."""
+
+    async def delete_log(self, layer: str, log: str) -> None:
+        """Remove a log; one that is gone already is no error."""
+
+    async def pin_layer(self, layer: str) -> LayerClaim:
+        """Share the layer with readers of other processes; InUseError while it is claimed."""
+
+    async def claim_layer(self, layer: str) -> LayerClaim | None:
+        """Have the layer exclusively; None while a process pins it."""
+
+    async def list_records(self, kind: str) -> list[str]:
+        """Names of the records of a kind."""
+
+    async def read_record(self, kind: str, name: str) -> bytes:
+        """One record; NotFoundError."""
+
+    async def commit_record(self, kind: str, name: str, content: bytes) -> None:
+        """Create or replace a record: after a crash it is the old or the new one, whole."""
+
+    async def delete_record(self, kind: str, name: str) -> None:
+        """Remove a record; one that is gone already is no error."""
+
+    def describe(self, layer: str, log: str) -> str:
+        """Where a log is, for messages."""
+
+    def describe_record(self, kind: str, name: str) -> str:
+        """Where a record is, for messages."""

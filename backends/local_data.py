@@ -1,0 +1,195 @@
+"""Layer data in sparse local files.
+
+A file system ends a file somewhere (ext4 just short of 16 TiB), and a row of smaller files keeps
+every operation on one of them cheap, so a layer's data is cut at each TiB: ``data-00000`` holds
+volume offsets 0 to 1 TiB, ``data-00001`` the next, and so on. A file is made when the first byte
+is written to it; one that is missing holds no blocks.
+
+``try_read`` assumes Linux's ``preadv2`` with RWF_NOWAIT: a page that is not in the page cache makes
+it return short or raise BlockingIOError, and the caller then reads in a thread. A file system
+that lacks the flag (EOPNOTSUPP) is read in threads only.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+from pathlib import Path
+
+from backends.layers import Buffer
+
+ROW_SHIFT = 40
+ROW_SIZE = 1 << ROW_SHIFT
+_ROW_MASK = ROW_SIZE - 1
+
+_FALLOC_FL_KEEP_SIZE = 0x01
+_FALLOC_FL_PUNCH_HOLE = 0x02
+_FALLOC_FL_ZERO_RANGE = 0x10
+_ZEROES = memoryview(bytes(1 << 20))
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
+_libc.fallocate.restype = ctypes.c_int
+
+
+def fallocate(descriptor: int, mode: int, offset: int, length: int) -> None:
+    """``fallocate(2)`` with its mode, which Python's os module does not offer."""
+    while _libc.fallocate(descriptor, mode, offset, length) != 0:
+        number = ctypes.get_errno()
+        if number != errno.EINTR:
+            raise OSError(number, os.strerror(number))
+
+
+class LocalDataFile:
+    """The data of one layer as a row of sparse files in a directory (see the module's text).
+
+    Descriptors are opened when first needed and kept; ``sync`` visits only rows written since.
+    """
+
+    def __init__(self, directory: Path, *, writable: bool) -> None:
+        self._directory = directory
+        self._writable = writable
+        self._rows: dict[int, int] = {}
+        self._dirty: set[int] = set()
+        self._nowait = os.RWF_NOWAIT
+        for path in sorted(directory.glob("data-*")):
+            self._rows[int(path.name[5:])] = os.open(
+                path, (os.O_RDWR if writable else os.O_RDONLY) | os.O_CLOEXEC
+            )
+
+    def _row_for_write(self, row: int) -> int:
+        descriptor = self._rows.get(row)
+        if descriptor is None:
+            path = self._directory / f"data-{row:05d}"
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            # The directory entry must be as durable as the first block that is synced.
+            directory = os.open(self._directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            try:
+                os.fsync(directory)
+            except OSError:
+                os.close(descriptor)
+                raise
+            finally:
+                os.close(directory)
+            self._rows[row] = descriptor
+        return descriptor
+
+    def try_read(self, offset: int, buffer: memoryview) -> bool:
+        length = len(buffer)
+        row = offset >> ROW_SHIFT
+        position = offset & _ROW_MASK
+        if position + length > ROW_SIZE:
+            return False
+        try:
+            return os.preadv(self._rows[row], (buffer,), position, self._nowait) == length
+        except BlockingIOError:
+            return False
+        except KeyError:
+            raise OSError(errno.EIO, f"{self._directory}/data-{row:05d} is missing") from None
+        except OSError as error:
+            if error.errno == errno.EOPNOTSUPP:
+                return False
+            raise
+
+    def read(self, offset: int, buffer: memoryview) -> None:
+        while len(buffer) > 0:
+            row = offset >> ROW_SHIFT
+            position = offset & _ROW_MASK
+            part = buffer[: ROW_SIZE - position]
+            descriptor = self._rows.get(row)
+            got = 0 if descriptor is None else os.preadv(descriptor, (part,), position)
+            if got == 0:
+                raise OSError(
+                    errno.EIO, f"{self._directory}/data-{row:05d} ends before offset {position}"
+                )
+            buffer = buffer[got:]
+            offset += got
+
+    def write(self, offset: int, data: Buffer) -> None:
+        row = offset >> ROW_SHIFT
+        position = offset & _ROW_MASK
+        length = len(data)
+        if position + length <= ROW_SIZE:
+            descriptor = self._rows.get(row)
+            if descriptor is None:
+                descriptor = self._row_for_write(row)
+            written = os.pwrite(descriptor, data, position)
+            # Only after the write: a sync in another thread must not clear the mark before it.
+            self._dirty.add(row)
+            if written == length:
+                return
+            data = memoryview(data)[written:]
+            offset += written
+        view = memoryview(data)
+        while len(view) > 0:
+            row = offset >> ROW_SHIFT
+            position = offset & _ROW_MASK
+            part = view[: ROW_SIZE - position]
+            written = os.pwrite(self._row_for_write(row), part, position)
+            self._dirty.add(row)
+            view = view[written:]
+            offset += written
+
+    def write_zeroes(self, offset: int, length: int) -> None:
+        for row, position, count in _pieces(offset, length):
+            descriptor = self._row_for_write(row)
+            try:
+                fallocate(descriptor, _FALLOC_FL_ZERO_RANGE, position, count)
+            except OSError as error:
+                if error.errno != errno.EOPNOTSUPP:
+                    raise
+                done = 0
+                while done < count:
+                    done += os.pwrite(descriptor, _ZEROES[: count - done], position + done)
+            self._dirty.add(row)
+
+    def punch(self, offset: int, length: int) -> None:
+        for row, position, count in _pieces(offset, length):
+            if row not in self._rows:
+                continue
+            try:
+                fallocate(
+                    self._row_for_write(row),
+                    _FALLOC_FL_PUNCH_HOLE | _FALLOC_FL_KEEP_SIZE,
+                    position,
+                    count,
+                )
+            except OSError as error:
+                # Space is not given back there; what the blocks read as is not decided here.
+                if error.errno != errno.EOPNOTSUPP:
+                    raise
+            self._dirty.add(row)
+
+    def cache(self, offset: int, length: int) -> None:
+        for row, position, count in _pieces(offset, length):
+            descriptor = self._rows.get(row)
+            if descriptor is not None:
+                os.posix_fadvise(descriptor, position, count, os.POSIX_FADV_WILLNEED)
+
+    def sync(self) -> None:
+        # Rows written from here on are the next sync's; a failed one is never taken as done.
+        rows = list(self._dirty)
+        self._dirty.difference_update(rows)
+        for row in rows:
+            os.fdatasync(self._rows[row])
+
+    def allocated(self) -> int:
+        return sum(os.fstat(descriptor).st_blocks * 512 for descriptor in self._rows.values())
+
+    def close(self) -> None:
+        for descriptor in self._rows.values():
+            os.close(descriptor)
+        self._rows.clear()
+
+
+def _pieces(offset: int, length: int) -> list[tuple[int, int, int]]:
+    """Cut a range at the rows' borders: (row, position in it, length)."""
+    pieces = []
+    end = offset + length
+    while offset < end:
+        position = offset & _ROW_MASK
+        count = min(end - offset, ROW_SIZE - position)
+        pieces.append((offset >> ROW_SHIFT, position, count))
+        offset += count
+    return pieces

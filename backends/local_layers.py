@@ -1,0 +1,272 @@
+"""Layers and records in a local directory.
+
+::
+
+    DATA/lock                        held (flock) by the process that owns the directory
+    DATA/reserve                     space kept back for metadata when the disk is full
+    DATA/<kind>/<name>               records, one file each
+    DATA/layers/<layer>/data-00000   a layer's data, a file a TiB (see local_data.py)
+    DATA/layers/<layer>/<log>        a layer's logs
+    DATA/layers/<layer>/claim        flock: shared by readers of other processes, or exclusive
+
+A file that must appear or change whole is written under a name starting with ``.new-``, synced,
+renamed, and its directory is synced. Leftovers of that name are removed when the store is locked.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import fcntl
+import os
+import secrets
+import shutil
+from pathlib import Path
+
+import aiofiles
+import aiofiles.os
+
+from backends.errors import InUseError, InvalidError, NoSpaceError, NotFoundError
+from backends.layers import Buffer, Space
+from backends.local_data import LocalDataFile
+
+_NEW = ".new-"
+RESERVE_SIZE = 8 << 20
+RECORD_KINDS = ("volumes", "transactions", "merges")
+
+
+class LocalLogFile:
+    """A log open for appending at ``end``; what lies behind it is reserved space, all zeroes."""
+
+    def __init__(self, path: Path, end: int) -> None:
+        self._descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        self._end = end
+        self._reserved = os.fstat(self._descriptor).st_size
+
+    def append(self, data: Buffer) -> None:
+        view = memoryview(data)
+        position = self._end
+        while len(view) > 0:
+            written = os.pwrite(self._descriptor, view, position)
+            view = view[written:]
+            position += written
+        self._end = position
+
+    def reserve(self, length: int) -> None:
+        if self._end + length > self._reserved:
+            os.posix_fallocate(self._descriptor, self._end, length)
+            self._reserved = self._end + length
+
+    def sync(self) -> None:
+        os.fdatasync(self._descriptor)
+
+    def close(self) -> None:
+        os.close(self._descriptor)
+
+
+class FileClaim:
+    """An flock on a file, gone with the process at the latest."""
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor = descriptor
+
+    def release(self) -> None:
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+
+class LocalLayerStore:
+    """A LayerStore in the directory ``path`` (see the module's text)."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._lock: FileClaim | None = None
+
+    # Ownership
+
+    async def lock(self) -> None:
+        try:
+            self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
+            for directory in ("layers", *RECORD_KINDS):
+                (self.path / directory).mkdir(mode=0o700, exist_ok=True)
+            descriptor = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            raise InvalidError(
+                f"data directory {self.path} cannot be used: {error.strerror}"
+            ) from error
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(descriptor)
+            raise InUseError(
+                f"data directory {self.path} is in use by another nbdserve process"
+            ) from None
+        self._lock = FileClaim(descriptor)
+        await self._remove_leftovers()
+        await self.keep_reserve()
+
+    async def unlock(self) -> None:
+        if self._lock is not None:
+            self._lock.release()
+            self._lock = None
+
+    async def _remove_leftovers(self) -> None:
+        def remove() -> None:
+            for pattern in (f"*/{_NEW}*", f"layers/*/{_NEW}*"):
+                for path in self.path.glob(pattern):
+                    if path.is_dir():
+                        shutil.rmtree(path)
+                    else:
+                        path.unlink()
+
+        await asyncio.to_thread(remove)
+
+    # Space
+
+    async def space(self) -> Space:
+        status = await asyncio.to_thread(os.statvfs, self.path)
+        return Space(status.f_bavail * status.f_frsize, status.f_blocks * status.f_frsize)
+
+    async def release_reserve(self) -> bool:
+        try:
+            await aiofiles.os.unlink(self.path / "reserve")
+        except FileNotFoundError:
+            return False
+        return True
+
+    async def keep_reserve(self) -> None:
+        path = self.path / "reserve"
+        space = await self.space()
+        if space.free < 4 * RESERVE_SIZE or await aiofiles.os.path.exists(path):
+            return
+        with contextlib.suppress(OSError):
+            async with aiofiles.open(path, "xb") as file:
+                await asyncio.to_thread(os.posix_fallocate, file.fileno(), 0, RESERVE_SIZE)
+
+    # Layers
+
+    def _layer(self, layer: str) -> Path:
+        return self.path / "layers" / layer
+
+    async def list_layers(self) -> list[str]:
+        return sorted(await aiofiles.os.listdir(self.path / "layers"))
+
+    async def create_layer(self, layer: str) -> None:
+        await aiofiles.os.mkdir(self._layer(layer), 0o700)
+        await _sync_directory(self.path / "layers")
+
+    async def delete_layer(self, layer: str) -> None:
+        path = self._layer(layer)
+        gone = path.with_name(_NEW + layer)
+        try:
+            await aiofiles.os.rename(path, gone)
+        except FileNotFoundError:
+            return
+        await asyncio.to_thread(shutil.rmtree, gone)
+        await _sync_directory(self.path / "layers")
+
+    async def open_data(self, layer: str, *, writable: bool) -> LocalDataFile:
+        path = self._layer(layer)
+        if not await aiofiles.os.path.isdir(path):
+            raise NotFoundError(f"layer {path} is missing")
+        return await asyncio.to_thread(LocalDataFile, path, writable=writable)
+
+    async def create_log(self, layer: str, log: str, content: bytes) -> None:
+        await _replace(self._layer(layer) / log, content)
+
+    async def open_log(self, layer: str, log: str, end: int) -> LocalLogFile:
+        return await asyncio.to_thread(LocalLogFile, self._layer(layer) / log, end)
+
+    async def read_log(self, layer: str, log: str) -> bytes | None:
+        try:
+            async with aiofiles.open(self._layer(layer) / log, "rb") as file:
+                return await file.read()
+        except FileNotFoundError:
+            return None
+
+    async def delete_log(self, layer: str, log: str) -> None:
+        await _unlink(self._layer(layer) / log)
+
+    async def pin_layer(self, layer: str) -> FileClaim:
+        claim = await self._flock(layer, fcntl.LOCK_SH)
+        if claim is None:
+            raise InUseError(f"layer {self._layer(layer)} is being merged; try again later")
+        return claim
+
+    async def claim_layer(self, layer: str) -> FileClaim | None:
+        return await self._flock(layer, fcntl.LOCK_EX)
+
+    async def _flock(self, layer: str, operation: int) -> FileClaim | None:
+        path = self._layer(layer) / "claim"
+        try:
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        except FileNotFoundError:
+            raise NotFoundError(f"layer {path.parent} is missing") from None
+        try:
+            fcntl.flock(descriptor, operation | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(descriptor)
+            return None
+        return FileClaim(descriptor)
+
+    # Records
+
+    async def list_records(self, kind: str) -> list[str]:
+        names = await aiofiles.os.listdir(self.path / kind)
+        return sorted(name for name in names if not name.startswith(_NEW))
+
+    async def read_record(self, kind: str, name: str) -> bytes:
+        try:
+            async with aiofiles.open(self.path / kind / name, "rb") as file:
+                return await file.read()
+        except FileNotFoundError:
+            raise NotFoundError(f"{self.describe_record(kind, name)} is missing") from None
+
+    async def commit_record(self, kind: str, name: str, content: bytes) -> None:
+        await _replace(self.path / kind / name, content)
+
+    async def delete_record(self, kind: str, name: str) -> None:
+        await _unlink(self.path / kind / name)
+
+    def describe(self, layer: str, log: str) -> str:
+        return str(self._layer(layer) / log)
+
+    def describe_record(self, kind: str, name: str) -> str:
+        return str(self.path / kind / name)
+
+
+async def _replace(path: Path, content: bytes) -> None:
+    """Write a file whole: temporary file, fsync, rename, fsync of the directory."""
+    temporary = path.with_name(f"{_NEW}{path.name}-{secrets.token_hex(4)}")
+    try:
+        async with aiofiles.open(temporary, "xb") as file:
+            await file.write(content)
+            await file.flush()
+            await asyncio.to_thread(os.fsync, file.fileno())
+        await aiofiles.os.replace(temporary, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            await aiofiles.os.unlink(temporary)
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise NoSpaceError(f"no space left on the file system of {path.parent}") from error
+        raise
+    await _sync_directory(path.parent)
+
+
+async def _unlink(path: Path) -> None:
+    with contextlib.suppress(FileNotFoundError):
+        await aiofiles.os.unlink(path)
+        await _sync_directory(path.parent)
+
+
+async def _sync_directory(path: Path) -> None:
+    def sync() -> None:
+        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+    await asyncio.to_thread(sync)

@@ -1,0 +1,229 @@
+"""The extent log: which blocks a layer holds, on disk. Journal, index and merge log are all one.
+
+A log is a row of 512-byte **sectors**, the unit that a disk writes whole or not at all::
+
+    4 bytes   CRC-32 of bytes 4 to 512, begun with the CRC-32 of the layer's name
+    2 bytes   length of the payload
+    n bytes   payload, msgpack
+    …         zeroes
+
+Sector 0 is the header: ``[format, layer, log]``. Every other sector is
+``[sequence, durable, data, zero]``: ``sequence`` counts 1, 2, 3…; ``durable`` is the sequence up to
+which the log was known to be on stable storage when this sector was written; ``data`` and ``zero``
+list the extents that the layer took with data and those that it says are zero, each as
+``[gap, blocks, gap, blocks…]``, a gap being counted from the end of the extent before. Later
+sectors override earlier ones. A **sealed** log (an index) ends in ``[sequence, durable, [], [],
+extents]``, ``extents`` being how many it holds in all.
+
+Behind the last sector lies reserved space: zeroes, so that recording what was written never fails
+for want of space.
+
+**Reading back.** A sector is a valid one, or all zeroes (never written, or lost in a power cut
+before it was synced). Anything else is damage, since sectors are never overwritten: CorruptError
+names the file and the offset. The first zero sector ends the log; when a later one claims that the
+missing one was durable, that is damage too. Valid sectors behind a gap were never synced: they are
+ignored, and the reader is told (``ragged``) to rewrite the log before it appends.
+"""
+
+from __future__ import annotations
+
+import struct
+import zlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import msgpack
+
+from backends.errors import CorruptError
+from snapshots.owner_map import DATA, ZERO, OwnerMap
+
+SECTOR = 512
+FORMAT = 1
+JOURNAL = "journal"
+INDEX = "index"
+MERGE = "merge"
+
+_HEAD = struct.Struct("<IH")
+_PAYLOAD = SECTOR - _HEAD.size
+_EMPTY = bytes(SECTOR)
+# [sequence, durable, data, zero] with 9-byte integers and 3-byte array headers, and to spare.
+_FIXED = 32
+# The fewest extents that fit a sector: two 5-byte numbers each (a block number is below 2**32).
+EXTENTS_PER_SECTOR = (_PAYLOAD - _FIXED) // 10
+
+Run = tuple[int, int, int]
+"""(first block, end block, DATA or ZERO)"""
+
+
+def encode_header(layer: str, log: str) -> bytes:
+    """Sector 0 of a new log."""
+    return _sector(layer, [FORMAT, layer, log])
+
+
+def encode_extents(layer: str, runs: Iterable[Run], sequence: int) -> Iterator[bytes]:
+    """Sectors for ``runs`` (ascending, disjoint), the first numbered ``sequence`` + 1.
+
+    ``sequence`` must be durable already.
+    """
+    durable = sequence
+    lists: dict[int, list[int]] = {DATA: [], ZERO: []}
+    ends = {DATA: 0, ZERO: 0}
+    room = _PAYLOAD - _FIXED
+    for first, end, kind in runs:
+        gap = first - ends[kind]
+        cost = _integer_size(gap) + _integer_size(end - first)
+        if cost > room:
+            sequence += 1
+            yield _sector(layer, [sequence, durable, lists[DATA], lists[ZERO]])
+            lists = {DATA: [], ZERO: []}
+            ends = {DATA: 0, ZERO: 0}
+            gap = first
+            room = _PAYLOAD - _FIXED
+            cost = _integer_size(gap) + _integer_size(end - first)
+        lists[kind] += (gap, end - first)
+        ends[kind] = end
+        room -= cost
+    if lists[DATA] or lists[ZERO]:
+        sequence += 1
+        yield _sector(layer, [sequence, durable, lists[DATA], lists[ZERO]])
+
+
+def encode_log(layer: str, log: str, runs: Iterable[Run], *, sealed: bool) -> tuple[bytes, int]:
+    """A whole log and the sequence of its last sector; ``sealed`` adds the end mark."""
+    count = 0
+
+    def counted() -> Iterator[Run]:
+        nonlocal count
+        for run in runs:
+            count += 1
+            yield run
+
+    content = bytearray(encode_header(layer, log))
+    for sector in encode_extents(layer, counted(), 0):
+        content += sector
+    sequence = len(content) // SECTOR - 1
+    if sealed:
+        sequence += 1
+        content += _sector(layer, [sequence, 0, [], [], count])
+    return bytes(content), sequence
+
+
+@dataclass
+class LogState:
+    """What reading a log found: its last sequence, its end and size in bytes, and whether it must
+    be rewritten before anything is appended."""
+
+    sequence: int
+    end: int
+    ragged: bool
+    size: int
+
+
+def read_log(
+    content: bytes,
+    layer: str,
+    log: str,
+    into: OwnerMap,
+    where: str,
+    data: int = DATA,
+    zero: int = ZERO,
+) -> LogState:
+    """Apply a log to ``into``, storing ``data`` and ``zero`` for the two kinds of extent.
+
+    An INDEX must end in its end mark; a JOURNAL or MERGE log ends at its first zero sector.
+    CorruptError when a byte of it is not right.
+    """
+    if len(content) < SECTOR:
+        raise CorruptError(f"{where}: cut short at offset {len(content)}")
+    seed = zlib.crc32(layer.encode())
+    header = _payload(content, 0, seed, where)
+    if header is None or header[:1] != [FORMAT] or header[1:] != [layer, log]:
+        raise CorruptError(f"{where}: offset 0 is not the header of this {log}")
+    sequence = 0
+    extents = 0
+    offset = SECTOR
+    sealed = False
+    try:
+        while offset + SECTOR <= len(content) and not sealed:
+            payload = _payload(content, offset, seed, where)
+            if payload is None:
+                break
+            if payload[0] != sequence + 1:
+                raise CorruptError(
+                    f"{where}: sector {payload[0]} at offset {offset}, {sequence + 1} expected"
+                )
+            sequence += 1
+            offset += SECTOR
+            extents += _apply(payload[2], data, into) + _apply(payload[3], zero, into)
+            if len(payload) == 5:
+                sealed = True
+                if payload[4] != extents:
+                    raise CorruptError(
+                        f"{where}: {extents} extents before offset {offset}, {payload[4]} expected"
+                    )
+    except (TypeError, IndexError, ValueError) as error:
+        raise CorruptError(f"{where}: malformed sector at offset {offset}") from error
+    if log == INDEX:
+        if not sealed or len(content) != offset:
+            raise CorruptError(f"{where}: the end mark is missing at offset {offset}")
+        return LogState(sequence, offset, False, len(content))
+    ragged = _check_tail(content, offset, seed, sequence, where)
+    return LogState(sequence, offset, ragged, len(content))
+
+
+def _check_tail(content: bytes, offset: int, seed: int, sequence: int, where: str) -> bool:
+    """Whether unsynced sectors lie behind the end; CorruptError when a synced one is missing."""
+    if not content[offset:].strip(b"\0"):
+        return False
+    gap = offset
+    while offset < len(content):
+        payload = _payload(content, offset, seed, where)
+        if payload is not None and payload[1] > sequence:
+            raise CorruptError(f"{where}: the sector at offset {gap} is lost")
+        offset += SECTOR
+    return True
+
+
+def _apply(numbers: list[int], value: int, into: OwnerMap) -> int:
+    position = 0
+    pairs = iter(numbers)
+    blocks = into.blocks
+    for gap in pairs:
+        first = position + gap
+        position = first + next(pairs)
+        if gap < 0 or position <= first or position > blocks:
+            raise ValueError("extent outside the volume")
+        into.set(first, position, value)
+    return len(numbers) // 2
+
+
+def _sector(layer: str, payload: list[Any]) -> bytes:
+    body: bytes = msgpack.packb(payload)
+    tail = struct.pack("<H", len(body)) + body + bytes(_PAYLOAD - len(body))
+    return struct.pack("<I", zlib.crc32(tail, zlib.crc32(layer.encode()))) + tail
+
+
+def _payload(content: bytes, offset: int, seed: int, where: str) -> list[Any] | None:
+    """The payload of one sector; None when it is all zeroes."""
+    sector = content[offset : offset + SECTOR]
+    if not sector.strip(b"\0"):
+        return None
+    if len(sector) == SECTOR:
+        check, length = _HEAD.unpack_from(sector)
+        if check == zlib.crc32(sector[4:], seed) and length <= _PAYLOAD:
+            payload = msgpack.unpackb(sector[_HEAD.size : _HEAD.size + length])
+            if isinstance(payload, list):
+                return payload
+    raise CorruptError(f"{where}: damaged sector at offset {offset}")
+
+
+def _integer_size(number: int) -> int:
+    """Bytes that msgpack takes for a non-negative integer."""
+    if number < 0x80:
+        return 1
+    if number < 0x100:
+        return 2
+    if number < 0x10000:
+        return 3
+    return 5 if number < 0x100000000 else 9

@@ -1,0 +1,97 @@
+"""Open layers, shared by every view that reads them, and the maps of what they hold."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass, field
+
+from backends.errors import CorruptError, NotFoundError
+from backends.layers import DataFile, LayerStore
+from snapshots.extent_log import INDEX, JOURNAL, MERGE, LogState, encode_log, read_log
+from snapshots.owner_map import DATA, ZERO, OwnerMap
+
+_THREAD_FROM = 1 << 16
+
+
+@dataclass
+class OpenLayer:
+    """A layer's data, open; ``users`` counts the views and heads that hold it."""
+
+    name: str
+    data: DataFile
+    users: int = 0
+
+
+@dataclass
+class LayerPool:
+    """Every layer that is open in this process, once."""
+
+    store: LayerStore
+    _open: dict[str, OpenLayer] = field(default_factory=dict)
+    _lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+
+    async def acquire(self, name: str) -> OpenLayer:
+        """Open a layer, or share it when it is open."""
+        async with self._lock:
+            layer = self._open.get(name)
+            if layer is None:
+                layer = OpenLayer(name, await self.store.open_data(name, writable=True))
+                self._open[name] = layer
+            layer.users += 1
+            return layer
+
+    def release(self, layer: OpenLayer) -> None:
+        """Undo one ``acquire``; the last one closes the data."""
+        layer.users -= 1
+        if layer.users == 0:
+            del self._open[layer.name]
+            layer.data.close()
+
+
+async def apply_layer(
+    store: LayerStore, layer: str, into: OwnerMap, data: int = DATA, zero: int = ZERO
+) -> LogState:
+    """Apply what ``layer`` holds to ``into``: its index when it is sealed, else its journal."""
+    for log in (INDEX, JOURNAL):
+        content = await store.read_log(layer, log)
+        if content is not None:
+            return await _apply(store, content, layer, log, into, data, zero)
+    raise NotFoundError(f"{store.describe(layer, JOURNAL)} is missing: the layer cannot be read")
+
+
+async def apply_merge(
+    store: LayerStore, layer: str, into: OwnerMap, data: int = DATA, zero: int = ZERO
+) -> LogState | None:
+    """Apply the merge log of ``layer``, the extents that it took over so far; None: no such log."""
+    content = await store.read_log(layer, MERGE)
+    if content is None:
+        return None
+    return await _apply(store, content, layer, MERGE, into, data, zero)
+
+
+async def _apply(
+    store: LayerStore, content: bytes, layer: str, log: str, into: OwnerMap, data: int, zero: int
+) -> LogState:
+    where = store.describe(layer, log)
+    if len(content) < _THREAD_FROM:
+        return read_log(content, layer, log, into, where, data, zero)
+    return await asyncio.to_thread(read_log, content, layer, log, into, where, data, zero)
+
+
+async def write_index(store: LayerStore, layer: str, holds: OwnerMap) -> None:
+    """Give ``layer`` its compact, sealed index of what ``holds`` says; its journal goes."""
+    content, _ = await asyncio.to_thread(
+        encode_log, layer, INDEX, holds.runs(0, holds.blocks), sealed=True
+    )
+    await store.create_log(layer, INDEX, content)
+    await store.delete_log(layer, JOURNAL)
+
+
+async def seal_journal(store: LayerStore, layer: str, blocks: int) -> OwnerMap:
+    """Turn a sealed layer's journal into its index; return what the layer holds."""
+    holds = OwnerMap(blocks)
+    state = await apply_layer(store, layer, holds)
+    if state.ragged:
+        raise CorruptError(f"{store.describe(layer, JOURNAL)}: unsynced sectors in a sealed layer")
+    await write_index(store, layer, holds)
+    return holds

@@ -1,0 +1,163 @@
+"""Manifests: what the data directory knows of volumes, snapshots and merges, as records.
+
+A **volume's manifest** is the truth about it: its size, the tree of layers that it and its
+snapshots stand on, and which layer is the head. A snapshot names the layer on top of its stack;
+a stack is read from there down through the parents. Layers are shared by clones, so a layer
+may stand in several manifests; it lives as long as any names it.
+
+``generation`` grows with every commit, so a transaction (several manifests committed as one) can be
+replayed after a crash without undoing anything later.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, TypeVar
+
+from backends.errors import CorruptError
+from snapshots.records import pack_record, unpack_record
+
+T = TypeVar("T")
+
+VERSION = 1
+MAX_LAYERS = 250
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A named, immutable state: ``layer`` is the top of its stack; times in seconds since 1970."""
+
+    name: str
+    id: str
+    size: int
+    created: float
+    layer: str
+    labels: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """One volume (see the module's text); ``parents`` maps each layer to the one below or ''."""
+
+    id: str
+    name: str
+    size: int
+    created: float
+    generation: int
+    head: str
+    parents: dict[str, str]
+    snapshots: tuple[Snapshot, ...] = field(default=())
+
+    def stack(self, top: str) -> list[str]:
+        """Layers from the oldest to ``top``."""
+        layers: list[str] = []
+        while top:
+            layers.append(top)
+            if len(layers) > len(self.parents):
+                raise CorruptError(
+                    f"volume {self.name}: the layers below {layers[0]} form a circle"
+                )
+            top = self.parents[top]
+        layers.reverse()
+        return layers
+
+    def find(self, snapshot: str) -> Snapshot | None:
+        """The snapshot of that name."""
+        return next((found for found in self.snapshots if found.name == snapshot), None)
+
+    def tops(self) -> Iterator[str]:
+        """The layers on which a snapshot ends."""
+        return (snapshot.layer for snapshot in self.snapshots)
+
+    def changed(self, **changes: Any) -> Manifest:
+        """The next generation, with ``changes``; layers that nothing stands on are left out."""
+        new = replace(self, generation=self.generation + 1, **changes)
+        reachable: dict[str, str] = {}
+        for top in (new.head, *new.tops()):
+            layer = top
+            while layer and layer not in reachable:
+                reachable[layer] = new.parents[layer]
+                layer = new.parents[layer]
+        return replace(new, parents=reachable)
+
+    def without_layer(self, layer: str) -> Manifest:
+        """The next generation, in which what stood on ``layer`` stands on the one below it."""
+        below = self.parents[layer]
+        parents = {
+            child: below if parent == layer else parent
+            for child, parent in self.parents.items()
+            if child != layer
+        }
+        return self.changed(parents=parents)
+
+    def pack(self) -> bytes:
+        """As a record."""
+        return pack_record(VERSION, self.as_map())
+
+    def as_map(self) -> dict[str, Any]:
+        """As msgpack can hold it."""
+        return asdict(self)
+
+
+def unpack_manifest(content: bytes, where: str) -> Manifest:
+    """Read a volume's record; CorruptError when it is not a sound one."""
+    return _checked(where, lambda: manifest_from_map(unpack_record(content, VERSION, where)))
+
+
+def manifest_from_map(found: dict[str, Any]) -> Manifest:
+    """Inverse of ``as_map``; TypeError, KeyError or ValueError when something does not fit."""
+    snapshots = tuple(Snapshot(**snapshot) for snapshot in found["snapshots"])
+    manifest = Manifest(**{**found, "snapshots": snapshots})
+    layers = [manifest.head, *manifest.tops(), *(p for p in manifest.parents.values() if p)]
+    if not all(layer in manifest.parents for layer in layers):
+        raise ValueError("a layer is named but not listed")
+    for top in (manifest.head, *manifest.tops()):
+        manifest.stack(top)
+    return manifest
+
+
+def pack_transaction(manifests: list[Manifest]) -> bytes:
+    """Several manifests that are committed as one."""
+    return pack_record(VERSION, {"manifests": [manifest.as_map() for manifest in manifests]})
+
+
+def unpack_transaction(content: bytes, where: str) -> list[Manifest]:
+    """Read a transaction's record."""
+    return _checked(
+        where,
+        lambda: [
+            manifest_from_map(found)
+            for found in unpack_record(content, VERSION, where)["manifests"]
+        ],
+    )
+
+
+@dataclass(frozen=True)
+class Merge:
+    """Two neighbouring sealed layers that become one: ``target``, which is one of them."""
+
+    lower: str
+    upper: str
+    target: str
+
+    @property
+    def source(self) -> str:
+        """The layer that goes."""
+        return self.lower if self.target == self.upper else self.upper
+
+    def pack(self) -> bytes:
+        """As a record; its name is the target's."""
+        return pack_record(VERSION, asdict(self))
+
+
+def unpack_merge(content: bytes, where: str) -> Merge:
+    """Read a merge's record."""
+    return _checked(where, lambda: Merge(**unpack_record(content, VERSION, where)))
+
+
+def _checked(where: str, read: Callable[[], T]) -> T:
+    try:
+        return read()
+    except (TypeError, KeyError, ValueError, AttributeError) as error:
+        raise CorruptError(f"{where}: fields are missing or of the wrong kind") from error

@@ -1,0 +1,140 @@
+"""One byte a block: the flat map that answers "who owns block b" in O(1).
+
+Two uses. In a **view** of a volume the value is the slot of the layer that holds the block, 0 when
+the block reads as zeroes. In the map of a single **layer** the value is DATA or ZERO, 0 when the
+layer says nothing of the block.
+
+The bytes live in an anonymous mapping that costs memory only where it was written: 16 TiB of
+volume are 4 GiB of addresses and no memory. Beside it one byte for each *region* of 32,768 blocks
+(128 MiB of volume) says whether anything but 0 was ever stored there, so scans skip what is empty.
+Huge pages are refused: with them one block would cost 2 MiB.
+
+Scans use ``re`` and ``find`` on the mapping itself: both run in C and copy nothing.
+"""
+
+from __future__ import annotations
+
+import mmap
+import re
+from collections.abc import Iterator
+
+DATA = 1
+ZERO = 2
+
+REGION_SHIFT = 15
+REGION = 1 << REGION_SHIFT
+_MAP_NORESERVE = 0x4000
+
+_NOT = [re.compile(b"[^" + re.escape(bytes([value])) + b"]", re.DOTALL) for value in range(256)]
+
+
+class OwnerMap:
+    """``blocks`` bytes, all 0 at first; ``raw`` is the mapping itself, for loops that only read."""
+
+    def __init__(self, blocks: int) -> None:
+        self.blocks = blocks
+        self.raw = mmap.mmap(
+            -1, max(blocks, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
+        )
+        self.raw.madvise(mmap.MADV_NOHUGEPAGE)
+        self._touched = bytearray((blocks + REGION - 1) >> REGION_SHIFT)
+
+    def close(self) -> None:
+        """Give the memory back; no other call may follow."""
+        self.raw.close()
+
+    def set(self, first: int, last: int, value: int) -> None:
+        """Store ``value`` for blocks ``first`` to ``last`` (exclusive)."""
+        raw = self.raw
+        if last - first == 1:
+            raw[first] = value
+            if value:
+                self._touched[first >> REGION_SHIFT] = 1
+            return
+        pattern = bytes((value,))
+        touched = self._touched
+        while first < last:
+            region = first >> REGION_SHIFT
+            end = min(last, (region + 1) << REGION_SHIFT)
+            if value or touched[region]:
+                raw[first:end] = pattern * (end - first)
+                if value:
+                    touched[region] = 1
+            first = end
+
+    def replace(self, first: int, last: int, old: int, new: int) -> None:
+        """Turn every ``old`` between ``first`` and ``last`` (exclusive) into ``new``."""
+        table = bytearray(range(256))
+        table[old] = new
+        for start, end in self._touched_ranges(first, last):
+            self.raw[start:end] = self.raw[start:end].translate(table)
+
+    def count_owned(self) -> int:
+        """How many blocks are not 0."""
+        return sum(
+            end - start - self.raw[start:end].count(0)
+            for start, end in self._touched_ranges(0, self.blocks)
+        )
+
+    def owned_runs(self, first: int, last: int) -> Iterator[tuple[int, int]]:
+        """(start, end) of every run between ``first`` and ``last`` that is not 0, merged."""
+        raw = self.raw
+        find_owned = _NOT[0].search
+        touched = self._touched
+        position = first
+        while position < last:
+            region = position >> REGION_SHIFT
+            if not touched[region]:
+                region = touched.find(1, region)
+                if region < 0:
+                    return
+                position = region << REGION_SHIFT
+                continue
+            region_end = min(last, (region + 1) << REGION_SHIFT)
+            match = find_owned(raw, position, region_end)
+            if match is None:
+                position = region_end
+                continue
+            start = match.start()
+            del match  # it holds the mapping
+            end = raw.find(b"\0", start, last)
+            if end < 0:
+                end = last
+            yield start, end
+            position = end
+
+    def runs(self, first: int, last: int) -> Iterator[tuple[int, int, int]]:
+        """(start, end, value) of every run of one non-zero value between ``first`` and ``last``."""
+        raw = self.raw
+        for start, end in self.owned_runs(first, last):
+            position = start
+            while position < end:
+                value = raw[position]
+                match = _NOT[value].search(raw, position, end)
+                stop = end if match is None else match.start()
+                del match
+                yield position, stop, value
+                position = stop
+
+    def grown(self, blocks: int) -> OwnerMap:
+        """A larger map with the same content."""
+        larger = OwnerMap(blocks)
+        for start, end in self._touched_ranges(0, self.blocks):
+            larger.raw[start:end] = self.raw[start:end]
+        larger._touched[: len(self._touched)] = self._touched
+        return larger
+
+    def _touched_ranges(self, first: int, last: int) -> Iterator[tuple[int, int]]:
+        """The regions between ``first`` and ``last`` that may hold anything, cut to them."""
+        touched = self._touched
+        region = first >> REGION_SHIFT
+        while first < last:
+            region = touched.find(1, region)
+            if region < 0:
+                return
+            start = max(first, region << REGION_SHIFT)
+            end = min(last, (region + 1) << REGION_SHIFT)
+            if start >= last:
+                return
+            yield start, end
+            region += 1

@@ -1,0 +1,243 @@
+"""A view: one state of a volume that can be read, as a stack of layers under an owner map.
+
+A snapshot export is a view; a volume is a view that is written as well (volume.py). Every layer of
+the stack has a **slot**, a byte value of the owner map; slots say nothing of order, so a merge
+or a new head touches only the blocks that it is about.
+
+A read looks at the owners of its blocks. One owner, the usual case, means one read of that layer's
+data at the same offset; several mean one for each run. ``try_read`` does that on the event loop,
+as long as the page cache has it; ``read`` finishes in a thread what is not.
+
+A read in a thread goes by the owners that it saw when it began. Whoever takes bytes away from
+a layer (a merge, closing) changes the owner map first and then waits for ``reads_before_now``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+
+from backends.errors import CorruptError
+from backends.layers import DataFile, LayerStore
+from snapshots.layer import LayerPool, OpenLayer, apply_layer, apply_merge
+from snapshots.manifest import MAX_LAYERS, Merge
+from snapshots.names import BLOCK_SHIFT, BLOCK_SIZE
+from snapshots.owner_map import OwnerMap
+from snapshots.threads import Threads
+
+_ZEROES = bytes(1 << 20)
+_BLOCK_MASK = BLOCK_SIZE - 1
+
+
+class View:
+    """Read access to one state of a volume; all methods on the event loop's thread.
+
+    Offsets and lengths are in bytes and lie within ``size``: whoever faces a client checks that.
+    """
+
+    read_only = True
+    block_size = BLOCK_SIZE
+
+    def __init__(self, name: str, size: int, owners: OwnerMap, threads: Threads) -> None:
+        self.name = name
+        self.size = size
+        self.owners = owners
+        self.stack: list[tuple[int, OpenLayer]] = []
+        self._raw = owners.raw
+        self._files: list[DataFile | None] = [None] * 256
+        self._threads = threads
+        self._reading: set[asyncio.Future[None]] = set()
+
+    # Stack
+
+    def free_slot(self) -> int:
+        """A slot that no layer of the stack has."""
+        used = {slot for slot, _ in self.stack}
+        return next(slot for slot in range(1, 256) if slot not in used)
+
+    def push_layer(self, layer: OpenLayer) -> int:
+        """Put a layer on top of the stack and return its slot; it owns no block yet."""
+        slot = self.free_slot()
+        self.stack.append((slot, layer))
+        self._files[slot] = layer.data
+        return slot
+
+    def drop_layer(self, name: str) -> OpenLayer:
+        """Take a layer that owns no block any more out of the stack."""
+        index, slot = next(
+            (index, slot) for index, (slot, layer) in enumerate(self.stack) if layer.name == name
+        )
+        _, layer = self.stack.pop(index)
+        self._files[slot] = None
+        return layer
+
+    def slot_of(self, name: str) -> int | None:
+        """The slot of a layer, None when it is not in the stack."""
+        return next((slot for slot, layer in self.stack if layer.name == name), None)
+
+    # Reading
+
+    def try_read(self, offset: int, buffer: memoryview) -> bool:
+        """Fill ``buffer`` now, or return False when that would wait for a disk."""
+        length = len(buffer)
+        first = offset >> BLOCK_SHIFT
+        last = (offset + length + _BLOCK_MASK) >> BLOCK_SHIFT
+        owners = self._raw[first:last]
+        if not owners:
+            return True
+        owner = owners[0]
+        if owners.count(owner) == last - first:
+            file = self._files[owner]
+            if file is not None:
+                return file.try_read(offset, buffer)
+            _fill_zeroes(buffer)
+            return True
+        for start, part, file in self._parts(offset, buffer):
+            if file is None:
+                _fill_zeroes(part)
+            elif not file.try_read(start, part):
+                return False
+        return True
+
+    async def read(self, offset: int, buffer: memoryview) -> None:
+        """Fill ``buffer``, in a thread where that waits for a disk; OSError."""
+        waiting: list[tuple[DataFile, int, memoryview]] = []
+        for start, part, file in self._parts(offset, buffer):
+            if file is None:
+                _fill_zeroes(part)
+            elif not file.try_read(start, part):
+                waiting.append((file, start, part))
+        if waiting:
+            reading = self._threads.transfer(_read_all, waiting)
+            self._reading.add(reading)
+            reading.add_done_callback(self._reading.discard)
+            await asyncio.shield(reading)
+
+    def _parts(
+        self, offset: int, buffer: memoryview
+    ) -> list[tuple[int, memoryview, DataFile | None]]:
+        """Cut a read where the owner changes: (offset, part of the buffer, data or None)."""
+        parts: list[tuple[int, memoryview, DataFile | None]] = []
+        end = offset + len(buffer)
+        first = offset >> BLOCK_SHIFT
+        last = (end + _BLOCK_MASK) >> BLOCK_SHIFT
+        position = offset
+        for start, stop, owner in self.owners.runs(first, last):
+            begin = max(start << BLOCK_SHIFT, offset)
+            finish = min(stop << BLOCK_SHIFT, end)
+            if begin > position:
+                parts.append((position, buffer[position - offset : begin - offset], None))
+            part = buffer[begin - offset : finish - offset]
+            parts.append((begin, part, self._files[owner]))
+            position = finish
+        if position < end:
+            parts.append((position, buffer[position - offset :], None))
+        return parts
+
+    def extents(self, offset: int, length: int, limit: int) -> list[tuple[int, bool]]:
+        """Up to ``limit`` runs (length in bytes, holds data) from ``offset`` on, alternating."""
+        end = offset + length
+        first = offset >> BLOCK_SHIFT
+        last = (end + _BLOCK_MASK) >> BLOCK_SHIFT
+        found: list[tuple[int, bool]] = []
+        position = offset
+        for start, stop in self.owners.owned_runs(first, last):
+            begin = max(start << BLOCK_SHIFT, offset)
+            if begin > position:
+                found.append((begin - position, False))
+                position = begin
+            if len(found) >= limit:
+                return found
+            finish = min(stop << BLOCK_SHIFT, end)
+            found.append((finish - begin, True))
+            position = finish
+            if len(found) >= limit:
+                return found
+        if position < end:
+            found.append((end - position, False))
+        return found
+
+    async def cache(self, offset: int, length: int) -> None:
+        """Ask for a range to be brought into the page cache."""
+        first = offset >> BLOCK_SHIFT
+        last = (offset + length + _BLOCK_MASK) >> BLOCK_SHIFT
+        wanted = [
+            (self._files[owner], start << BLOCK_SHIFT, (stop - start) << BLOCK_SHIFT)
+            for start, stop, owner in self.owners.runs(first, last)
+        ]
+
+        def cache_all() -> None:
+            for file, start, count in wanted:
+                if file is not None:
+                    file.cache(start, count)
+
+        reading = self._threads.transfer(cache_all)
+        self._reading.add(reading)
+        reading.add_done_callback(self._reading.discard)
+        await asyncio.shield(reading)
+
+    async def reads_before_now(self) -> None:
+        """Wait for every read in a thread that began before this call."""
+        if self._reading:
+            await asyncio.wait(set(self._reading))
+
+    # What a read-only export refuses; the server never gets this far.
+
+    def try_write(self, offset: int, data: memoryview) -> bool:
+        """Refused: snapshots are immutable."""
+        raise OSError(errno.EPERM, "a snapshot is read-only")
+
+    async def write(self, offset: int, data: bytes | bytearray | memoryview) -> None:
+        """Refused: snapshots are immutable."""
+        raise OSError(errno.EPERM, "a snapshot is read-only")
+
+    async def write_zeroes(self, offset: int, length: int, *, no_hole: bool) -> None:
+        """Refused: snapshots are immutable."""
+        raise OSError(errno.EPERM, "a snapshot is read-only")
+
+    async def trim(self, offset: int, length: int) -> None:
+        """Refused: snapshots are immutable."""
+        raise OSError(errno.EPERM, "a snapshot is read-only")
+
+    async def flush(self) -> None:
+        """Nothing to do: a snapshot's layers were made durable before it existed."""
+
+
+async def load_stack(
+    view: View,
+    layers: list[str],
+    merges: dict[str, Merge],
+    store: LayerStore,
+    pool: LayerPool,
+) -> None:
+    """Open sealed ``layers``, oldest first, into an empty view.
+
+    ``merges`` are the merges under way, by the layer that takes over: what it took over already
+    is in its merge log, which counts from the upper one of the two layers on.
+    """
+    if len(layers) > MAX_LAYERS:
+        raise CorruptError(f"{view.name}: {len(layers)} layers, at most {MAX_LAYERS} are possible")
+    upper = {merge.upper: merge for merge in merges.values()}
+    for name in layers:
+        slot = view.push_layer(await pool.acquire(name))
+        await apply_layer(store, name, view.owners, slot, 0)
+        merge = upper.get(name)
+        if merge is not None:
+            target = view.slot_of(merge.target)
+            if target is not None:
+                await apply_merge(store, merge.target, view.owners, target, 0)
+
+
+def _fill_zeroes(buffer: memoryview) -> None:
+    length = len(buffer)
+    if length <= len(_ZEROES):
+        buffer[:] = _ZEROES[:length]
+        return
+    for start in range(0, length, len(_ZEROES)):
+        part = buffer[start : start + len(_ZEROES)]
+        part[:] = _ZEROES[: len(part)]
+
+
+def _read_all(parts: list[tuple[DataFile, int, memoryview]]) -> None:
+    for file, offset, buffer in parts:
+        file.read(offset, buffer)

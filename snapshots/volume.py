@@ -1,0 +1,443 @@
+"""A volume: a view with a writable head on top.
+
+**Write.** Data goes into the head at the offset that it has in the volume. Blocks that the head
+does not own yet become its own once they are written whole: where a write covers a block only
+in part, what is missing is read from the block's owner first. ``try_write`` does all that on the
+event loop when nothing of it waits; ``write`` does it under a range lock, large data in a thread.
+Blocks that the head owns already are overwritten in place.
+
+**TRIM, WRITE_ZEROES.** Whole blocks lose their owner, so they read as zeroes at once; the edges are
+written. Their space in the head is punched out only after the journal record that makes them zero
+is durable, under a range lock, and only where they still are nobody's.
+
+**FLUSH.** All FLUSHes that wait share one sync: the one that begins after they came. It captures
+what is pending and lets the head persist it (head.py). When that fails, the pages that could not
+be written may be gone from the cache, and no later sync could tell: the volume refuses writes
+and flushes from then on.
+
+**The gate** of a snapshot is ``swap_head``: one assignment on the event loop, between two requests.
+Writes in threads that began before it end in the old head, which ``finish_seal`` waits for. Until
+the snapshot is committed the new head does not exist for a reopened volume, so a FLUSH that comes
+in between waits (``commit_begins``, ``commit_ended``).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import logging
+from collections.abc import Awaitable, Callable, Coroutine
+from typing import Any
+
+from backends.errors import NoSpaceError, StorageError
+from backends.layers import Buffer, LayerStore
+from snapshots.extent_log import Run
+from snapshots.head import Head
+from snapshots.names import BLOCK_SHIFT, BLOCK_SIZE
+from snapshots.owner_map import ZERO, OwnerMap
+from snapshots.range_lock import RangeLock
+from snapshots.threads import Threads
+from snapshots.view import View
+
+_log = logging.getLogger(__name__)
+
+_BLOCK_MASK = BLOCK_SIZE - 1
+# What is copied into the page cache on the event loop; longer writes go to a thread.
+INLINE_WRITE = 256 << 10
+# Zeroes are written and locked, and blocks disowned, in pieces of these many bytes.
+_ZERO_PIECE = 32 << 20
+_TRIM_PIECE = 16 << 30
+# Pending runs at which a sync is begun that nobody asked for.
+SYNC_FROM = 4096
+
+
+class Volume(View):
+    """A view that is written (see the module's text); all methods on the event loop's thread."""
+
+    read_only = False
+
+    def __init__(
+        self,
+        name: str,
+        size: int,
+        owners: OwnerMap,
+        threads: Threads,
+        store: LayerStore,
+    ) -> None:
+        super().__init__(name, size, owners, threads)
+        self.head: Head
+        self.failure: str | None = None
+        self.repair_manifest: Callable[[], Awaitable[None]] | None = None
+        self._store = store
+        self._locks = RangeLock()
+        self._current: asyncio.Task[None] | None = None
+        self._next: asyncio.Task[None] | None = None
+        self._commit: asyncio.Future[None] | None = None
+        self._tasks: set[asyncio.Task[Any]] = set()
+
+    # Writing
+
+    def try_write(self, offset: int, data: memoryview) -> bool:
+        """Write now, or return False (and do nothing) when that would wait for something."""
+        length = len(data)
+        end = offset + length
+        first = offset >> BLOCK_SHIFT
+        last = (end + _BLOCK_MASK) >> BLOCK_SHIFT
+        if self.failure or length > INLINE_WRITE:
+            return False
+        if self._locks and self._locks.overlaps(first, last):
+            return False
+        head = self.head
+        owners = self._raw[first:last]
+        if owners.count(head.slot) == last - first:
+            head.data.write(offset, data)
+            head.dirty = True
+            return True
+        if len(head.pending) >= head.write_limit:
+            return False
+        if (offset | end) & _BLOCK_MASK:
+            whole = self._try_complete(offset, data, first, last)
+            if whole is None:
+                return False
+            offset, data = whole
+        self._put(head, offset, data, first, last)
+        self._take(head, first, last)
+        return True
+
+    async def write(self, offset: int, data: Buffer) -> None:
+        """Write all of ``data``; OSError, ENOSPC leaving every block as it was or overwritten."""
+        await self._to_its_end(self._write(offset, data))
+
+    async def _write(self, offset: int, data: Buffer) -> None:
+        end = offset + len(data)
+        first = offset >> BLOCK_SHIFT
+        last = (end + _BLOCK_MASK) >> BLOCK_SHIFT
+        if first == last:
+            return
+        async with self._locks.hold(first, last):
+            self._check_writable()
+            if self._raw[first:last].count(self.head.slot) != last - first:
+                await self._make_room()
+            head = self.head
+            owned = self._raw[first:last].count(head.slot) == last - first
+            head.begin_write()
+            try:
+                if (offset | end) & _BLOCK_MASK:
+                    offset, data = await self._complete(head, offset, data, first, last)
+                if len(data) > INLINE_WRITE:
+                    await asyncio.shield(
+                        self._threads.transfer(self._put, head, offset, data, first, last)
+                    )
+                else:
+                    self._put(head, offset, data, first, last)
+                if owned:
+                    head.dirty = True
+                else:
+                    self._take(head, first, last)
+            finally:
+                head.end_write()
+
+    def _put(self, head: Head, offset: int, data: Buffer, first: int, last: int) -> None:
+        """Write into the head's data; after an error nothing is left in blocks it does not own."""
+        try:
+            head.data.write(offset, data)
+        except OSError:
+            # What got written lies hidden where the head owns nothing: give its space back.
+            with contextlib.suppress(OSError):
+                _punch_all(head, _not_owned_by(self.owners, head.slot, first, last))
+            raise
+
+    def _try_complete(
+        self, offset: int, data: Buffer, first: int, last: int
+    ) -> tuple[int, memoryview] | None:
+        """Extend a write to whole blocks where the head does not own them; None: would wait."""
+        whole, skip, front, back = self._frame(self.head.slot, offset, data, first, last)
+        for edge, position in ((front, 0), (back, len(whole) - BLOCK_SIZE)):
+            if edge is not None and not self.try_read(
+                edge, memoryview(whole)[position : position + BLOCK_SIZE]
+            ):
+                return None
+        whole[skip : skip + len(data)] = data
+        return offset - skip, memoryview(whole)
+
+    async def _complete(
+        self, head: Head, offset: int, data: Buffer, first: int, last: int
+    ) -> tuple[int, memoryview]:
+        """``_try_complete`` that waits; the caller holds the range."""
+        whole, skip, front, back = self._frame(head.slot, offset, data, first, last)
+        for edge, position in ((front, 0), (back, len(whole) - BLOCK_SIZE)):
+            if edge is not None:
+                await self.read(edge, memoryview(whole)[position : position + BLOCK_SIZE])
+        whole[skip : skip + len(data)] = data
+        return offset - skip, memoryview(whole)
+
+    def _frame(
+        self, slot: int, offset: int, data: Buffer, first: int, last: int
+    ) -> tuple[bytearray, int, int | None, int | None]:
+        """A buffer for the write and its edges: (buffer, bytes before the data in it, offset of
+        the block to read in front, and of the one to read behind; None where none is needed)."""
+        end = offset + len(data)
+        begin, finish = offset, end
+        front = back = None
+        if offset & _BLOCK_MASK and self._raw[first] != slot:
+            front = begin = first << BLOCK_SHIFT
+        if end & _BLOCK_MASK and self._raw[last - 1] != slot:
+            finish = last << BLOCK_SHIFT
+            if front != finish - BLOCK_SIZE:
+                back = finish - BLOCK_SIZE
+        return bytearray(finish - begin), offset - begin, front, back
+
+    def _take(self, head: Head, first: int, last: int) -> None:
+        self.owners.set(first, last, head.slot)
+        head.take(first, last)
+        if len(head.pending) == SYNC_FROM:
+            self._start(self.flush())
+
+    async def _make_room(self) -> None:
+        """Be sure that what the head takes next can be journalled; ENOSPC when it cannot."""
+        head = self.head
+        if len(head.pending) < head.write_limit:
+            return
+        await self._sync_head()
+        head = self.head
+        if len(head.pending) >= head.write_limit:
+            raise OSError(errno.ENOSPC, "no space left for the journal")
+
+    # Zeroes
+
+    async def write_zeroes(self, offset: int, length: int, *, no_hole: bool) -> None:
+        """Make a range read as zeroes; with ``no_hole`` its space stays allocated."""
+        await self._to_its_end(self._zero(offset, length, no_hole))
+
+    async def trim(self, offset: int, length: int) -> None:
+        """Drop a range: it reads as zeroes and its space is given back once that is durable."""
+        await self._to_its_end(self._zero(offset, length, False))
+
+    async def _zero(self, offset: int, length: int, no_hole: bool) -> None:
+        self._check_writable()
+        end = offset + length
+        inner = (offset + _BLOCK_MASK) & ~_BLOCK_MASK
+        inner_end = end & ~_BLOCK_MASK
+        if inner >= inner_end:
+            await self._zero_edge(offset, end)
+            return
+        await self._zero_edge(offset, inner)
+        piece = _ZERO_PIECE if no_hole else _TRIM_PIECE
+        for start in range(inner, inner_end, piece):
+            first = start >> BLOCK_SHIFT
+            last = min(start + piece, inner_end) >> BLOCK_SHIFT
+            if no_hole:
+                await self._write_zero_blocks(first, last)
+            else:
+                await self._disown(first, last)
+            await asyncio.sleep(0)
+        await self._zero_edge(inner_end, end)
+
+    async def _zero_edge(self, offset: int, end: int) -> None:
+        """Zero less than a block, at most across one border; nothing where it is zero already."""
+        while offset < end:
+            stop = min(end, (offset | _BLOCK_MASK) + 1)
+            if self._raw[offset >> BLOCK_SHIFT] or self._locks:
+                await self._write(offset, bytes(stop - offset))
+            offset = stop
+
+    async def _write_zero_blocks(self, first: int, last: int) -> None:
+        async with self._locks.hold(first, last):
+            self._check_writable()
+            await self._make_room()
+            head = self.head
+            head.begin_write()
+            try:
+                await asyncio.shield(
+                    self._threads.transfer(
+                        head.data.write_zeroes, first << BLOCK_SHIFT, (last - first) << BLOCK_SHIFT
+                    )
+                )
+                self._take(head, first, last)
+            finally:
+                head.end_write()
+
+    async def _disown(self, first: int, last: int) -> None:
+        async with self._locks.hold(first, last):
+            self._check_writable()
+            head = self.head
+            if len(head.pending) >= head.zero_limit:
+                await self._sync_head()
+                head = self.head
+                if len(head.pending) >= head.zero_limit:
+                    raise OSError(errno.ENOSPC, "no space left for the journal")
+            run = next(self.owners.owned_runs(first, last), None)
+            if run is None:
+                return
+            # One run to the end: what is not owned in between is zero as it is.
+            self.owners.set(run[0], last, 0)
+            head.take(run[0], last)
+            if len(head.pending) == SYNC_FROM:
+                self._start(self.flush())
+
+    # Flushing
+
+    async def flush(self) -> None:
+        """Make every write that completed before durable; OSError when that is impossible."""
+        if self._next is None:
+            self._next = self._start(self._flush_after(self._current))
+        await asyncio.shield(self._next)
+
+    async def _flush_after(self, previous: asyncio.Task[None] | None) -> None:
+        if previous is not None:
+            await asyncio.wait([previous])
+        self._current, self._next = self._next, None
+        head = None
+        while head is not self.head:
+            # Once more when a gate came in between: what was written before is in its snapshot.
+            while self._commit is not None:
+                await asyncio.shield(self._commit)
+            if self.repair_manifest is not None:
+                await self.repair_manifest()
+            head = self.head
+            await self._sync_head()
+
+    async def _sync_head(self) -> None:
+        """Persist the head, then punch what became zero; FLUSH without waiting for a commit."""
+        self._check_failure()
+        head = self.head
+        async with head.lock:
+            self._check_failure()
+            if head.sealed or not (head.dirty or head.pending):
+                if head.write_limit == 0:
+                    await self._threads.sync(head.extend)
+                return
+            head.dirty = False
+            runs = head.capture(self.owners)
+            await self._persist(head, runs)
+            if head.wants_compaction and not head.sealed:
+                await self._compact(head)
+        self._start(self._punch(head, [run for run in runs if run[2] == ZERO]))
+
+    async def _persist(self, head: Head, runs: list[Run]) -> None:
+        try:
+            await self._threads.sync(head.persist, runs)
+        except OSError as error:
+            self._fail(f"a sync failed: {error.strerror or error}")
+            raise OSError(errno.EIO, f"volume {self.name}: a sync failed") from error
+
+    async def _compact(self, head: Head) -> None:
+        try:
+            await head.compact(self._store, self.owners.blocks)
+        except NoSpaceError as error:
+            # The journal as it was is as good.
+            _log.warning("journal of volume %s was not compacted: %s", self.name, error)
+        except (OSError, StorageError) as error:
+            self._fail(f"its journal could not be rewritten: {error}")
+
+    def _fail(self, why: str) -> None:
+        self.failure = why
+        _log.error("volume %s is read-only from now on: %s", self.name, why)
+
+    async def _punch(self, head: Head, runs: list[Run]) -> None:
+        for run_first, run_last, _ in runs:
+            for first in range(run_first, run_last, _TRIM_PIECE >> BLOCK_SHIFT):
+                last = min(run_last, first + (_TRIM_PIECE >> BLOCK_SHIFT))
+                async with self._locks.hold(first, last):
+                    if self.head is not head or self.failure:
+                        return
+                    holes = _gaps(self.owners, first, last)
+                    await asyncio.shield(self._threads.transfer(_punch_all, head, holes))
+
+    # Snapshots
+
+    async def settle(self) -> None:
+        """Sync until so little is pending that the gate can capture it in a moment."""
+        for _ in range(5):
+            await self._sync_head()
+            if len(self.head.pending) < SYNC_FROM // 8:
+                return
+
+    def commit_begins(self) -> None:
+        """FLUSHes wait from here until ``commit_ended``."""
+        assert self._commit is None, "commits of one volume do not overlap"
+        self._commit = asyncio.get_running_loop().create_future()
+
+    def commit_ended(self) -> None:
+        """FLUSHes go on."""
+        if self._commit is not None:
+            self._commit.set_result(None)
+            self._commit = None
+
+    def swap_head(self, head: Head) -> tuple[Head, list[Run]]:
+        """The gate: write into ``head`` from now on. Returns the old head and its last extents."""
+        old = self.head
+        runs = old.capture(self.owners)
+        old.sealed = True
+        self.head = head
+        return old, runs
+
+    async def finish_seal(self, old: Head, runs: list[Run]) -> None:
+        """Wait for what was being written to the sealed head, and make all of it durable."""
+        await old.idle()
+        async with old.lock:
+            self._check_failure()
+            await self._persist(old, runs)
+            if old.late:
+                await self._persist(old, sorted(old.late))
+
+    def grow(self, size: int) -> None:
+        """Make the volume ``size`` bytes long, which is more than it has; the rest is zeroes."""
+        self.owners, old = self.owners.grown(size >> BLOCK_SHIFT), self.owners
+        self._raw = self.owners.raw
+        self.size = size
+        old.close()
+
+    # Ends
+
+    async def quiesce(self) -> None:
+        """Wait for every operation that was begun; the caller makes sure that none comes after."""
+        while self._tasks:
+            await asyncio.wait(set(self._tasks))
+        await self.reads_before_now()
+
+    def _check_failure(self) -> None:
+        if self.failure:
+            raise OSError(errno.EIO, f"volume {self.name} is read-only: {self.failure}")
+
+    _check_writable = _check_failure
+
+    async def _to_its_end(self, operation: Coroutine[Any, Any, None]) -> None:
+        """Run ``operation`` in a task that a cancelled caller leaves behind, not half done."""
+        await asyncio.shield(self._start(operation))
+
+    def _start(self, operation: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        task = asyncio.get_running_loop().create_task(operation)
+        self._tasks.add(task)
+        task.add_done_callback(self._finished)
+        return task
+
+    def _finished(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled():
+            # Whoever waited has it too; a task nobody waited for has noted its failure already.
+            task.exception()
+
+
+def _not_owned_by(owners: OwnerMap, slot: int, first: int, last: int) -> list[tuple[int, int]]:
+    others = _gaps(owners, first, last)
+    others += [(start, end) for start, end, owner in owners.runs(first, last) if owner != slot]
+    return others
+
+
+def _gaps(owners: OwnerMap, first: int, last: int) -> list[tuple[int, int]]:
+    gaps = []
+    position = first
+    for start, end in owners.owned_runs(first, last):
+        if start > position:
+            gaps.append((position, start))
+        position = end
+    if position < last:
+        gaps.append((position, last))
+    return gaps
+
+
+def _punch_all(head: Head, holes: list[tuple[int, int]]) -> None:
+    for first, last in holes:
+        head.data.punch(first << BLOCK_SHIFT, (last - first) << BLOCK_SHIFT)
