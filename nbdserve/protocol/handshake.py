@@ -266,6 +266,7 @@ class Handshake:
         """Look at the option in front: True when it can be taken; may change the state."""
         if len(self._input) < _OPTION.size:
             return False
+        length: int
         magic, self._option, length = _OPTION.unpack_from(self._input)
         if magic != OPTION_MAGIC:
             self._close(f"bad option magic {magic:#018x}")

@@ -7,7 +7,9 @@ checked that they lie within ``size``. Failures are OSError, whose errno becomes
 from collections.abc import Callable
 from typing import Protocol
 
-from nbdserve.protocol.options import ExportDescription as ExportDescription
+from nbdserve.protocol.options import ExportDescription
+
+__all__ = ["Export", "ExportDescription", "ExportRegistry"]
 
 
 class Export(Protocol):

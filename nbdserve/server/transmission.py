@@ -1,0 +1,508 @@
+"""The transmission phase of one connection: the path that every request takes.
+
+One ``recv_into`` takes as many requests as the client has sent; a loop goes through them::
+
+    input   |..done..|REQUEST|REQUEST payload|REQU      one receive buffer, parsed in place
+                     start                       end
+    output  |..sent..|reply|reply data|reply|           one send carries many replies
+                     head                   tail
+
+- What can be done at once is done in the loop: ``try_read`` puts data directly behind its reply
+  header in the output buffer, ``try_write`` takes a view of the receive buffer. No copy, no task.
+- What ``try_*`` refuses, and whatever may take long, becomes a task with memory of its own; its
+  reply is sent when it is ready, so replies overtake each other and nothing waits for a slow disk.
+- A WRITE larger than the receive buffer is received directly into memory of its own. A refused
+  WRITE's payload is read past, and only then is the refusal sent: clients do not expect a reply
+  to what they have not yet sent.
+
+Bounds. At most MAX_REQUESTS tasks and about MAX_BYTES of their memory and of unsent replies, beside
+the two buffers. A connection at a bound is **stalled**: it keeps what it has received, reads no
+more, and goes on when a task ends or the client takes its replies. Memory that is over the bound
+alone (one request of the largest payload) is granted when nothing else is in flight.
+
+End. DISC, the client's end of stream and ``finish`` let everything that was received be answered;
+a wrong magic, an error of the socket and ``abort`` drop the connection at once. Tasks are never
+cancelled, for a thread may be writing on their behalf: ``closed`` is done when the last one is.
+"""
+
+import asyncio
+import logging
+import socket
+from collections.abc import Coroutine
+from typing import Any, Final
+
+from nbdserve.protocol.constants import (
+    CMD_BLOCK_STATUS,
+    CMD_DISC,
+    CMD_FLAG_FUA,
+    CMD_READ,
+    CMD_WRITE,
+    MAX_PAYLOAD,
+    REPLY_FLAG_DONE,
+    REPLY_TYPE_OFFSET_DATA,
+    REQUEST_MAGIC,
+    SIMPLE_REPLY_MAGIC,
+    STRUCTURED_REPLY_MAGIC,
+)
+from nbdserve.protocol.replies import DATA_CHUNK, SIMPLE_REPLY, empty_read_reply, success_reply
+from nbdserve.protocol.requests import REQUEST, Request
+from nbdserve.server.exports import Export
+from nbdserve.server.operations import (
+    MIN_SPARSE_READ,
+    Operations,
+    frame_runs,
+    read_reply_size,
+)
+from nbdserve.server.output import BUFFER_SIZE, Output, allocate
+
+INPUT_SIZE: Final = (1 << 20) + (64 << 10)
+"""Bytes of the receive buffer: a WRITE of 1 MiB and what follows it."""
+
+MAX_IN_PLACE: Final = 1 << 20
+"""Longest READ, in bytes, that is tried in place."""
+
+MAX_REQUESTS: Final = 256
+"""Most tasks of one connection."""
+
+MAX_BYTES: Final = MAX_PAYLOAD
+"""Most bytes of payloads, of replies being made and of unsent replies outside the buffers."""
+
+_REQUEST_SIZE: Final = REQUEST.size
+_SIMPLE_SIZE: Final = SIMPLE_REPLY.size
+_FLUSH_AT: Final = 128 << 10  # replies that are worth a send of their own
+_FULL: Final = 1 << 20  # of the output buffer: beyond, room only for what is under way
+_MIN_ROOM: Final = 256 << 10  # of the receive buffer: below, what is left moves to its front
+_WOULD_BLOCK: Final = (BlockingIOError, InterruptedError)
+
+log = logging.getLogger(__name__)
+
+
+class Transmission:
+    """Serves the requests of one connection from ``start`` until ``closed`` is done.
+
+    ``closed``'s result tells whether the client may still be sending: then the socket should be
+    read until its end before it is closed, lest the replies are lost.
+    """
+
+    def __init__(
+        self,
+        sock: socket.socket,
+        export: Export,
+        *,
+        structured: bool,
+        context: int | None,
+        peer: str,
+    ) -> None:
+        self._loop = asyncio.get_running_loop()
+        self.closed: asyncio.Future[bool] = self._loop.create_future()
+        self._sock = sock
+        self._export = export
+        self._structured = structured
+        self._peer = peer
+        self._operations = Operations(export, structured=structured, context=context)
+        self._output = Output(sock)
+        self._input = allocate(INPUT_SIZE)
+        self._view = memoryview(self._input)
+        self._start = 0
+        self._end = 0
+        # A WRITE on its way into memory of its own: the request, its memory, what is missing.
+        self._large: tuple[Request, bytearray] | None = None
+        self._missing = self._view[:0]
+        # A refused WRITE: how much of its payload is still to come, and what is then answered.
+        self._skip = 0
+        self._skip_reply = b""
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._bytes = 0  # memory of tasks and of the large WRITE
+        self._stalled = False
+        self._ending = False  # no more is received
+        self._linger = False
+        self._gone = False  # the socket is not to be touched any more
+        self._reading = False
+        self._writing = False
+        self._wake_planned = False
+
+    def start(self, received: bytes) -> None:
+        """Begin; ``received`` is what came behind the handshake."""
+        self._view[: len(received)] = received
+        self._end = len(received)
+        self._process()
+
+    def finish(self) -> None:
+        """Receive no more; answer what was received, then end."""
+        if not self._ending and not self._gone:
+            self._ending = self._linger = True
+            self._settle()
+
+    def abort(self) -> None:
+        """Drop the connection now; what runs is finished, but not answered."""
+        if self._gone:
+            return
+        self._gone = True
+        self._stop_reading()
+        self._stop_writing()
+        self._sock.close()
+        self._output.discard()
+        self._large = None
+        self._check_closed()
+
+    @property
+    def running(self) -> int:
+        """Number of requests that run as tasks."""
+        return len(self._tasks)
+
+    # Receiving
+
+    def _on_readable(self) -> None:
+        missing = self._missing
+        try:
+            received = self._sock.recv_into(missing or self._view[self._end :])
+        except _WOULD_BLOCK:
+            return
+        except OSError as error:
+            self._lost(error)
+            return
+        if not received:
+            self._ending = True
+            self._settle()
+        elif missing:
+            self._missing = missing[received:]
+            if not self._missing:
+                self._launch_large()
+                self._settle()
+        else:
+            self._end += received
+            self._process()
+
+    def _process(self) -> None:
+        """Go through the requests in the receive buffer, then send."""
+        if self._skip:
+            self._skip_payload()
+        self._stalled = False
+        output = self._output
+        export = self._export
+        source, source_view = self._input, self._view
+        target, target_view = output.buffer, output.view
+        try_read, try_write = export.try_read, export.try_write
+        unpack = REQUEST.unpack_from
+        pack_simple, pack_data = SIMPLE_REPLY.pack_into, DATA_CHUNK.pack_into
+        structured = self._structured
+        header = DATA_CHUNK.size if structured else _SIMPLE_SIZE
+        longest = MIN_SPARSE_READ - 1 if structured else MAX_IN_PLACE
+        size = export.size
+        writable = -1 if export.read_only else size
+        flush_at = _FLUSH_AT
+        start, end, tail = self._start, self._end, output.tail
+        while end - start >= _REQUEST_SIZE:
+            magic, flags, command, cookie, offset, length = unpack(source, start)
+            if magic != REQUEST_MAGIC:
+                output.tail = tail
+                self._on_bad_magic(magic)
+                return
+            # The two branches here are the plain cases of what validate_request lets through.
+            if (
+                command == CMD_READ
+                and not flags
+                and offset + length <= size
+                and (0 < length <= longest)
+            ):
+                stop = tail + header + length
+                if stop > flush_at:
+                    output.tail = tail
+                    flush_at = _FLUSH_AT if self._send() else BUFFER_SIZE
+                    tail = output.tail
+                    stop = tail + header + length
+                    if stop > BUFFER_SIZE:
+                        self._stalled = True
+                        break
+                try:
+                    done = try_read(offset, target_view[tail + header : stop])
+                except Exception as error:
+                    output.tail = tail
+                    output.append(self._operations.failed(cookie, error))
+                    tail = output.tail
+                    start += _REQUEST_SIZE
+                    continue
+                if done:
+                    if structured:
+                        pack_data(
+                            target,
+                            tail,
+                            STRUCTURED_REPLY_MAGIC,
+                            REPLY_FLAG_DONE,
+                            REPLY_TYPE_OFFSET_DATA,
+                            cookie,
+                            8 + length,
+                            offset,
+                        )
+                    else:
+                        pack_simple(target, tail, SIMPLE_REPLY_MAGIC, 0, cookie)
+                    tail = stop
+                elif not self._defer(Request(flags, command, cookie, offset, length), length):
+                    break
+                start += _REQUEST_SIZE
+                continue
+            if command == CMD_WRITE and not flags and offset + length <= writable and length:
+                payload = start + _REQUEST_SIZE
+                stop = payload + length
+                if stop <= end and tail <= _FULL:
+                    try:
+                        done = try_write(offset, source_view[payload:stop])
+                    except Exception as error:
+                        output.tail = tail
+                        output.append(self._operations.failed(cookie, error))
+                        tail = output.tail
+                        start = stop
+                        continue
+                    if done:
+                        pack_simple(target, tail, SIMPLE_REPLY_MAGIC, 0, cookie)
+                        tail += _SIMPLE_SIZE
+                    elif not self._defer(
+                        Request(flags, command, cookie, offset, length),
+                        length,
+                        source_view[payload:stop],
+                    ):
+                        break
+                    start = stop
+                    continue
+            output.tail = tail
+            taken = self._take(Request(flags, command, cookie, offset, length), start, end)
+            tail = output.tail
+            if not taken:
+                break
+            start += taken
+            if self._ending and command == CMD_DISC:
+                start = end
+        output.tail = tail
+        self._start, self._end = start, end
+        self._make_room()
+        self._settle()
+
+    def _make_room(self) -> None:
+        """Let the receive buffer have room for what is to come, moving as little as possible."""
+        start, end = self._start, self._end
+        if start == end:
+            self._start = self._end = 0
+        elif start and INPUT_SIZE - end < _MIN_ROOM:
+            self._view[: end - start] = self._view[start:end]
+            self._start, self._end = 0, end - start
+
+    def _skip_payload(self) -> None:
+        skipped = min(self._skip, self._end - self._start)
+        self._start += skipped
+        self._skip -= skipped
+        if not self._skip:
+            self._output.append(self._skip_reply)
+
+    # Requests that are not the plain case
+
+    def _take(self, request: Request, start: int, end: int) -> int:
+        """Take one request at ``start``; returns the bytes used up, 0 when it cannot be done yet.
+
+        Then either more must be received, or the connection is stalled.
+        """
+        output, operations = self._output, self._operations
+        if (output.tail > _FULL or output.queued >= MAX_BYTES) and not self._send():
+            self._stalled = True
+            return 0
+        if request.command == CMD_DISC:
+            self._ending = True
+            return _REQUEST_SIZE
+        refusal = operations.validate(request)
+        if refusal is not None:
+            reply = operations.refused(request, refusal)
+            payload = request.length if request.command == CMD_WRITE else 0
+            buffered = min(payload, end - start - _REQUEST_SIZE)
+            if buffered < payload:
+                self._skip = payload - buffered
+                self._skip_reply = reply
+            else:
+                output.append(reply)
+            return _REQUEST_SIZE + buffered
+        if request.command == CMD_WRITE:
+            return self._take_write(request, start, end)
+        if request.command == CMD_BLOCK_STATUS:
+            output.append(operations.block_status(request))
+            return _REQUEST_SIZE
+        taken = self._take_read(request) if request.command == CMD_READ else self._defer(request, 0)
+        return _REQUEST_SIZE if taken else 0
+
+    def _take_read(self, request: Request) -> bool:
+        """READ with flags, of a length that may hold holes, or too long to be done in place."""
+        output, operations = self._output, self._operations
+        offset, length, cookie = request.offset, request.length, request.cookie
+        if not length:
+            output.append(empty_read_reply(cookie, structured=self._structured))
+            return True
+        if length > MAX_IN_PLACE:
+            return self._defer(request, length)
+        try:
+            runs = operations.read_runs(request.flags, offset, length) or [(length, True)]
+            size = read_reply_size(runs) if self._structured else _SIMPLE_SIZE + length
+            if output.tail and output.tail + size > _FLUSH_AT:
+                self._send()
+                if output.tail + size > BUFFER_SIZE:
+                    self._stalled = True
+                    return False
+            tail = output.tail
+            if self._structured:
+                gaps = frame_runs(output.buffer, tail, cookie, offset, runs)
+            else:
+                SIMPLE_REPLY.pack_into(output.buffer, tail, SIMPLE_REPLY_MAGIC, 0, cookie)
+                gaps = [(tail + _SIMPLE_SIZE, offset, length)]
+            for place, begin, run in gaps:
+                if not self._export.try_read(begin, output.view[place : place + run]):
+                    return self._defer(request, length)
+        except Exception as error:
+            output.append(operations.failed(cookie, error))
+            return True
+        output.tail = tail + size
+        return True
+
+    def _take_write(self, request: Request, start: int, end: int) -> int:
+        """WRITE with FUA, of no bytes, or whose payload is not all there."""
+        length = request.length
+        total = _REQUEST_SIZE + length
+        payload = self._view[start + _REQUEST_SIZE : min(start + total, end)]
+        if not length:
+            self._output.append(success_reply(request.cookie))
+            return total
+        if end - start < total:
+            if total <= INPUT_SIZE or not self._may_start(length):
+                return 0
+            memory = bytearray(length)
+            memory[: len(payload)] = payload
+            self._large = (request, memory)
+            self._missing = memoryview(memory)[len(payload) :]
+            self._bytes += length
+            return end - start
+        if not self._may_start(length):
+            return 0
+        try:
+            done = self._export.try_write(request.offset, payload)
+        except Exception as error:
+            self._output.append(self._operations.failed(request.cookie, error))
+            return total
+        if not done:
+            self._launch(self._operations.perform(request, bytes(payload)), length)
+        elif request.flags & CMD_FLAG_FUA:
+            self._launch(self._operations.flush(request), 0)
+        else:
+            self._output.append(success_reply(request.cookie))
+        return total
+
+    # Tasks
+
+    def _may_start(self, size: int) -> bool:
+        """Whether a task with ``size`` bytes of memory may start; otherwise stalls."""
+        taken = self._bytes + self._output.queued
+        if len(self._tasks) < MAX_REQUESTS and (not taken or taken + size <= MAX_BYTES):
+            return True
+        self._stalled = True
+        return False
+
+    def _defer(self, request: Request, size: int, payload: memoryview | None = None) -> bool:
+        """Let a task carry out the request, unless that stalls."""
+        if not self._may_start(size):
+            return False
+        data = None if payload is None else bytes(payload)
+        self._launch(self._operations.perform(request, data), size)
+        return True
+
+    def _launch_large(self) -> None:
+        assert self._large is not None
+        request, memory = self._large
+        self._large = None
+        self._bytes -= request.length
+        self._launch(self._operations.perform(request, memory), request.length)
+
+    def _launch(self, operation: Coroutine[Any, Any, bytes | bytearray], size: int) -> None:
+        self._bytes += size
+        task = self._loop.create_task(self._answer(operation, size))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _answer(self, operation: Coroutine[Any, Any, bytes | bytearray], size: int) -> None:
+        try:
+            reply = await operation
+            if not self._gone:
+                self._output.append(reply)
+        finally:
+            self._bytes -= size
+            if not self._wake_planned:  # once for all tasks that end in this turn of the loop
+                self._wake_planned = True
+                self._loop.call_soon(self._wake)
+
+    def _wake(self) -> None:
+        self._wake_planned = False
+        if self._gone:
+            self._check_closed()
+        elif self._stalled:
+            self._process()
+        else:
+            self._settle()
+
+    # Sending
+
+    def _send(self) -> bool:
+        """Send; False when the client is to take something first, or when it is gone."""
+        try:
+            return self._output.send()
+        except OSError as error:
+            self._loop.call_soon(self._lost, error)
+            return False
+
+    def _on_writable(self) -> None:
+        if self._send():
+            if self._stalled:
+                self._process()
+            else:
+                self._settle()
+
+    def _settle(self) -> None:
+        """Send what there is, then wait for what can come next: input, room for output, the end."""
+        if self._gone:
+            return
+        if self._send():
+            self._stop_writing()
+        elif not self._writing:
+            self._writing = True
+            self._loop.add_writer(self._sock, self._on_writable)
+        if self._stalled or self._ending:
+            self._stop_reading()
+        elif not self._reading:
+            self._reading = True
+            self._loop.add_reader(self._sock, self._on_readable)
+        self._check_closed()
+
+    def _stop_reading(self) -> None:
+        if self._reading:
+            self._reading = False
+            self._loop.remove_reader(self._sock)
+
+    def _stop_writing(self) -> None:
+        if self._writing:
+            self._writing = False
+            self._loop.remove_writer(self._sock)
+
+    # The end
+
+    def _on_bad_magic(self, magic: int) -> None:
+        log.info("%s: bad request magic %#010x, connection dropped", self._peer, magic)
+        self._send()
+        self.abort()
+
+    def _lost(self, error: OSError) -> None:
+        if not self._gone:
+            log.info("%s: connection lost: %s", self._peer, error.strerror or error)
+            self.abort()
+
+    def _check_closed(self) -> None:
+        if self._tasks or self.closed.done():
+            return
+        if self._gone:
+            self.closed.set_result(False)
+        elif self._ending and not self._stalled and self._output.empty:
+            self._gone = True
+            self._stop_reading()
+            self._stop_writing()
+            self.closed.set_result(self._linger)
