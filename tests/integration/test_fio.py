@@ -47,7 +47,8 @@ def test_verified_load_while_snapshots_are_taken_every_second(daemon: Daemon) ->
         snapshots.join()
     assert not failures, failures
 
-    names = [snapshot["name"] for snapshot in daemon.json("snapshot", "list", "disk")]
+    listing = daemon.json("snapshot", "list", "disk")["snapshots"]
+    names = [snapshot["name"] for snapshot in listing]
     assert names == [f"s{number}" for number in range(SNAPSHOTS)]
     for name in names:
         uri = daemon.uri(f"disk@{name}")
