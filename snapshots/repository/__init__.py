@@ -1,0 +1,38 @@
+"""The repository: snapshots in an object store, incremental, each whole by itself.
+
+docs/format-repository.md describes every object. ``push`` and ``restore`` read and write through
+the protocols :class:`Source` and :class:`Sink`.
+"""
+
+from snapshots.repository.interfaces import Progress, Sink, Source
+from snapshots.repository.layout import DEFAULT_CHUNK_SIZE
+from snapshots.repository.push import PushReport
+from snapshots.repository.records import Summary
+from snapshots.repository.repository import (
+    Repository,
+    check_chunk_size,
+    init_in_store,
+    init_repository,
+    open_in_store,
+    open_repository,
+)
+from snapshots.repository.restore import RestoreReport
+from snapshots.repository.verify import Damage, VerifyReport
+
+__all__ = [
+    "DEFAULT_CHUNK_SIZE",
+    "Damage",
+    "Progress",
+    "PushReport",
+    "Repository",
+    "RestoreReport",
+    "Sink",
+    "Source",
+    "Summary",
+    "VerifyReport",
+    "check_chunk_size",
+    "init_in_store",
+    "init_repository",
+    "open_in_store",
+    "open_repository",
+]

@@ -1,0 +1,115 @@
+"""What a repository holds, as its keys tell.
+
+A snapshot is live when its outcome is there, committed, and its tombstone is not. A pointer saves
+reading the outcome, which may be large; where a pointer is missing (a push was killed right after
+its commit) or damaged, the outcome is read.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+
+from backends.errors import CorruptError, NotFoundError
+from backends.objects import ObjectStore
+from snapshots.repository.layout import (
+    OUTCOME_LIMIT,
+    OUTCOMES,
+    POINTERS,
+    RECORD_LIMIT,
+    TOMBSTONES,
+    outcome_key,
+    parse_pointer_key,
+    parse_push_key,
+)
+from snapshots.repository.pipeline import Crew
+from snapshots.repository.records import Config, Outcome, Summary
+
+THREADS = 8
+
+logger = logging.getLogger(__name__)
+
+
+def describe_object(store: ObjectStore, key: str) -> str:
+    """How errors name an object."""
+    return f"object {key} in {store.name}"
+
+
+def read_outcome(store: ObjectStore, config: Config, push: str) -> tuple[Outcome, int]:
+    """Return the outcome and its length in bytes; NotFoundError or CorruptError otherwise."""
+    key = outcome_key(push)
+    record = store.get(key, OUTCOME_LIMIT)
+    where = describe_object(store, key)
+    return Outcome.decode(record, push, config.chunk_size, where), len(record)
+
+
+def list_pushes(store: ObjectStore, prefix: str) -> set[str]:
+    """The push ids for which there is an outcome, an intent or a tombstone."""
+    pushes = (parse_push_key(prefix, key) for key, _ in store.list(prefix))
+    return {push for push in pushes if push is not None}
+
+
+def list_pointers(store: ObjectStore, under: str = "") -> dict[str, str]:
+    """The keys of the pointers below ``under`` (``volume/`` or ``volume/snapshot/``), by push."""
+    pointers = {}
+    for key, _ in store.list(POINTERS + under):
+        parsed = parse_pointer_key(key)
+        if parsed is not None:
+            pointers[parsed[2]] = key
+    return pointers
+
+
+def list_snapshots(store: ObjectStore, config: Config, volume: str | None = None) -> list[Summary]:
+    """The live snapshots, of one volume or of all, by volume and then oldest first.
+
+    One whose records cannot be read is left out with a warning; verify tells more.
+    """
+    # Outcomes before tombstones: a snapshot deleted meanwhile is then never shown as live.
+    outcomes = list_pushes(store, OUTCOMES)
+    pointers = list_pointers(store)
+    live = outcomes - list_pushes(store, TOMBSTONES)
+
+    def wanted(push: str) -> bool:
+        parsed = parse_pointer_key(pointers[push]) if push in pointers else None
+        return volume is None or parsed is None or parsed[0] == volume
+
+    def load(push: str) -> Summary | None:
+        return _load_summary(store, config, push, pointers.get(push))
+
+    with Crew(THREADS, "list") as crew:
+        found = crew.ordered(load, sorted(filter(wanted, live)), 4 * THREADS)
+        summaries = [item for item in found if item is not None]
+    return in_order(item for item in summaries if volume in (None, item.volume))
+
+
+def in_order(summaries: Iterable[Summary]) -> list[Summary]:
+    return sorted(summaries, key=lambda item: (item.volume, item.created, item.pushed, item.push))
+
+
+def _load_summary(
+    store: ObjectStore, config: Config, push: str, pointer: str | None
+) -> Summary | None:
+    if pointer is not None:
+        try:
+            record = store.get(pointer, RECORD_LIMIT)
+            summary = Summary.decode_pointer(record, describe_object(store, pointer))
+            if parse_pointer_key(pointer) == (summary.volume, summary.snapshot, summary.push):
+                return summary
+        except (CorruptError, NotFoundError):
+            pass  # the outcome tells
+    try:
+        outcome, length = read_outcome(store, config, push)
+    except NotFoundError:  # collected meanwhile
+        return None
+    except CorruptError as error:
+        logger.warning("a snapshot is left out of the list: %s", error)
+        return None
+    return committed_summary(outcome, length)
+
+
+def committed_summary(outcome: Outcome, length: int) -> Summary | None:
+    """The summary of a committed outcome of ``length`` bytes, None for an aborted one."""
+    if outcome.root is None:
+        return None
+    summary = outcome.root.summary
+    return Summary(**{**vars(summary), "uploaded": summary.uploaded + length})

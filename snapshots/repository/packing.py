@@ -1,0 +1,316 @@
+"""Packing: read what changed in a snapshot, and store it as segments and pages.
+
+The data's way: pages that may have changed are cut into units of at most 1 MiB; workers read a
+unit, drop zero chunks, hash, drop what the parent has too, and compress; the calling thread takes
+the units in order, appends to the segment and completes pages; uploaders put what is full.
+Memory: READ_WINDOW of plain bytes and as much compressed, IN_FLIGHT + 1 segments, about 150 MiB at
+most (and what the store's client copies), plus 64 bytes for each page of the snapshot.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from backends.errors import CorruptError, NotFoundError, StorageError
+from backends.objects import ObjectStore
+from snapshots.repository.envelope import digest_of
+from snapshots.repository.interfaces import Progress, Source
+from snapshots.repository.layout import (
+    PAGE_ENTRIES,
+    PAGES_TARGET,
+    SEGMENT_TARGET,
+    pages_key,
+    segment_key,
+)
+from snapshots.repository.pages import Entry, Page, PageRef, PageTable, encode_page
+from snapshots.repository.pipeline import Crew, Uploader, leaving_promptly
+from snapshots.repository.reading import read_page
+from snapshots.repository.records import Root
+from snapshots.repository.regions import (
+    Run,
+    by_page,
+    chunk_length,
+    chunk_runs,
+    count_chunks,
+    intersect,
+)
+from snapshots.repository.segments import PackedChunk, digest_chunk, pack_chunk, segment_header
+
+WORKERS = 4
+PAGE_READERS = 4
+UPLOAD_THREADS = 4
+IN_FLIGHT = 4  # objects being uploaded
+READ_WINDOW = 32 << 20  # plain bytes between reading and packing
+UNIT = 1 << 20  # bytes that one worker reads at a time, unless a chunk is longer
+
+
+class ParentUnusableError(Exception):
+    """The parent was deleted meanwhile, or its records are damaged: do without it."""
+
+
+class _TouchedPage(NamedTuple):
+    """A page in which something may have changed. Chunks are numbered through the volume."""
+
+    number: int
+    changed: list[Run]
+    reads: list[Run]  # those of ``changed`` that may not be zero
+
+
+@dataclass
+class _PageWork:
+    """A page that is being built; ``entries`` begins as the parent's and is changed in place."""
+
+    touched: _TouchedPage
+    inherited: PageRef | None
+    entries: Page
+    changed_chunks: int = 0
+
+
+class _Unit(NamedTuple):
+    """Some chunks of a page, of at most UNIT bytes. The last one of a page completes it."""
+
+    work: _PageWork
+    first: int
+    end: int
+    last: bool
+
+
+class _Packed(NamedTuple):
+    """A unit, and for each chunk: packed, None for a hole, or the parent's equal entry."""
+
+    unit: _Unit
+    chunks: list[PackedChunk | Entry | None]
+
+
+class SnapshotPacker:
+    """Stores the segments and pages of one push. ``_load`` and ``_pack`` run on threads.
+
+    Afterwards ``table`` refers to every page of the snapshot. Sizes are in bytes: ``read`` from the
+    source, ``changed`` (plain) of chunks unlike the parent's, ``data`` (plain) and ``stored`` of
+    all chunks that are no holes, ``uploaded`` of the ``segments`` and ``pages`` objects.
+    """
+
+    def __init__(self, store: ObjectStore, chunk_size: int, source: Source, push: str) -> None:
+        self._store = store
+        self._chunk_size = chunk_size
+        self._source = source
+        self._push = push
+        self._segment = bytearray()
+        self._pages = bytearray()
+        self._zero_chunk = bytes(chunk_size)
+        self.table = PageTable()
+        self.read = 0
+        self.changed = 0
+        self.data = 0
+        self.stored = 0
+        self.uploaded = 0
+        self.segments = 0
+        self.pages = 0
+
+    def run(self, parent: Root | None, progress: Progress | None) -> None:
+        """Store what ``parent`` does not have, and wait until the store has acknowledged it.
+
+        Raises ParentUnusableError when the parent's pages cannot be read.
+        """
+        touched = self._plan(parent)
+        numbers = {page.number for page in touched}
+        table = parent.table if parent else PageTable()
+        inherited = {ref.page: ref for ref in table if ref.page in numbers}
+        untouched = (ref for ref in table if ref.page not in numbers and ref.page < self._end_page)
+        total = sum(count_chunks(page.reads) for page in touched) * self._chunk_size
+        done = 0
+        unit_bytes = max(UNIT, self._chunk_size)
+
+        def load(page: _TouchedPage) -> _PageWork:
+            return self._load(page, inherited.get(page.number))
+
+        with (
+            Crew(UPLOAD_THREADS, "upload") as uploads,
+            Crew(PAGE_READERS, "pages") as readers,
+            Crew(WORKERS, "pack") as workers,
+            leaving_promptly(self._store),
+        ):
+            uploader = Uploader(self._store, uploads, IN_FLIGHT)
+            works = readers.ordered(load, touched, 2 * PAGE_READERS)
+            units = _cut(works, unit_bytes // self._chunk_size)
+            shared = next(untouched, None)
+            for packed in workers.ordered(self._pack, units, READ_WINDOW // unit_bytes):
+                while shared is not None and shared.page < packed.unit.work.touched.number:
+                    self._refer(shared)
+                    shared = next(untouched, None)
+                self._take(packed, uploader)
+                done += (packed.unit.end - packed.unit.first) * self._chunk_size
+                if progress:
+                    progress(done, total)
+            while shared is not None:
+                self._refer(shared)
+                shared = next(untouched, None)
+            self._flush_segment(uploader)
+            self._flush_pages(uploader)
+            uploader.finish()
+        self.uploaded = uploader.bytes
+
+    @property
+    def _end_chunk(self) -> int:
+        return -(-self._source.size // self._chunk_size)
+
+    @property
+    def _end_page(self) -> int:
+        return -(-self._end_chunk // PAGE_ENTRIES)
+
+    def _plan(self, parent: Root | None) -> list[_TouchedPage]:
+        source, size = self._source, self._source.size
+        extents = source.extents()
+        holding = chunk_runs(extents, self._chunk_size, size)
+        if parent is None:
+            changed = holding
+        else:
+            differing = list(source.changed_extents(parent.summary.snapshot_id))
+            old_size = parent.summary.size
+            if old_size != size:
+                # The chunk at the smaller end may have another length, its page entries beyond the
+                # end; and what was added is new, whatever the source says of it.
+                differing.append((min(old_size, size) - 1, 1))
+                for offset, length in extents:
+                    start = max(offset, old_size)
+                    if start < offset + length:
+                        differing.append((start, offset + length - start))
+            changed = chunk_runs(differing, self._chunk_size, size)
+        reads = dict(by_page(intersect(changed, holding)))
+        return [_TouchedPage(page, runs, reads.get(page, [])) for page, runs in by_page(changed)]
+
+    def _load(self, page: _TouchedPage, inherited: PageRef | None) -> _PageWork:
+        """Begin a page with the parent's entries; chunks that became holes are emptied."""
+        if inherited is None:
+            return _PageWork(page, None, [None] * PAGE_ENTRIES)
+        try:
+            entries = read_page(self._store, self._chunk_size, inherited)
+        except (CorruptError, NotFoundError) as error:
+            raise ParentUnusableError(str(error)) from error
+        work = _PageWork(page, inherited, entries)
+        base = page.number * PAGE_ENTRIES
+        reads = {chunk for first, end in page.reads for chunk in range(first, end)}
+        gone = [chunk for first, end in page.changed for chunk in range(first, end)]
+        gone += range(max(base, self._end_chunk), base + PAGE_ENTRIES)
+        for chunk in gone:
+            if chunk not in reads and entries[chunk - base] is not None:
+                entries[chunk - base] = None
+                work.changed_chunks += 1
+        return work
+
+    def _pack(self, unit: _Unit) -> _Packed:
+        """Read, hash and compress a unit."""
+        if unit.first == unit.end:
+            return _Packed(unit, [])
+        offset = unit.first * self._chunk_size
+        buffer = bytearray(min(unit.end * self._chunk_size, self._source.size) - offset)
+        view = memoryview(buffer)
+        try:
+            self._source.read_into(offset, view)
+        except OSError as error:
+            raise StorageError(
+                f"cannot read {len(buffer)} bytes at offset {offset} of {self._source.volume}@"
+                f"{self._source.snapshot}: {error.strerror or error}; check the disk"
+            ) from error
+        base = unit.work.touched.number * PAGE_ENTRIES
+        parents = unit.work.entries[unit.first - base : unit.end - base]
+        chunks: list[PackedChunk | Entry | None] = []
+        for number, known in enumerate(parents):
+            start = number * self._chunk_size
+            plain = bytes(view[start : start + self._chunk_size])
+            if plain == self._zero_chunk[: len(plain)]:
+                chunks.append(None)
+                continue
+            digest = digest_chunk(plain)
+            same = known is not None and known.digest == digest
+            chunks.append(known if same else pack_chunk(plain, digest))
+        return _Packed(unit, chunks)
+
+    def _take(self, packed: _Packed, uploader: Uploader) -> None:
+        """Put a unit's chunks into the segment and the page; complete the page with its last."""
+        unit, work = packed.unit, packed.unit.work
+        base = work.touched.number * PAGE_ENTRIES
+        for chunk, content in enumerate(packed.chunks, unit.first):
+            length = chunk_length(chunk, self._chunk_size, self._source.size)
+            self.read += length
+            entry = self._append(content, uploader) if isinstance(content, PackedChunk) else content
+            if entry != work.entries[chunk - base]:
+                work.entries[chunk - base] = entry
+                work.changed_chunks += 1
+        if unit.last:
+            self._complete(work, uploader)
+
+    def _append(self, chunk: PackedChunk, uploader: Uploader) -> Entry:
+        if len(self._segment) + len(chunk.data) > SEGMENT_TARGET:
+            self._flush_segment(uploader)
+        if not self._segment:
+            self._segment += segment_header(self._push, self.segments)
+        entry = Entry(
+            self._push,
+            self.segments,
+            len(self._segment),
+            len(chunk.data),
+            chunk.codec,
+            chunk.digest,
+        )
+        self._segment += chunk.data
+        return entry
+
+    def _flush_segment(self, uploader: Uploader) -> None:
+        if self._segment:
+            uploader.put(segment_key(self._push, self.segments), self._segment)
+            self._segment = bytearray()
+            self.segments += 1
+
+    def _complete(self, work: _PageWork, uploader: Uploader) -> None:
+        """Store the page and refer to it; the parent's is shared when nothing is new in it."""
+        self.changed += work.changed_chunks * self._chunk_size
+        if not work.changed_chunks:
+            if work.inherited is not None:
+                self._refer(work.inherited)
+            return
+        entries = [entry for entry in work.entries if entry is not None]
+        if not entries:
+            return
+        number = work.touched.number
+        record = encode_page(number, work.entries)
+        if len(self._pages) + len(record) > PAGES_TARGET:
+            self._flush_pages(uploader)
+        self._refer(
+            PageRef(
+                number,
+                self._push,
+                self.pages,
+                len(self._pages),
+                len(record),
+                len(entries),
+                sum(entry.length for entry in entries),
+                digest_of(record),
+            )
+        )
+        self._pages += record
+
+    def _flush_pages(self, uploader: Uploader) -> None:
+        if self._pages:
+            uploader.put(pages_key(self._push, self.pages), self._pages)
+            self._pages = bytearray()
+            self.pages += 1
+
+    def _refer(self, ref: PageRef) -> None:
+        self.table.append(ref)
+        self.data += ref.chunks * self._chunk_size
+        self.stored += ref.stored
+
+
+def _cut(works: Iterable[_PageWork], most: int) -> Iterator[_Unit]:
+    """Cut the pages into units of at most ``most`` chunks, at least one for each page."""
+    for work in works:
+        pieces = [
+            (start, min(start + most, end))
+            for first, end in work.touched.reads
+            for start in range(first, end, most)
+        ]
+        for number, (first, end) in enumerate(pieces or [(0, 0)]):
+            yield _Unit(work, first, end, number >= len(pieces) - 1)

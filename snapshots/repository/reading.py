@@ -1,0 +1,98 @@
+"""Reading pages and chunks back: few requests, each object checked.
+
+What lies close together in one object is fetched with one range request of a few MiB.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
+from backends.objects import ObjectStore
+from snapshots.repository.holdings import describe_object
+from snapshots.repository.layout import pages_key, segment_key
+from snapshots.repository.pages import Entry, Page, PageRef, decode_page
+
+MAX_READ = 4 << 20  # bytes of one range request, unless a single chunk is longer
+MAX_GAP = 32 << 10  # bytes that are read for nothing rather than making another request
+
+
+class Part(NamedTuple):
+    """A chunk in a range: ``start`` is its offset in the range, ``chunk`` its number."""
+
+    start: int
+    entry: Entry
+    chunk: int
+
+
+class Range(NamedTuple):
+    """One range request and what is in it."""
+
+    key: str
+    offset: int
+    length: int
+    parts: list[Part]
+
+
+def read_page(store: ObjectStore, chunk_size: int, ref: PageRef) -> Page:
+    """Fetch and check one page; CorruptError or NotFoundError name the object."""
+    key = pages_key(ref.push, ref.number)
+    record = store.get_range(key, ref.offset, ref.length)
+    return decode_page(record, ref, chunk_size, f"{describe_object(store, key)} at {ref.offset}")
+
+
+def read_pages(
+    store: ObjectStore, chunk_size: int, refs: list[PageRef]
+) -> list[tuple[PageRef, Page]]:
+    """Fetch pages that :func:`group_pages` put together, with one request."""
+    first = refs[0]
+    key = pages_key(first.push, first.number)
+    length = refs[-1].offset + refs[-1].length - first.offset
+    data = store.get_range(key, first.offset, length)
+    pages = []
+    for ref in refs:
+        start = ref.offset - first.offset
+        where = f"{describe_object(store, key)} at {ref.offset}"
+        record = data[start : start + ref.length]
+        pages.append((ref, decode_page(record, ref, chunk_size, where)))
+    return pages
+
+
+def group_pages(refs: Iterable[PageRef], most: int) -> Iterator[list[PageRef]]:
+    """Cut ``refs`` into groups, each of pages that follow one another in one object."""
+    group: list[PageRef] = []
+    for ref in refs:
+        if group and (
+            len(group) == most
+            or (ref.push, ref.number) != (group[0].push, group[0].number)
+            or ref.offset != group[-1].offset + group[-1].length
+        ):
+            yield group
+            group = []
+        group.append(ref)
+    if group:
+        yield group
+
+
+def plan_ranges(chunks: Iterable[tuple[int, Entry]]) -> list[Range]:
+    """Plan how to fetch the chunks (number, entry), in the order of the segments."""
+    ranges: list[Range] = []
+    previous: tuple[str, int] | None = None
+    for chunk, entry in sorted(chunks, key=_place):
+        end = entry.offset + entry.length
+        if ranges and previous == entry[:2]:
+            last = ranges[-1]
+            gap = entry.offset - last.offset - last.length
+            longer = max(last.length, end - last.offset)
+            if gap <= MAX_GAP and longer <= MAX_READ:
+                last.parts.append(Part(entry.offset - last.offset, entry, chunk))
+                ranges[-1] = last._replace(length=longer)
+                continue
+        key = segment_key(entry.push, entry.segment)
+        ranges.append(Range(key, entry.offset, entry.length, [Part(0, entry, chunk)]))
+        previous = entry[:2]
+    return ranges
+
+
+def _place(item: tuple[int, Entry]) -> tuple[str, int, int]:
+    return item[1][:3]
