@@ -1,5 +1,6 @@
 """The real parts that the tests put together: a daemon, an S3 server, a kernel, disk images."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -8,7 +9,7 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +115,7 @@ class Daemon:
         deadline = time.monotonic() + 60
         while not self._accepts():
             if self.process.poll() is not None or time.monotonic() > deadline:
+                self.kill()
                 pytest.fail(f"the daemon does not start:\n{self.read_log()}")
             time.sleep(0.05)
 
@@ -258,3 +260,26 @@ class KernelMachine:
         if machine.returncode:
             pytest.fail(f"the script in the machine ended with {machine.returncode}:\n{output}")
         return output
+
+
+@contextlib.contextmanager
+def background(*command: str) -> Iterator[Callable[[], None]]:
+    """Run a program beside the test; yield a function that waits until it has succeeded."""
+    program = subprocess.Popen(
+        [*DIE_WITH_PARENT, *command],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+    def finish() -> None:
+        output, _ = program.communicate(timeout=240)
+        if program.returncode:
+            pytest.fail(f"{' '.join(command)}: status {program.returncode}\n{output}")
+
+    try:
+        yield finish
+    finally:
+        program.kill()
+        program.wait()
