@@ -119,6 +119,9 @@ class LayerStore(Protocol):
     async def delete_layer(self, layer: str) -> None:
         """Remove a layer and all that it owns; a layer that is gone already is no error."""
 
+    async def allocated(self, layer: str) -> int:
+        """Bytes of disk space that a layer uses, its logs included."""
+
     async def open_data(self, layer: str, *, writable: bool) -> DataFile:
         """Open the data of a layer."""
 
@@ -130,6 +133,9 @@ class LayerStore(Protocol):
 
     async def read_log(self, layer: str, log: str) -> bytes | None:
         """The whole content of a log, space reserved at its end included; None: no such log."""
+
+    async def has_log(self, layer: str, log: str) -> bool:
+        """Whether a layer has a log of that name."""
 
     async def delete_log(self, layer: str, log: str) -> None:
         """Remove a log; one that is gone already is no error."""

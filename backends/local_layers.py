@@ -167,6 +167,13 @@ class LocalLayerStore:
         await asyncio.to_thread(shutil.rmtree, gone)
         await _sync_directory(self.path / "layers")
 
+    async def allocated(self, layer: str) -> int:
+        def count() -> int:
+            with os.scandir(self._layer(layer)) as entries:
+                return sum(entry.stat().st_blocks * 512 for entry in entries)
+
+        return await asyncio.to_thread(count)
+
     async def open_data(self, layer: str, *, writable: bool) -> LocalDataFile:
         path = self._layer(layer)
         if not await aiofiles.os.path.isdir(path):
@@ -185,6 +192,9 @@ class LocalLayerStore:
                 return await file.read()
         except FileNotFoundError:
             return None
+
+    async def has_log(self, layer: str, log: str) -> bool:
+        return bool(await aiofiles.os.path.exists(self._layer(layer) / log))
 
     async def delete_log(self, layer: str, log: str) -> None:
         await _unlink(self._layer(layer) / log)

@@ -47,12 +47,17 @@ class LayerPool:
             del self._open[layer.name]
             layer.data.close()
 
+    def names(self) -> set[str]:
+        """The layers that are open."""
+        return set(self._open)
+
 
 async def apply_layer(
     store: LayerStore, layer: str, into: OwnerMap, data: int = DATA, zero: int = ZERO
 ) -> LogState:
     """Apply what ``layer`` holds to ``into``: its index when it is sealed, else its journal."""
-    for log in (INDEX, JOURNAL):
+    # An index that appears while we look takes the journal's place: so look for it again.
+    for log in (INDEX, JOURNAL, INDEX):
         content = await store.read_log(layer, log)
         if content is not None:
             return await _apply(store, content, layer, log, into, data, zero)
@@ -87,11 +92,9 @@ async def write_index(store: LayerStore, layer: str, holds: OwnerMap) -> None:
     await store.delete_log(layer, JOURNAL)
 
 
-async def seal_journal(store: LayerStore, layer: str, blocks: int) -> OwnerMap:
-    """Turn a sealed layer's journal into its index; return what the layer holds."""
-    holds = OwnerMap(blocks)
+async def seal_journal(store: LayerStore, layer: str, holds: OwnerMap) -> None:
+    """Turn a sealed layer's journal into its index; ``holds``, empty, gets what it holds."""
     state = await apply_layer(store, layer, holds)
     if state.ragged:
         raise CorruptError(f"{store.describe(layer, JOURNAL)}: unsynced sectors in a sealed layer")
     await write_index(store, layer, holds)
-    return holds

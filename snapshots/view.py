@@ -92,7 +92,7 @@ class View:
                 return file.try_read(offset, buffer)
             _fill_zeroes(buffer)
             return True
-        for start, part, file in self._parts(offset, buffer):
+        for start, part, file in self.parts(offset, buffer):
             if file is None:
                 _fill_zeroes(part)
             elif not file.try_read(start, part):
@@ -102,7 +102,7 @@ class View:
     async def read(self, offset: int, buffer: memoryview) -> None:
         """Fill ``buffer``, in a thread where that waits for a disk; OSError."""
         waiting: list[tuple[DataFile, int, memoryview]] = []
-        for start, part, file in self._parts(offset, buffer):
+        for start, part, file in self.parts(offset, buffer):
             if file is None:
                 _fill_zeroes(part)
             elif not file.try_read(start, part):
@@ -113,7 +113,7 @@ class View:
             reading.add_done_callback(self._reading.discard)
             await asyncio.shield(reading)
 
-    def _parts(
+    def parts(
         self, offset: int, buffer: memoryview
     ) -> list[tuple[int, memoryview, DataFile | None]]:
         """Cut a read where the owner changes: (offset, part of the buffer, data or None)."""

@@ -27,7 +27,7 @@ import asyncio
 import contextlib
 import errno
 import logging
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Coroutine
 from typing import Any
 
 from backends.errors import NoSpaceError, StorageError
@@ -68,7 +68,6 @@ class Volume(View):
         super().__init__(name, size, owners, threads)
         self.head: Head
         self.failure: str | None = None
-        self.repair_manifest: Callable[[], Awaitable[None]] | None = None
         self._store = store
         self._locks = RangeLock()
         self._current: asyncio.Task[None] | None = None
@@ -293,8 +292,6 @@ class Volume(View):
             # Once more when a gate came in between: what was written before is in its snapshot.
             while self._commit is not None:
                 await asyncio.shield(self._commit)
-            if self.repair_manifest is not None:
-                await self.repair_manifest()
             head = self.head
             await self._sync_head()
 
@@ -319,7 +316,7 @@ class Volume(View):
         try:
             await self._threads.sync(head.persist, runs)
         except OSError as error:
-            self._fail(f"a sync failed: {error.strerror or error}")
+            self.fail(f"a sync failed: {error.strerror or error}")
             raise OSError(errno.EIO, f"volume {self.name}: a sync failed") from error
 
     async def _compact(self, head: Head) -> None:
@@ -329,9 +326,10 @@ class Volume(View):
             # The journal as it was is as good.
             _log.warning("journal of volume %s was not compacted: %s", self.name, error)
         except (OSError, StorageError) as error:
-            self._fail(f"its journal could not be rewritten: {error}")
+            self.fail(f"its journal could not be rewritten: {error}")
 
-    def _fail(self, why: str) -> None:
+    def fail(self, why: str) -> None:
+        """Refuse writes and flushes from now on."""
         self.failure = why
         _log.error("volume %s is read-only from now on: %s", self.name, why)
 

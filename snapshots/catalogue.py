@@ -1,0 +1,735 @@
+"""The catalogue: every operation on the volumes and snapshots of one data directory.
+
+One process owns a data directory and one ``Catalogue`` serves it, on one event loop. Operations
+that commit a manifest take turns (``_commits``); clients' reads and writes never wait for that.
+What an operation commits is durable when it returns; when it fails, the volume is as it was. One
+that has begun goes on to its end even when the caller is cancelled: none is left half done.
+
+**Snapshots** (``create_snapshots``), all volumes of a group at one instant:
+
+1. create the next heads, and sync what is pending so that the gate has little to capture;
+2. the gate: swap every volume's head in one step of the event loop (volume.py);
+3. make the old heads durable, commit the manifests in one commit; FLUSHes wait until then;
+4. later, turn each sealed layer's journal into its index.
+
+When step 3 fails, writes have gone into the new heads already, which a reopened volume would not
+know: the volumes refuse writes and flushes until then, so nothing is taken for durable.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+import logging
+import secrets
+import time
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any, ParamSpec, TypeVar
+
+from backends.errors import (
+    ExistsError,
+    InUseError,
+    InvalidError,
+    NoSpaceError,
+    NotFoundError,
+    StorageError,
+)
+from backends.layers import LayerStore
+from snapshots.difference import Extent, changed_extents, layers_between, touched_by
+from snapshots.handle import Handle
+from snapshots.head import Head, create_head
+from snapshots.layer import apply_layer
+from snapshots.manifest import MAX_LAYERS, Manifest, Snapshot
+from snapshots.manifest_store import ManifestStore
+from snapshots.merging import Merging
+from snapshots.names import BLOCK_SHIFT, check_name, check_volume_size
+from snapshots.open_views import OpenViews
+from snapshots.owner_map import OwnerMap
+from snapshots.pins import Pins
+from snapshots.transfer import Import, Pin, SinkDescription, SnapshotRef, SourceDescription
+from snapshots.volume import Volume
+
+_log = logging.getLogger(__name__)
+
+# Below this much free space a snapshot is refused: its new head and the manifest need some of it.
+LOW_WATER = 16 << 20
+_WRITEBACK_SECONDS = 5
+_REVOKE_SECONDS = 30
+
+Progress = Callable[[int, int], None]
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def _to_its_end(
+    operation: Callable[P, Coroutine[Any, Any, T]],
+) -> Callable[P, Coroutine[Any, Any, T]]:
+    """Run a coroutine function in a task of its own, which a cancelled caller does not stop."""
+
+    @functools.wraps(operation)
+    async def run(*args: P.args, **kwargs: P.kwargs) -> T:
+        return await asyncio.shield(asyncio.create_task(operation(*args, **kwargs)))
+
+    return run
+
+
+@dataclass(frozen=True)
+class VolumeInfo:
+    """A volume as listed; sizes in bytes, ``created`` in seconds since 1970.
+
+    ``mapped`` is what the volume holds data for, ``own`` the disk space of layers that only it
+    uses, ``shared`` that of layers that other volumes use too.
+    """
+
+    name: str
+    id: str
+    size: int
+    created: float
+    layers: int
+    snapshots: int
+    mapped: int
+    own: int
+    shared: int
+    clients: int
+
+
+@dataclass(frozen=True)
+class SnapshotInfo:
+    """A snapshot as listed; sizes in bytes, ``created`` in seconds since 1970."""
+
+    volume: str
+    name: str
+    id: str
+    size: int
+    created: float
+    layers: int
+    labels: dict[str, str]
+    clients: int
+
+
+class Catalogue:
+    """See the module's text; made by ``open``, ended by ``close``."""
+
+    def __init__(self, store: LayerStore) -> None:
+        self._store = store
+        self._manifests = ManifestStore(store)
+        self._views = OpenViews(store, self._manifests)
+        self._commits = asyncio.Lock()
+        self._pins = Pins()
+        self._merging = Merging(store, self._manifests, self._views, self._commits, self._pins)
+        self._imports: dict[str, Import] = {}
+        self._keys: dict[Handle, str] = {}
+        self._mapped: dict[str, int] = {}
+        self._write_backs: asyncio.Task[None] | None = None
+        self._closed = False
+
+    @classmethod
+    async def open(cls, store: LayerStore) -> Catalogue:
+        """Own the store and read its manifests; InUseError, CorruptError."""
+        await store.lock()
+        catalogue = cls(store)
+        try:
+            await catalogue._manifests.load()
+            await catalogue._drop_orphans()
+        except BaseException:
+            catalogue._views.threads.close()
+            await store.unlock()
+            raise
+        catalogue._write_backs = asyncio.create_task(catalogue._write_back())
+        catalogue._index_sealed()
+        catalogue._merging.resume()
+        return catalogue
+
+    async def close(self) -> None:
+        """Flush and close everything; a second call does nothing."""
+        if self._closed:
+            return
+        self._closed = True
+        await self._merging.stop()
+        if self._write_backs is not None:
+            self._write_backs.cancel()
+            await asyncio.gather(self._write_backs, return_exceptions=True)
+        async with self._commits:
+            await self._views.close()
+            for imported in list(self._imports.values()):
+                await self._store.delete_layer(imported.sink.layer)
+        await self._store.unlock()
+
+    # Volumes
+
+    @_to_its_end
+    async def list_volumes(self) -> list[VolumeInfo]:
+        """All volumes by name."""
+        names = sorted(manifest.name for manifest in self._manifests.volumes.values())
+        async with self._commits:
+            found = [self._manifests.find(name) for name in names]
+            return [await self._volume_info(manifest) for manifest in found if manifest]
+
+    @_to_its_end
+    async def show_volume(self, name: str) -> VolumeInfo:
+        """One volume."""
+        async with self._commits:
+            return await self._volume_info(self._manifests.get(name))
+
+    @_to_its_end
+    async def create_volume(self, name: str, size: int) -> VolumeInfo:
+        """Make a volume of ``size`` bytes that reads as zeroes."""
+        check_volume_size(size)
+        async with self._commits:
+            self._check_free(name)
+            return await self._create(name, size, "", {})
+
+    @_to_its_end
+    async def clone_volume(
+        self, name: str, source: str, snapshot: str, size: int | None = None
+    ) -> VolumeInfo:
+        """Make a volume that begins as a snapshot, sharing its layers; it may be larger."""
+        async with self._commits:
+            self._check_free(name)
+            manifest = self._manifests.get(source)
+            found = _find(manifest, snapshot)
+            if size is None:
+                size = found.size
+            check_volume_size(size)
+            if size < found.size:
+                raise InvalidError(
+                    f"size {size} is smaller than the snapshot's {found.size}: a clone cannot be"
+                )
+            self._check_layers(source, manifest.stack(found.layer))
+            return await self._create(name, size, found.layer, manifest.parents)
+
+    @_to_its_end
+    async def resize_volume(self, name: str, size: int) -> VolumeInfo:
+        """Make a volume larger; the new part reads as zeroes. Clients see it on reconnecting."""
+        check_volume_size(size)
+        async with self._commits:
+            manifest = self._manifests.get(name)
+            if size < manifest.size:
+                raise InvalidError(
+                    f"volume {name} has {manifest.size} bytes and cannot be made smaller: data"
+                    " behind the new end would be lost; create a smaller volume and copy"
+                )
+            if size > manifest.size:
+                await self._manifests.commit([manifest.changed(size=size)])
+                opened = self._views.get(manifest.id)
+                if opened is not None:
+                    assert isinstance(opened.view, Volume)
+                    opened.view.grow(size)
+            return await self._volume_info(self._manifests.get(name))
+
+    @_to_its_end
+    async def rename_volume(self, old: str, new: str) -> VolumeInfo:
+        """Give a volume another name; clients that have it open keep it."""
+        async with self._commits:
+            manifest = self._manifests.get(old)
+            if old != new:
+                self._check_free(new)
+                await self._manifests.commit([manifest.changed(name=new)])
+            return await self._volume_info(self._manifests.get(new))
+
+    @_to_its_end
+    async def delete_volume(self, name: str, with_snapshots: bool = False) -> None:
+        """Remove a volume; with its snapshots only when asked to."""
+        async with self._commits:
+            manifest = self._manifests.get(name)
+            self._check_unused(manifest)
+            if manifest.snapshots and not with_snapshots:
+                count = len(manifest.snapshots)
+                raise InUseError(
+                    f"volume {name} has {count} snapshot{'s' if count > 1 else ''}; delete them"
+                    " first, or ask for the volume to be deleted with its snapshots"
+                )
+            await self._views.discard(manifest.id)
+            await self._manifests.remove(manifest)
+            self._mapped.pop(manifest.id, None)
+            await self._drop_orphans()
+        self._merging.resume()
+
+    # Snapshots
+
+    @_to_its_end
+    async def create_snapshots(
+        self, targets: Sequence[tuple[str, str]], labels: Mapping[str, str] | None = None
+    ) -> list[SnapshotInfo]:
+        """Take a snapshot of each (volume, snapshot name), all at one instant, all or none."""
+        if not targets:
+            raise InvalidError("no snapshot was named")
+        if len({volume for volume, _ in targets}) != len(targets):
+            raise InvalidError("a volume is named twice: one snapshot each is possible at a time")
+        async with self._commits:
+            manifests = [self._manifests.get(volume) for volume, _ in targets]
+            for manifest, (volume, name) in zip(manifests, targets, strict=True):
+                check_name("snapshot", name)
+                if manifest.find(name):
+                    raise ExistsError(f"snapshot {volume}@{name} exists already")
+                self._check_layers(volume, manifest.stack(manifest.head))
+            await self._check_space()
+            created = time.time()
+            snapshots = [
+                Snapshot(
+                    name,
+                    secrets.token_hex(16),
+                    manifest.size,
+                    created,
+                    manifest.head,
+                    dict(labels or {}),
+                )
+                for manifest, (_, name) in zip(manifests, targets, strict=True)
+            ]
+            await self._seal(manifests, snapshots)
+            return [
+                self._snapshot_info(self._manifests.volumes[manifest.id], snapshot)
+                for manifest, snapshot in zip(manifests, snapshots, strict=True)
+            ]
+
+    def list_snapshots(self, volume: str | None = None) -> list[SnapshotInfo]:
+        """Snapshots of one volume or of all, the oldest of each volume first."""
+        if volume is None:
+            manifests = sorted(self._manifests.volumes.values(), key=lambda found: found.name)
+        else:
+            manifests = [self._manifests.get(volume)]
+        return [
+            self._snapshot_info(manifest, snapshot)
+            for manifest in manifests
+            for snapshot in manifest.snapshots
+        ]
+
+    @_to_its_end
+    async def delete_snapshot(
+        self, volume: str, snapshot: str, progress: Progress | None = None
+    ) -> None:
+        """Remove a snapshot, then merge its layer with its neighbour; progress in bytes moved.
+
+        The snapshot is gone as soon as that is committed; a merge that is interrupted, or that
+        must wait for a pinned snapshot, goes on later by itself.
+        """
+        async with self._commits:
+            manifest = self._manifests.get(volume)
+            found = _find(manifest, snapshot)
+            if self._views.clients(found.id):
+                raise InUseError(f"snapshot {volume}@{snapshot} is open; disconnect its clients")
+            if self._pins.holds(found.id):
+                raise InUseError(f"snapshot {volume}@{snapshot} is being pushed; try again later")
+            rest = tuple(other for other in manifest.snapshots if other is not found)
+            await self._manifests.commit([manifest.changed(snapshots=rest)])
+            await self._free_head_boundary(manifest.id, found.layer)
+            await self._drop_orphans()
+        await self._merging.merge_now(progress)
+
+    @_to_its_end
+    async def rollback(self, volume: str, snapshot: str, force: bool = False) -> VolumeInfo:
+        """Make a volume what it was at a snapshot; what was written since is gone.
+
+        Refused while clients have it open, unless forced, which disconnects them. Later snapshots
+        stay.
+        """
+        async with self._commits:
+            manifest = self._manifests.get(volume)
+            found = _find(manifest, snapshot)
+            self._check_layers(volume, manifest.stack(found.layer))
+            clients = self._views.clients(manifest.id)
+            if clients and not force:
+                raise InUseError(
+                    f"volume {volume} is open by {clients} client{'s' if clients > 1 else ''};"
+                    " disconnect them, or force the rollback"
+                )
+            layer = secrets.token_hex(8)
+            await create_head(self._store, layer)
+            try:
+                await self._disconnect(manifest)
+                parents = {**manifest.parents, layer: found.layer}
+                new = manifest.changed(head=layer, size=found.size, parents=parents)
+                await self._manifests.commit([new])
+            except BaseException:
+                await self._store.delete_layer(layer)
+                raise
+            self._mapped.pop(manifest.id, None)
+            await self._drop_orphans()
+            info = await self._volume_info(self._manifests.get(volume))
+        self._merging.resume()
+        return info
+
+    @_to_its_end
+    async def diff(self, volume: str, older: str, newer: str | None = None) -> list[Extent]:
+        """What may differ between two snapshots, or between a snapshot and now (None)."""
+        async with self._commits:
+            manifest = self._manifests.get(volume)
+            old = _find(manifest, older)
+            if newer is None:
+                return await self._diff_now(manifest, old)
+            new = _find(manifest, newer)
+            blocks = max(old.size, new.size) >> BLOCK_SHIFT
+            layers = layers_between(manifest.parents, old.layer, new.layer)
+            view = await self._views.acquire_snapshot(manifest, new)
+            try:
+                touched = await touched_by(self._store, layers, blocks)
+                try:
+                    return changed_extents(touched, view.owners)
+                finally:
+                    touched.close()
+            finally:
+                await self._views.release(new.id)
+
+    async def _diff_now(self, manifest: Manifest, old: Snapshot) -> list[Extent]:
+        volume = await self._views.acquire_volume(manifest)
+        try:
+            layers = layers_between(manifest.parents, old.layer, manifest.head)
+            blocks = max(old.size, volume.size) >> BLOCK_SHIFT
+            await volume.settle()
+            # Held, so that the journal does not grow while it is read.
+            async with volume.head.lock:
+                touched = await touched_by(self._store, layers, blocks)
+                for first, last in volume.head.pending:
+                    touched.set(first, last, 1)
+                try:
+                    return changed_extents(touched, volume.owners)
+                finally:
+                    touched.close()
+        finally:
+            await self._views.release(manifest.id)
+
+    # Clients
+
+    @_to_its_end
+    async def open_volume(self, name: str, revoke: Callable[[], None]) -> Handle:
+        """Open a volume for a client; ``revoke`` asks the client to close it. NotFoundError."""
+        async with self._commits:
+            manifest = self._manifests.get(name)
+            view = await self._views.acquire_volume(manifest)
+            self._mapped.pop(manifest.id, None)
+            return self._handle(manifest.id, Handle(name, view, revoke))
+
+    @_to_its_end
+    async def open_snapshot(self, volume: str, snapshot: str, revoke: Callable[[], None]) -> Handle:
+        """Open a snapshot for a client, read-only. NotFoundError."""
+        async with self._commits:
+            manifest = self._manifests.get(volume)
+            found = _find(manifest, snapshot)
+            view = await self._views.acquire_snapshot(manifest, found)
+            return self._handle(found.id, Handle(f"{volume}@{snapshot}", view, revoke))
+
+    @_to_its_end
+    async def close_export(self, export: Handle) -> None:
+        """A client is done with what it opened."""
+        key = self._keys.pop(export)
+        await self._views.close_handle(key, export)
+
+    def _handle(self, key: str, handle: Handle) -> Handle:
+        self._views.add_handle(key, handle)
+        self._keys[handle] = key
+        return handle
+
+    # Other processes
+
+    @_to_its_end
+    async def pin(self, volume: str, snapshot: str) -> Pin:
+        """Keep a snapshot's layers as they are until the pin is released, and describe them."""
+        async with self._commits:
+            manifest = self._manifests.get(volume)
+            found = _find(manifest, snapshot)
+            others = [other for other in manifest.snapshots if other is not found]
+            parents: dict[str, str] = {}
+            for top in (found.layer, *(other.layer for other in others)):
+                for layer in manifest.stack(top):
+                    parents[layer] = manifest.parents[layer]
+            pin = Pin(
+                SourceDescription(
+                    volume=volume,
+                    snapshot=snapshot,
+                    snapshot_id=found.id,
+                    created=found.created,
+                    size=found.size,
+                    layer=found.layer,
+                    parents=parents,
+                    others=tuple(
+                        SnapshotRef(other.id, other.size, other.layer)
+                        for other in sorted(others, key=lambda s: s.created, reverse=True)
+                    ),
+                    merges=(),
+                ),
+                frozenset(parents),
+                self._unpin,
+            )
+            self._pins.add(pin)
+        try:
+            await self._merging.wait_for_pins()
+        except BaseException:
+            pin.release()
+            raise
+        merges = tuple(
+            asdict(merge) for merge in self._manifests.merges.values() if merge.target in parents
+        )
+        pin.source = replace(pin.source, merges=merges)
+        return pin
+
+    def _unpin(self, pin: Pin) -> None:
+        if self._pins.remove(pin) and not self._closed:
+            self._merging.resume()
+
+    @_to_its_end
+    async def begin_import(self, volume: str, size: int) -> Import:
+        """Make a layer for another process to fill, and keep the volume's name for it."""
+        check_volume_size(size)
+        async with self._commits:
+            self._check_free(volume)
+            layer = secrets.token_hex(8)
+            await self._store.create_layer(layer)
+            imported = Import(SinkDescription(volume, size, layer), time.time(), _new_id())
+            self._imports[volume] = imported
+            return imported
+
+    @_to_its_end
+    async def commit_import(self, imported: Import) -> VolumeInfo:
+        """Turn a filled layer into the volume."""
+        async with self._commits:
+            sink = imported.sink
+            if self._imports.get(sink.volume) is not imported:
+                raise NotFoundError(f"the import of volume {sink.volume} was given up already")
+            holds = OwnerMap(sink.size >> BLOCK_SHIFT)
+            try:
+                await apply_layer(self._store, sink.layer, holds)
+            finally:
+                holds.close()
+            manifest = Manifest(
+                imported.id,
+                sink.volume,
+                sink.size,
+                imported.created,
+                1,
+                sink.layer,
+                {sink.layer: ""},
+            )
+            await self._manifests.commit([manifest])
+            del self._imports[sink.volume]
+            return await self._volume_info(manifest)
+
+    @_to_its_end
+    async def discard_import(self, imported: Import) -> None:
+        """Give up an import; nothing is left of it. One that was committed stays."""
+        async with self._commits:
+            if self._imports.get(imported.sink.volume) is imported:
+                del self._imports[imported.sink.volume]
+                await self._store.delete_layer(imported.sink.layer)
+
+    # Steps; the caller holds ``_commits``
+
+    async def _create(
+        self, name: str, size: int, below: str, parents: Mapping[str, str]
+    ) -> VolumeInfo:
+        layer = secrets.token_hex(8)
+        try:
+            await create_head(self._store, layer)
+            manifest = Manifest(
+                _new_id(), name, size, time.time(), 0, layer, {**parents, layer: below}
+            ).changed()
+            await self._manifests.commit([manifest])
+        except BaseException:
+            await self._store.delete_layer(layer)
+            raise
+        return await self._volume_info(manifest)
+
+    async def _seal(self, manifests: list[Manifest], snapshots: Sequence[Snapshot | None]) -> None:
+        """Give each volume a new head, and its old one the name of a snapshot or none."""
+        prepared: list[tuple[Manifest, Volume, Head]] = []
+        acquired: list[str] = []
+        try:
+            try:
+                for manifest in manifests:
+                    volume = await self._views.acquire_volume(manifest)
+                    acquired.append(manifest.id)
+                    head = await self._views.add_head(volume, secrets.token_hex(8))
+                    prepared.append((manifest, volume, head))
+                for _, volume, _ in prepared:
+                    await volume.settle()
+            except BaseException:
+                for _, volume, head in prepared:
+                    await self._views.remove_head(volume, head)
+                raise
+            await self._swap_and_commit(prepared, snapshots)
+            for manifest in manifests:
+                self._merging.index(manifest.head)
+        finally:
+            for key in acquired:
+                await self._views.release(key)
+
+    async def _swap_and_commit(
+        self, prepared: list[tuple[Manifest, Volume, Head]], snapshots: Sequence[Snapshot | None]
+    ) -> None:
+        sealed = []
+        # The gate: no await between the first swap and the last.
+        for _, volume, head in prepared:
+            volume.commit_begins()
+            sealed.append(volume.swap_head(head))
+        try:
+            for (_, volume, _), (old, runs) in zip(prepared, sealed, strict=True):
+                await volume.finish_seal(old, runs)
+            new = []
+            for (manifest, _, head), snapshot in zip(prepared, snapshots, strict=True):
+                name = head.layer.name
+                taken = manifest.snapshots if snapshot is None else (*manifest.snapshots, snapshot)
+                parents = {**manifest.parents, name: manifest.head}
+                new.append(manifest.changed(head=name, parents=parents, snapshots=taken))
+            await self._manifests.commit(new)
+        except BaseException as error:
+            for _, volume, _ in prepared:
+                volume.fail(f"the commit of a snapshot failed: {error}")
+            raise
+        finally:
+            for (_, volume, _), (old, _) in zip(prepared, sealed, strict=True):
+                volume.commit_ended()
+                old.close()
+
+    async def _free_head_boundary(self, volume: str, layer: str) -> None:
+        """Seal the head when the deleted snapshot's layer lies right below it.
+
+        Then the two can be merged like any others, without touching the layer being written.
+        """
+        manifest = self._manifests.volumes[volume]
+        if manifest.parents.get(manifest.head) != layer:
+            return
+        others = [found for found in self._manifests.uses(layer) if found is not manifest]
+        if others or layer in manifest.tops() or list(manifest.parents.values()).count(layer) > 1:
+            return
+        try:
+            if (await self._store.space()).free < LOW_WATER:
+                await self._store.release_reserve()
+            await self._seal([manifest], [None])
+        except (OSError, StorageError) as error:
+            _log.warning("space of a deleted snapshot of %s is kept: %s", manifest.name, error)
+
+    async def _disconnect(self, manifest: Manifest) -> None:
+        opened = self._views.get(manifest.id)
+        if opened is not None and opened.handles:
+            for handle in list(opened.handles):
+                handle.revoke()
+            try:
+                await asyncio.wait_for(opened.empty.wait(), _REVOKE_SECONDS)
+            except TimeoutError:
+                raise InUseError(f"volume {manifest.name}: a client does not let go") from None
+        await self._views.discard(manifest.id)
+
+    async def _drop_orphans(self) -> None:
+        """Delete layers that nothing lists; called when every manifest could be read."""
+        live = self._manifests.live_layers() | self._pins.layers() | self._views.pool.names()
+        live.update(imported.sink.layer for imported in self._imports.values())
+        for merge in self._manifests.merges.values():
+            live.update((merge.lower, merge.upper))
+        for layer in await self._store.list_layers():
+            if layer not in live:
+                await self._store.delete_layer(layer)
+
+    # Checks
+
+    def _check_free(self, name: str) -> None:
+        check_name("volume", name)
+        if self._manifests.find(name) is not None:
+            raise ExistsError(f"volume {name} exists already")
+        if name in self._imports:
+            raise ExistsError(f"volume {name} is being restored")
+
+    def _check_layers(self, volume: str, stack: list[str]) -> None:
+        if len(stack) >= MAX_LAYERS:
+            raise InvalidError(
+                f"volume {volume} has {len(stack)} layers, the most there can be: delete snapshots,"
+                " or push them to a repository and delete them here"
+            )
+
+    async def _check_space(self) -> None:
+        free = (await self._store.space()).free
+        if free < LOW_WATER:
+            raise NoSpaceError(
+                f"{free >> 20} MiB are free, {LOW_WATER >> 20} MiB are needed for a snapshot:"
+                " delete snapshots or make room"
+            )
+
+    def _check_unused(self, manifest: Manifest) -> None:
+        for key in (manifest.id, *(snapshot.id for snapshot in manifest.snapshots)):
+            clients = self._views.clients(key)
+            if clients:
+                raise InUseError(
+                    f"volume {manifest.name} is open by {clients}"
+                    f" client{'s' if clients > 1 else ''}; disconnect them first"
+                )
+            if self._pins.holds(key):
+                raise InUseError(f"a snapshot of volume {manifest.name} is being pushed")
+
+    # Listings
+
+    async def _volume_info(self, manifest: Manifest) -> VolumeInfo:
+        own = shared = 0
+        for layer in manifest.parents:
+            allocated = await self._store.allocated(layer)
+            if len(self._manifests.uses(layer)) > 1:
+                shared += allocated
+            else:
+                own += allocated
+        return VolumeInfo(
+            name=manifest.name,
+            id=manifest.id,
+            size=manifest.size,
+            created=manifest.created,
+            layers=len(manifest.stack(manifest.head)),
+            snapshots=len(manifest.snapshots),
+            mapped=await self._count_mapped(manifest),
+            own=own,
+            shared=shared,
+            clients=self._views.clients(manifest.id),
+        )
+
+    async def _count_mapped(self, manifest: Manifest) -> int:
+        known = self._mapped.get(manifest.id)
+        if known is not None and self._views.get(manifest.id) is None:
+            return known
+        volume = await self._views.acquire_volume(manifest)
+        try:
+            blocks = await asyncio.to_thread(volume.owners.count_owned)
+        finally:
+            await self._views.release(manifest.id)
+        self._mapped[manifest.id] = blocks << BLOCK_SHIFT
+        return blocks << BLOCK_SHIFT
+
+    def _snapshot_info(self, manifest: Manifest, snapshot: Snapshot) -> SnapshotInfo:
+        return SnapshotInfo(
+            volume=manifest.name,
+            name=snapshot.name,
+            id=snapshot.id,
+            size=snapshot.size,
+            created=snapshot.created,
+            layers=len(manifest.stack(snapshot.layer)),
+            labels=dict(snapshot.labels),
+            clients=self._views.clients(snapshot.id),
+        )
+
+    # Background
+
+    async def _write_back(self) -> None:
+        """Bound what a crash can lose of writes that nobody flushed, and the space they hold."""
+        while True:
+            await asyncio.sleep(_WRITEBACK_SECONDS)
+            for key in self._views.ids():
+                opened = self._views.get(key)
+                if opened is not None:
+                    with contextlib.suppress(OSError):
+                        await opened.view.flush()
+            await self._store.keep_reserve()
+            if self._merging.deferred:
+                self._merging.resume()
+
+    def _index_sealed(self) -> None:
+        """Finish what was left when the daemon ended between a snapshot and its index."""
+        heads = {manifest.head for manifest in self._manifests.volumes.values()}
+        for layer in self._manifests.live_layers() - heads:
+            self._merging.index(layer)
+
+
+def _find(manifest: Manifest, name: str) -> Snapshot:
+    found = manifest.find(name)
+    if found is None:
+        raise NotFoundError(f"snapshot {manifest.name}@{name} does not exist")
+    return found
+
+
+def _new_id() -> str:
+    return secrets.token_hex(16)

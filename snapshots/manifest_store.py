@@ -1,0 +1,173 @@
+"""All manifests of a data directory, in memory and on disk.
+
+A commit of one manifest replaces one record. A commit of several writes them into a transaction's
+record first: that is the commit; then each record is replaced and the transaction removed. What
+a crash leaves of that is replayed when the store is loaded.
+
+Reference counts are nowhere stored: a layer lives when a manifest lists it.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import secrets
+from collections.abc import Iterator
+
+from backends.errors import CorruptError, NoSpaceError, NotFoundError, StorageError
+from backends.layers import LayerStore
+from snapshots.extent_log import MERGE, encode_header
+from snapshots.manifest import (
+    Manifest,
+    Merge,
+    pack_transaction,
+    unpack_manifest,
+    unpack_merge,
+    unpack_transaction,
+)
+
+_log = logging.getLogger(__name__)
+
+_VOLUMES = "volumes"
+_TRANSACTIONS = "transactions"
+_MERGES = "merges"
+
+
+class ManifestStore:
+    """``volumes`` by id and ``merges`` under way by their target layer; both read-only outside."""
+
+    def __init__(self, store: LayerStore) -> None:
+        self._store = store
+        self.volumes: dict[str, Manifest] = {}
+        self.merges: dict[str, Merge] = {}
+        self._names: dict[str, str] = {}
+
+    async def load(self) -> None:
+        """Read everything, finish what a crash left half done; CorruptError."""
+        store = self._store
+        for name in await store.list_records(_VOLUMES):
+            where = store.describe_record(_VOLUMES, name)
+            manifest = unpack_manifest(await store.read_record(_VOLUMES, name), where)
+            if manifest.id != name:
+                raise CorruptError(f"{where}: is the manifest of another volume, {manifest.id}")
+            self.volumes[name] = manifest
+        for name in await store.list_records(_TRANSACTIONS):
+            where = store.describe_record(_TRANSACTIONS, name)
+            content = await store.read_record(_TRANSACTIONS, name)
+            for manifest in unpack_transaction(content, where):
+                current = self.volumes.get(manifest.id)
+                if current is not None and current.generation < manifest.generation:
+                    await store.commit_record(_VOLUMES, manifest.id, manifest.pack())
+                    self.volumes[manifest.id] = manifest
+            await store.delete_record(_TRANSACTIONS, name)
+        for manifest in self.volumes.values():
+            if manifest.name in self._names:
+                other = self._names[manifest.name]
+                raise CorruptError(f"two volumes are named {manifest.name}: {manifest.id}, {other}")
+            self._names[manifest.name] = manifest.id
+        for name in await store.list_records(_MERGES):
+            where = store.describe_record(_MERGES, name)
+            merge = unpack_merge(await store.read_record(_MERGES, name), where)
+            self.merges[merge.target] = merge
+            if not self.uses(merge.source):
+                await self.end_merge(merge)
+
+    # Looking up
+
+    def find(self, name: str) -> Manifest | None:
+        """The manifest of the volume of that name."""
+        found = self._names.get(name)
+        return None if found is None else self.volumes[found]
+
+    def get(self, name: str) -> Manifest:
+        """The same, or NotFoundError."""
+        manifest = self.find(name)
+        if manifest is None:
+            raise NotFoundError(f"volume {name} does not exist")
+        return manifest
+
+    def uses(self, layer: str) -> list[Manifest]:
+        """The manifests that list a layer."""
+        return [manifest for manifest in self.volumes.values() if layer in manifest.parents]
+
+    def live_layers(self) -> set[str]:
+        """Every layer that a manifest lists."""
+        return {layer for manifest in self.volumes.values() for layer in manifest.parents}
+
+    def mergeable(self) -> Iterator[tuple[str, str]]:
+        """(lower, upper) layers that nothing tells apart any more.
+
+        Both sealed, no snapshot ends on the lower one, and no other layer stands on it.
+        """
+        children: dict[str, set[str]] = {}
+        fixed: set[str] = set()
+        heads: set[str] = set()
+        for manifest in self.volumes.values():
+            heads.add(manifest.head)
+            fixed.update(manifest.tops())
+            for layer, parent in manifest.parents.items():
+                if parent:
+                    children.setdefault(parent, set()).add(layer)
+        for lower, uppers in children.items():
+            if len(uppers) == 1 and lower not in fixed:
+                (upper,) = uppers
+                if upper not in heads:
+                    yield lower, upper
+
+    # Committing
+
+    async def commit(self, manifests: list[Manifest]) -> None:
+        """Make these the manifests of their volumes, all or none, durably."""
+        if len(manifests) == 1:
+            await self._commit_record(_VOLUMES, manifests[0].id, manifests[0].pack())
+        else:
+            name = secrets.token_hex(8)
+            await self._commit_record(_TRANSACTIONS, name, pack_transaction(manifests))
+            # Committed. What fails from here on is done again when the store is loaded.
+            try:
+                for manifest in manifests:
+                    await self._commit_record(_VOLUMES, manifest.id, manifest.pack())
+                await self._store.delete_record(_TRANSACTIONS, name)
+            except (OSError, StorageError) as error:
+                where = self._store.describe_record(_TRANSACTIONS, name)
+                _log.warning("%s is finished at the next start: %s", where, error)
+        for manifest in manifests:
+            old = self.volumes.get(manifest.id)
+            if old is not None:
+                del self._names[old.name]
+            self.volumes[manifest.id] = manifest
+            self._names[manifest.name] = manifest.id
+
+    async def remove(self, manifest: Manifest) -> None:
+        """Forget a volume durably; its layers stay where they are."""
+        await self._store.delete_record(_VOLUMES, manifest.id)
+        del self.volumes[manifest.id]
+        del self._names[manifest.name]
+
+    async def begin_merge(self, merge: Merge) -> None:
+        """Note durably that a merge is under way, with an empty log."""
+        header = encode_header(merge.target, MERGE)
+        await self._store.create_log(merge.target, MERGE, header)
+        await self._commit_record(_MERGES, merge.target, merge.pack())
+        self.merges[merge.target] = merge
+
+    async def end_merge(self, merge: Merge) -> None:
+        """Forget a merge whose source no manifest lists any more."""
+        # The log first: a log without its record could be taken for a later merge's.
+        await self._store.delete_log(merge.target, MERGE)
+        await self._store.delete_record(_MERGES, merge.target)
+        del self.merges[merge.target]
+
+    async def _commit_record(self, kind: str, name: str, content: bytes) -> None:
+        try:
+            await self._store.commit_record(kind, name, content)
+        except NoSpaceError:
+            # What was kept back for this very case.
+            if not await self._store.release_reserve():
+                raise
+            await self._store.commit_record(kind, name, content)
+
+
+def is_no_space(error: OSError) -> bool:
+    """Whether an operation failed for want of space."""
+    return error.errno in (errno.ENOSPC, errno.EDQUOT)

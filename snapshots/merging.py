@@ -1,0 +1,204 @@
+"""Which merges run, and when: one at a time, never on layers that another process reads.
+
+Every pair of layers that nothing tells apart any more is merged (merge.py has how), first those
+that were begun before. A pin on a layer stops its merge after the chunk in hand; it goes on when
+the pin is gone. So does, at the next start, a merge that a crash interrupted.
+
+``lock`` also covers turning a sealed layer's journal into its index: both write a layer's logs.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+from backends.errors import NotFoundError, StorageError
+from backends.layers import LayerClaim, LayerStore
+from snapshots.extent_log import INDEX
+from snapshots.layer import seal_journal
+from snapshots.manifest import Merge
+from snapshots.manifest_store import ManifestStore
+from snapshots.merge import Merger, plan_merge
+from snapshots.names import BLOCK_SHIFT
+from snapshots.open_views import OpenViews
+from snapshots.owner_map import ZERO, OwnerMap
+from snapshots.pins import Pins
+
+_log = logging.getLogger(__name__)
+
+Progress = Callable[[int, int], None]
+
+
+class Merging:
+    """See the module's text; ``commits`` is held wherever manifests change."""
+
+    def __init__(
+        self,
+        store: LayerStore,
+        manifests: ManifestStore,
+        views: OpenViews,
+        commits: asyncio.Lock,
+        pins: Pins,
+    ) -> None:
+        self.lock = asyncio.Lock()
+        self.deferred = False
+        self._store = store
+        self._manifests = manifests
+        self._views = views
+        self._commits = commits
+        self._pins = pins
+        self._running: Merge | None = None
+        self._stopping = False
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def resume(self) -> None:
+        """Merge in the background whatever can be merged."""
+        if not self._stopping:
+            self._start(self._merge_quietly())
+
+    async def merge_now(self, progress: Progress | None = None) -> None:
+        """Merge whatever can be merged; the first error is raised when the rest has been tried."""
+        await asyncio.shield(self._start(self._merge_all(progress)))
+
+    async def wait_for_pins(self) -> None:
+        """Return when no merge runs on layers that are pinned now."""
+        running = self._running
+        if running is not None and self._pins.touch((running.lower, running.upper)):
+            async with self.lock:
+                pass
+
+    async def stop(self) -> None:
+        """Stop after the chunk in hand."""
+        self._stopping = True
+        while self._tasks:
+            await asyncio.wait(set(self._tasks))
+
+    # Merges
+
+    async def _merge_quietly(self) -> None:
+        try:
+            await self._merge_all(None)
+        except (OSError, StorageError) as error:
+            _log.warning("merging the layers of deleted snapshots is put off: %s", error)
+
+    async def _merge_all(self, progress: Progress | None) -> None:
+        async with self.lock:
+            self.deferred = False
+            tried: set[tuple[str, str]] = set()
+            failure: OSError | StorageError | None = None
+            while not self._stopping:
+                merge = await self._next(tried)
+                if merge is None:
+                    break
+                tried.add((merge.lower, merge.upper))
+                try:
+                    await self._merge(merge, progress)
+                except (OSError, StorageError) as error:
+                    self.deferred = True
+                    failure = failure or error
+            if failure is not None:
+                raise failure
+
+    async def _next(self, tried: set[tuple[str, str]]) -> Merge | None:
+        async with self._commits:
+            for merge in list(self._manifests.merges.values()):
+                if not self._manifests.uses(merge.source):
+                    # Its volume was deleted or rolled back meanwhile.
+                    await self._manifests.end_merge(merge)
+                    await self._store.delete_layer(merge.source)
+                    if not self._manifests.uses(merge.target):
+                        await self._store.delete_layer(merge.target)
+                elif self._free(merge.lower, merge.upper, tried):
+                    return merge
+            busy = {layer for merge in self._manifests.merges.values() for layer in _pair(merge)}
+            for lower, upper in self._manifests.mergeable():
+                if lower not in busy and upper not in busy and self._free(lower, upper, tried):
+                    merge = await plan_merge(self._store, lower, upper, self._blocks(lower))
+                    await self._manifests.begin_merge(merge)
+                    return merge
+        return None
+
+    def _free(self, lower: str, upper: str, tried: set[tuple[str, str]]) -> bool:
+        return (lower, upper) not in tried and not self._pins.touch((lower, upper))
+
+    async def _merge(self, merge: Merge, progress: Progress | None) -> None:
+        claims: list[LayerClaim] = []
+        self._running = merge
+        try:
+            for layer in _pair(merge):
+                claim = await self._store.claim_layer(layer)
+                if claim is None:
+                    # A backup that outlived the daemon it began under still reads there.
+                    self.deferred = True
+                    return
+                claims.append(claim)
+            blocks = self._blocks(merge.lower)
+            merger = Merger(self._store, self._manifests, self._views, self._commits, merge, blocks)
+            await merger.run(lambda: self._wanted(merge), progress)
+        finally:
+            self._running = None
+            for claim in claims:
+                claim.release()
+
+    def _wanted(self, merge: Merge) -> bool:
+        return not (
+            self._stopping
+            or self._pins.touch(_pair(merge))
+            or not self._manifests.uses(merge.source)
+        )
+
+    def _blocks(self, layer: str) -> int:
+        return max(manifest.size for manifest in self._manifests.uses(layer)) >> BLOCK_SHIFT
+
+    # Indexes
+
+    def index(self, layer: str) -> None:
+        """Turn a sealed layer's journal into its index, in the background."""
+        if not self._stopping:
+            self._start(self._index(layer))
+
+    async def _index(self, layer: str) -> None:
+        async with self.lock:
+            if not self._manifests.uses(layer) or await self._store.has_log(layer, INDEX):
+                return
+            holds = OwnerMap(self._blocks(layer))
+            try:
+                await seal_journal(self._store, layer, holds)
+                await self._punch_zeroes(layer, holds)
+            except NotFoundError:
+                pass  # the volume was deleted meanwhile
+            except (OSError, StorageError) as error:
+                # The journal serves as well; it is tried again at the next start.
+                _log.warning("%s was not written: %s", self._store.describe(layer, INDEX), error)
+            finally:
+                holds.close()
+
+    async def _punch_zeroes(self, layer: str, holds: OwnerMap) -> None:
+        """Give back what was trimmed in a head but not punched before the gate."""
+        runs = [(s, e) for s, e, kind in holds.runs(0, holds.blocks) if kind == ZERO]
+        if not runs:
+            return
+        opened = await self._views.pool.acquire(layer)
+        try:
+
+            def punch() -> None:
+                for first, last in runs:
+                    opened.data.punch(first << BLOCK_SHIFT, (last - first) << BLOCK_SHIFT)
+
+            with contextlib.suppress(OSError):
+                await self._views.threads.sync(punch)
+        finally:
+            self._views.pool.release(opened)
+
+    def _start(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+
+def _pair(merge: Merge) -> tuple[str, str]:
+    return merge.lower, merge.upper
