@@ -15,6 +15,7 @@ from __future__ import annotations
 import errno
 import os
 import secrets
+import stat
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -101,20 +102,22 @@ class DirectoryObjectStore:
     def size(self, key: str) -> int | None:
         with self._explained("look at", key):
             try:
-                return self._path(key).stat(follow_symlinks=False).st_size
+                found = self._path(key).stat(follow_symlinks=False)
             except (FileNotFoundError, NotADirectoryError):
                 self._check_root()
                 return None
+            return None if stat.S_ISDIR(found.st_mode) else found.st_size
 
     def delete(self, key: str) -> None:
         path = self._path(key)
         with self._explained("delete", key):
             try:
                 path.unlink()
-            except (FileNotFoundError, NotADirectoryError):
+            except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
                 self._check_root()
                 return
-            _sync_directory(path.parent)
+            with suppress(FileNotFoundError):  # another delete removed the directory already
+                _sync_directory(path.parent)
             for directory in path.parents:
                 if directory == self._root:
                     break
@@ -159,10 +162,11 @@ class DirectoryObjectStore:
 
     def _place(self, target: Path, place: Callable[[], object]) -> None:
         for _ in range(_PLACE_ATTEMPTS):
-            self._make_directories(target.parent)
             try:
+                self._make_directories(target.parent)
                 place()
             except FileNotFoundError:  # a delete removed the directory meanwhile
+                self._check_root()
                 continue
             try:
                 _sync_directory(target.parent)
@@ -193,6 +197,8 @@ class DirectoryObjectStore:
             self._check_root()
             raise NotFoundError(f"there is no object {key} in {self.name}") from None
         try:
+            if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+                raise NotFoundError(f"there is no object {key} in {self.name}")
             yield descriptor
         finally:
             os.close(descriptor)

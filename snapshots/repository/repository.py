@@ -27,6 +27,8 @@ from snapshots.repository.records import Config, Summary, Tombstone
 from snapshots.repository.restore import RestoreReport, restore_root
 from snapshots.repository.verify import VerifyReport, verify_snapshots
 
+Summaries = list[Summary]  # Repository has a method of that name
+
 
 class Repository:
     """An open repository. Methods block, and raise StorageErrors whose line is for the user."""
@@ -45,7 +47,7 @@ class Repository:
             "at a time may write to this repository"
         )
 
-    def list(self, volume: str | None = None) -> list[Summary]:
+    def list(self, volume: str | None = None) -> Summaries:
         """The snapshots, of one volume or of all, by volume and then oldest first."""
         return list_snapshots(self.store, self.config, volume)
 
@@ -88,7 +90,7 @@ class Repository:
         """Look for damage in all, in one volume's snapshots, or in one of them."""
         return verify_snapshots(self.store, self.config, volume, snapshot, deep, progress)
 
-    def _find_all(self, volume: str, snapshot: str) -> list[Summary]:
+    def _find_all(self, volume: str, snapshot: str) -> Summaries:
         """All of that name: two hosts that pushed at the same instant may have made two."""
         check_name("volume", volume)
         check_name("snapshot", snapshot)

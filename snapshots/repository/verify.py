@@ -128,7 +128,7 @@ class _Verifier:
         self._progress = progress
         self._started = time.monotonic()
         self._damage: dict[str, Damage] = {}
-        self._page_harm: dict[bytes, set[str]] = {}  # damaged keys by the digest of a page met
+        self._page_harm: dict[PageRef, set[str]] = {}  # pages met, with the damaged keys
         self._bad_entries: dict[Entry, str] = {}
         self._bad_segments: set[tuple[str, int]] = set()
         self._headers_seen: set[tuple[str, int]] = set()
@@ -156,13 +156,16 @@ class _Verifier:
         by_volume: dict[str, list[Root]] = {}
         for root in roots:
             by_volume.setdefault(root.summary.volume, []).append(root)
-        with Crew(THREADS, "verify") as crew, Crew(THREADS, "pages") as readers:
-            with leaving_promptly(self._store):
-                for of_volume in by_volume.values():
-                    before = PageTable()
-                    for root in of_volume:
-                        self._check_root(root, before, crew, readers)
-                        before = root.table
+        with (
+            Crew(THREADS, "verify") as crew,
+            Crew(THREADS, "pages") as readers,
+            leaving_promptly(self._store),
+        ):
+            for of_volume in by_volume.values():
+                before = PageTable()
+                for root in of_volume:
+                    self._check_root(root, before, crew, readers)
+                    before = root.table
         for damage in self._damage.values():
             damage.snapshots.sort()
         return VerifyReport(
@@ -251,10 +254,10 @@ class _Verifier:
         fresh: list[tuple[PageRef, PageRef | None]] = []
         shared: list[PageRef] = []
         for ref, older in pair_up(root.table, before):
-            if ref.digest in self._page_harm:
+            if ref in self._page_harm:
                 shared.append(ref)
             else:
-                self._page_harm[ref.digest] = set()
+                self._page_harm[ref] = set()
                 fresh.append((ref, older))
 
         def tasks() -> Iterator[_Task]:
@@ -265,13 +268,15 @@ class _Verifier:
             self._fetched += result.fetched
             ref = result.task.ref
             for key, problem, entry in result.damaged:
-                self._harm(ref, key, problem, label)
-                if entry is not None:
+                if entry is None:  # the header, which restores do without
+                    self._blame(key, problem, None)
+                else:
+                    self._harm(ref, key, problem, label)
                     self._bad_entries[entry] = key
             if result.task.planned is None:
                 self._advance(ref)
         for ref in shared:
-            for key in self._page_harm[ref.digest]:
+            for key in self._page_harm[ref]:
                 self._blame(key, "", label)
             self._advance(ref)
 
@@ -281,7 +286,7 @@ class _Verifier:
             self._progress(min(self._done, self._total), self._total)
 
     def _harm(self, ref: PageRef, key: str, problem: str, label: str) -> None:
-        self._page_harm[ref.digest].add(key)
+        self._page_harm[ref].add(key)
         self._blame(key, problem, label)
 
     def _read_page(self, pair: tuple[PageRef, PageRef | None]) -> _PageCheck:

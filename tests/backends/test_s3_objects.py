@@ -1,0 +1,224 @@
+"""How the S3 store takes errors, forced at the client; a real server is tested as integration."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import botocore.exceptions as aws
+import pytest
+
+import backends.s3_objects as s3_module
+from backends.errors import (
+    CorruptError,
+    InvalidError,
+    NoSpaceError,
+    NotFoundError,
+    StorageError,
+    UnavailableError,
+)
+from backends.objects import open_object_store
+from backends.s3_objects import S3ObjectStore
+
+SECRET = "verysecretkey"
+
+
+def answer(status: int, code: str) -> aws.ClientError:
+    response: Any = {
+        "Error": {"Code": code, "Message": f"something with {SECRET} in it"},
+        "ResponseMetadata": {"HTTPStatusCode": status},
+    }
+    return aws.ClientError(response, "Operation")
+
+
+class Scripted:
+    """Stands in for the boto3 client: each PUT takes the next of ``script``."""
+
+    def __init__(self, script: list[Any]) -> None:
+        self.script = script
+        self.objects: dict[str, bytes] = {}
+        self.calls = 0
+
+    def put_object(self, **request: Any) -> None:
+        self.calls += 1
+        step = self.script.pop(0) if self.script else "store"
+        if isinstance(step, tuple):  # takes effect, and the reply is lost
+            self.objects[request["Key"]] = bytes(request["Body"])
+            step = step[1]
+        if isinstance(step, Exception):
+            raise step
+        if "IfNoneMatch" in request and request["Key"] in self.objects:
+            raise answer(412, "PreconditionFailed")
+        self.objects[request["Key"]] = bytes(request["Body"])
+
+    def get_object(self, **request: Any) -> dict[str, Any]:
+        if request["Key"] not in self.objects:
+            raise answer(404, "NoSuchKey")
+        data = self.objects[request["Key"]]
+        return {
+            "ContentLength": len(data),
+            "Body": Body(data),
+            "ResponseMetadata": {"HTTPStatusCode": 200},
+        }
+
+
+class Body:
+    def __init__(self, data: bytes) -> None:
+        self.read = lambda: data
+
+    def __enter__(self) -> Body:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        pass
+
+
+@pytest.fixture(autouse=True)
+def environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    for name in ("AWS_PROFILE", "AWS_ENDPOINT_URL_S3", "AWS_SESSION_TOKEN"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "someone")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setenv("AWS_CONFIG_FILE", "/nonexistent")
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", "/nonexistent")
+    monkeypatch.setattr(s3_module, "FIRST_DEADLINE", 0.2)
+    monkeypatch.setattr(s3_module, "DEADLINE", 0.5)
+    yield
+
+
+@pytest.fixture
+def scripted(monkeypatch: pytest.MonkeyPatch) -> Callable[[list[Any]], tuple[S3ObjectStore, Any]]:
+    def make(script: list[Any]) -> tuple[S3ObjectStore, Scripted]:
+        store = S3ObjectStore("bucket", "pre/fix")
+        client = Scripted(script)
+        monkeypatch.setattr(store, "_client", client)
+        return store, client
+
+    return make
+
+
+Make = Callable[[list[Any]], tuple[S3ObjectStore, Scripted]]
+TIMEOUT = aws.ReadTimeoutError(endpoint_url="http://127.0.0.1:1")
+
+
+def test_transient_errors_are_tried_again(scripted: Make) -> None:
+    store, client = scripted([answer(503, "SlowDown"), TIMEOUT])
+    store.put("key", b"x")
+    assert client.calls == 3
+    assert client.objects == {"pre/fix/key": b"x"}
+
+
+def test_retries_end_at_the_deadline_or_when_asked_to(scripted: Make) -> None:
+    store, client = scripted([answer(503, "SlowDown")] * 1000)
+    with pytest.raises(UnavailableError, match=r"bucket.*503 SlowDown"):
+        store.put("key", b"x")
+    assert 1 < client.calls < 50
+    store, client = scripted([TIMEOUT] * 10)
+    store.stop_retrying()
+    with pytest.raises(UnavailableError):
+        store.put("key", b"x")
+    assert client.calls == 1
+
+
+def test_a_put_whose_reply_was_lost_is_known_as_ours(scripted: Make) -> None:
+    for lost in (TIMEOUT, answer(500, "InternalError")):
+        store, _ = scripted([("store", lost)])
+        assert store.put_if_absent("key", b"mine") is True
+
+
+def test_a_put_that_lost_a_race_after_an_unclear_answer(scripted: Make) -> None:
+    store, client = scripted([TIMEOUT])
+    client.objects["pre/fix/key"] = b"theirs"
+    assert store.put_if_absent("key", b"mine") is False
+
+
+def test_a_412_without_an_unclear_answer_is_not_ours(scripted: Make) -> None:
+    store, client = scripted([])
+    client.objects["pre/fix/key"] = b"same"
+    assert store.put_if_absent("key", b"same") is False
+
+
+def test_the_last_attempt_of_all_may_have_worked(scripted: Make) -> None:
+    store, client = scripted([answer(503, "SlowDown"), ("store", TIMEOUT)])
+    store.stop_retrying()
+    client.script.pop(0)
+    client.script.insert(0, ("store", answer(500, "InternalError")))
+    assert store.put_if_absent("key", b"mine") is True
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "words"),
+    [
+        (answer(404, "NoSuchBucket"), NotFoundError, "no such bucket"),
+        (answer(403, "InvalidAccessKeyId"), UnavailableError, "AWS_ACCESS_KEY_ID"),
+        (answer(403, "SignatureDoesNotMatch"), UnavailableError, "AWS_SECRET_ACCESS_KEY"),
+        (answer(403, "AccessDenied"), UnavailableError, "rights"),
+        (answer(403, "RequestTimeTooSkewed"), UnavailableError, "clock"),
+        (answer(403, "QuotaExceeded"), NoSpaceError, "quota"),
+        (answer(301, "PermanentRedirect"), UnavailableError, "AWS_DEFAULT_REGION"),
+        (answer(501, "NotImplemented"), InvalidError, "does not support"),
+        (answer(503, "<b>"), UnavailableError, "unknown error"),
+        (aws.NoCredentialsError(), UnavailableError, "no usable AWS credentials"),
+        (aws.ParamValidationError(report=SECRET), InvalidError, "bucket name"),
+        (aws.SSLError(endpoint_url="", error=SECRET), UnavailableError, "certificate"),
+        (TIMEOUT, UnavailableError, "in time"),
+        (aws.ConnectTimeoutError(endpoint_url=""), UnavailableError, "in time"),
+        (aws.EndpointConnectionError(endpoint_url=""), UnavailableError, "AWS_ENDPOINT_URL"),
+        (aws.ConnectionClosedError(endpoint_url=""), UnavailableError, "broke"),
+        (aws.ResponseStreamingError(error=SECRET), UnavailableError, "broke"),
+    ],
+)
+def test_one_clear_line_for_each_error(
+    scripted: Make, error: Exception, kind: type[StorageError], words: str
+) -> None:
+    store, _ = scripted([error] * 1000)
+    store.stop_retrying()
+    for put in (store.put, store.put_if_absent):
+        with pytest.raises(kind, match=words) as caught:
+            put("key", b"x")
+        line = str(caught.value)
+        assert "\n" not in line
+        assert "s3://bucket/pre/fix at http://127.0.0.1:1" in line
+        assert SECRET not in line
+        assert caught.value.__cause__ is None
+
+
+def test_an_object_that_is_too_long_is_not_read(scripted: Make) -> None:
+    store, client = scripted([])
+    client.objects["pre/fix/key"] = b"0123456789"
+    with pytest.raises(CorruptError, match="key"):
+        store.get("key", 9)
+
+
+def test_an_endpoint_that_is_down(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        port = closed.getsockname()[1]
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://user:{SECRET}@127.0.0.1:{port}")
+        store = open_object_store("s3://bucket/prefix/")
+        with pytest.raises(UnavailableError, match=f"127.0.0.1:{port}.*AWS_ENDPOINT_URL") as caught:
+            store.get("key", 1)
+        assert SECRET not in str(caught.value)
+
+
+def test_no_credentials(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("AWS_ACCESS_KEY_ID")
+    monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
+    with pytest.raises(UnavailableError, match="no usable AWS credentials"):
+        open_object_store("s3://bucket").put("key", b"x")
+
+
+def test_configuration_that_does_not_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "nonsense")
+    with pytest.raises(InvalidError, match="AWS_ENDPOINT_URL"):
+        open_object_store("s3://bucket")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
+    monkeypatch.setenv("AWS_PROFILE", "nobody")
+    with pytest.raises(UnavailableError, match="AWS_PROFILE"):
+        open_object_store("s3://bucket")
