@@ -7,6 +7,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Sequence
+from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
@@ -112,7 +113,7 @@ def _usage_line(error: click.UsageError) -> str:
 
 def _internal_line(error: Exception) -> str:
     where = traceback.extract_tb(error.__traceback__)[-1]
-    name = os.path.basename(where.filename)
+    name = Path(where.filename).name
     return f"internal error: {type(error).__name__}: {one_line(error)} ({name}:{where.lineno})"
 
 

@@ -66,5 +66,7 @@ class Session:
                 self._offline = OfflineServer(self.data)
             except InUseError as error:
                 if time.monotonic() > deadline:
-                    raise InUseError(f"{error}, which does not answer at its control socket") from None
+                    raise InUseError(
+                        f"{error}, which does not answer at its control socket"
+                    ) from None
                 time.sleep(0.05)

@@ -15,7 +15,7 @@ from nbdserve.cli.output import (
 from nbdserve.cli.progress import Progress
 from nbdserve.cli.session import Session
 from nbdserve.control.client import Client, Document, path
-from snapshots.names import parse_snapshot_name
+from snapshots.names import check_name, parse_snapshot_name
 
 _COLUMNS = {
     "snapshot": lambda s: f"{s['volume']}@{s['name']}",
@@ -49,7 +49,10 @@ def create(snapshots: tuple[str, ...], as_json: bool) -> None:
 @json_option
 def list_(volume: str | None, as_json: bool) -> None:
     """List the snapshots, oldest first, of VOLUME or of all volumes."""
-    where = path("snapshots") if volume is None else path("volumes", volume, "snapshots")
+    if volume is None:
+        where = path("snapshots")
+    else:
+        where = path("volumes", check_name("volume", volume), "snapshots")
     with Session(data_directory()) as session:
         snapshots = session.client.get(where)["snapshots"]
     print_listing("snapshots", snapshots, as_json, _COLUMNS)

@@ -14,7 +14,7 @@ from nbdserve.cli.output import (
 )
 from nbdserve.cli.session import Session
 from nbdserve.control.client import path
-from snapshots.names import parse_size
+from snapshots.names import check_name, parse_size
 
 _COLUMNS = {
     "name": lambda v: v["name"],
@@ -31,6 +31,11 @@ _COLUMNS = {
 @click.group()
 def volume() -> None:
     """Volumes: create, list, show, resize, rename, delete."""
+
+
+def _checked(name: str) -> str:
+    """``name``, which becomes part of a request's path."""
+    return check_name("volume", name)
 
 
 def _print(info: dict[str, Any], as_json: bool, done: str) -> None:
@@ -78,7 +83,7 @@ def list_(as_json: bool) -> None:
 def show(name: str, as_json: bool) -> None:
     """Show the volume NAME."""
     with Session(data_directory()) as session:
-        info = session.client.get(path("volumes", name))
+        info = session.client.get(path("volumes", _checked(name)))
     fields = {
         "name": info["name"],
         "id": info["id"],
@@ -103,7 +108,7 @@ def resize(name: str, size: str, as_json: bool) -> None:
     """Grow the volume NAME."""
     bytes_ = parse_size(size)
     with Session(data_directory()) as session:
-        info = session.client.post(path("volumes", name, "resize"), {"size": bytes_})
+        info = session.client.post(path("volumes", _checked(name), "resize"), {"size": bytes_})
     _print(info, as_json, "resized")
 
 
@@ -115,7 +120,7 @@ def resize(name: str, size: str, as_json: bool) -> None:
 def rename(old: str, new: str, as_json: bool) -> None:
     """Rename the volume OLD to NEW."""
     with Session(data_directory()) as session:
-        info = session.client.post(path("volumes", old, "rename"), {"name": new})
+        info = session.client.post(path("volumes", _checked(old), "rename"), {"name": new})
     _print(info, as_json, "renamed")
 
 
@@ -128,5 +133,5 @@ def delete(name: str, with_snapshots: bool, as_json: bool) -> None:
     """Delete the volume NAME."""
     query = "true" if with_snapshots else None
     with Session(data_directory()) as session:
-        document = session.client.delete(path("volumes", name, with_snapshots=query))
+        document = session.client.delete(path("volumes", _checked(name), with_snapshots=query))
     print_result(document, as_json, f"deleted volume {name}")

@@ -22,7 +22,8 @@ from nbdserve.control import documents
 from nbdserve.control.bodies import Fields
 from nbdserve.control.state import State, state_of
 from nbdserve.control.streams import stream
-from snapshots.catalogue import Import, VolumeInfo
+from snapshots.catalogue import VolumeInfo
+from snapshots.transfer import Import, Pin
 
 routes = web.RouteTableDef()
 
@@ -39,12 +40,23 @@ async def _hold(request: web.Request, claim: Mapping[str, object]) -> web.Stream
 @routes.post("/v1/volumes/{volume}/snapshots/{snapshot}/pin")
 async def pin(request: web.Request) -> web.StreamResponse:
     """First line: ``{"source": where the layers are}``."""
-    catalogue = state_of(request).catalogue
-    pinned = catalogue.pin(request.match_info["volume"], request.match_info["snapshot"])
+    state = state_of(request)
+    begun = state.operations.start(
+        state.catalogue.pin(request.match_info["volume"], request.match_info["snapshot"])
+    )
     try:
+        pinned = await asyncio.shield(begun)
         return await _hold(request, {"source": dataclasses.asdict(pinned.source)})
     finally:
-        pinned.release()
+        if begun.done():
+            _release(begun)
+        else:
+            begun.add_done_callback(_release)
+
+
+def _release(begun: asyncio.Task[Pin]) -> None:
+    if not begun.cancelled() and begun.exception() is None:
+        begun.result().release()
 
 
 @routes.post("/v1/backups")

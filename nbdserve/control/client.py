@@ -20,6 +20,9 @@ from nbdserve.control.errors import from_document
 Document = dict[str, Any]
 Connect = Callable[[], socket.socket]
 
+_LETTING_GO = 10.0
+"""Seconds that a server may take to see that a stream is no longer wanted."""
+
 _CUT_OFF = "the daemon closed the connection before it had answered; look whether it still runs"
 
 
@@ -48,9 +51,7 @@ class _Connection(http.client.HTTPConnection):
 class Answer:
     """An answer of JSON lines, read as they come; use it as a context manager."""
 
-    def __init__(
-        self, response: http.client.HTTPResponse, monitor: socket.socket
-    ) -> None:
+    def __init__(self, response: http.client.HTTPResponse, monitor: socket.socket) -> None:
         self._response = response
         self._monitor = monitor
 
@@ -63,6 +64,7 @@ class Answer:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
+        self._give_up()
         self._response.close()
         self._monitor.close()
 
@@ -85,9 +87,19 @@ class Answer:
         """Raise UnavailableError when the server has ended the claim that this answer is."""
         if select.select([self._monitor], [], [], 0)[0]:
             raise UnavailableError(
-                "the daemon stopped meanwhile, and with it the hold on the snapshot; "
+                "the daemon stopped meanwhile and has given up what this command needs of it; "
                 "run the command again"
             )
+
+    def _give_up(self) -> None:
+        """Say that nothing more is wanted, and wait until the server has let go of the claim."""
+        try:
+            self._monitor.settimeout(_LETTING_GO)
+            self._monitor.shutdown(socket.SHUT_WR)
+            while self._monitor.recv(1 << 16):
+                pass
+        except OSError:
+            return  # the server has gone already, or is stuck
 
     def _line(self) -> Document | None:
         try:
@@ -114,9 +126,7 @@ class Client:
     def delete(self, path: str) -> Document:
         return self._whole("DELETE", path, None)
 
-    def stream(
-        self, method: str, path: str, body: Mapping[str, object] | None = None
-    ) -> Answer:
+    def stream(self, method: str, path: str, body: Mapping[str, object] | None = None) -> Answer:
         """An answer that comes in lines; errors before the first line are raised here."""
         connection = _Connection(self._open)
         try:
@@ -140,7 +150,9 @@ def _send(
     connection: _Connection, method: str, path: str, body: Mapping[str, object] | None
 ) -> http.client.HTTPResponse:
     data = None if body is None else json.dumps(body).encode()
-    headers = {"Connection": "close"} | ({} if data is None else {"Content-Type": "application/json"})
+    headers = {"Connection": "close"} | (
+        {} if data is None else {"Content-Type": "application/json"}
+    )
     connection.connect()  # whose errors say more than what follows
     try:
         connection.request(method, path, data, headers)

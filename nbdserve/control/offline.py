@@ -51,17 +51,13 @@ class OfflineServer:
 
     async def _serve(self) -> None:
         store = LocalLayerStore(self._data)
-        await store.lock()
+        catalogue = await Catalogue.open(store)
         try:
-            catalogue = await Catalogue.open(store)
-            try:
-                await self._serve_catalogue(store, catalogue)
-            finally:
-                await catalogue.close()
+            await self._serve_until_left(store, catalogue)
         finally:
-            await store.unlock()
+            await catalogue.close()
 
-    async def _serve_catalogue(self, store: LocalLayerStore, catalogue: Catalogue) -> None:
+    async def _serve_until_left(self, store: LocalLayerStore, catalogue: Catalogue) -> None:
         server = ControlServer(State(catalogue, store, Host(self._data, daemon=False)))
         await server.start()
         try:

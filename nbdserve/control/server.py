@@ -74,7 +74,7 @@ class ControlServer:
         that found it doing so.
         """
         while True:
-            while self._connections():
+            while self._connections():  # noqa: ASYNC110 - aiohttp has no event for it
                 await asyncio.sleep(0.05)
             address.hide(self.state.host.data)
             if not self._connections():

@@ -7,9 +7,10 @@ from pathlib import Path
 
 from aiohttp import web
 
-from nbdserve.control.operations import Operations
 from backends.layers import LayerStore
-from snapshots.catalogue import Catalogue, Import
+from nbdserve.control.operations import Operations
+from snapshots.catalogue import Catalogue
+from snapshots.transfer import Import
 
 
 @dataclass

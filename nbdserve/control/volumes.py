@@ -33,7 +33,8 @@ async def status(request: web.Request) -> web.Response:
             "listening": state.host.listening,
             "volumes": len(volumes),
             "snapshots": len(snapshots),
-            "clients": sum(info.clients for info in (*volumes, *snapshots)),
+            "clients": sum(info.clients for info in volumes)
+            + sum(info.clients for info in snapshots),
             "backups": sorted(state.backups),
             "free": space.free,
             "total": space.total,

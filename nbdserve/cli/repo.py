@@ -1,0 +1,189 @@
+"""``nbdserve repo``."""
+
+import dataclasses
+from typing import Any
+
+import click
+
+from backends.errors import CorruptError
+from nbdserve.cli.options import data_directory, data_option, json_option
+from nbdserve.cli.output import (
+    format_size,
+    print_json,
+    print_listing,
+    print_result,
+    seconds_of,
+)
+from nbdserve.cli.progress import Progress
+from nbdserve.cli.session import Session
+from nbdserve.cli.transfer import push as push_snapshot
+from nbdserve.cli.transfer import restore as restore_snapshot
+from nbdserve.control.documents import timestamp
+from snapshots.names import check_name, parse_size, parse_snapshot_name
+from snapshots.repository import (
+    DEFAULT_CHUNK_SIZE,
+    PushReport,
+    Repository,
+    Summary,
+    init_repository,
+    open_repository,
+)
+
+_COLUMNS = {
+    "snapshot": lambda s: f"{s['volume']}@{s['snapshot']}",
+    "size": lambda s: format_size(s["size"]),
+    "data": lambda s: format_size(s["data"]),
+    "stored": lambda s: format_size(s["stored"]),
+    "uploaded": lambda s: format_size(s["uploaded"]),
+    "created": lambda s: seconds_of(s["created"]),
+    "parent": lambda s: s["parent"] or "-",
+}
+
+
+@click.group()
+def repo() -> None:
+    """Repositories: snapshots in a directory or in S3.
+
+    URL is file:///directory or s3://bucket/prefix.
+    """
+
+
+@repo.command()
+@click.argument("url")
+@click.option(
+    "--chunk-size",
+    metavar="SIZE",
+    default=format_size(DEFAULT_CHUNK_SIZE),
+    show_default=True,
+    help="A power of two from 4K to 4M; it never changes.",
+)
+@json_option
+def init(url: str, chunk_size: str, as_json: bool) -> None:
+    """Make a repository at URL: the directory is created, a bucket must exist."""
+    repository = init_repository(url, parse_size(chunk_size))
+    print_notice(repository)
+    config = repository.config
+    document = {"url": url, "repository": config.repository_id, "chunk_size": config.chunk_size}
+    print_result(document, as_json, f"made a repository at {url}")
+
+
+@repo.command("list")
+@click.argument("url")
+@click.argument("volume", required=False)
+@json_option
+def list_(url: str, volume: str | None, as_json: bool) -> None:
+    """List the snapshots at URL, of VOLUME or of all volumes.
+
+    DATA is what is no hole; STORED the same compressed, whoever uploaded it; UPLOADED what this
+    snapshot added.
+    """
+    if volume is not None:
+        check_name("volume", volume)
+    summaries = open_repository(url).list(volume)
+    print_listing("snapshots", [_document(summary) for summary in summaries], as_json, _COLUMNS)
+
+
+@repo.command()
+@click.argument("snapshot", metavar="VOL@SNAP")
+@click.argument("url")
+@data_option
+@json_option
+def push(snapshot: str, url: str, as_json: bool) -> None:
+    """Push a snapshot: only what its newest snapshot at URL does not have."""
+    volume, name = parse_snapshot_name(snapshot)
+    data = data_directory()
+    repository = open_repository(url)
+    print_notice(repository)
+    with Session(data) as session:
+        report = push_snapshot(session, repository, volume, name)
+    print_warnings(report)
+    print_result(dataclasses.asdict(report), as_json, push_line(report))
+
+
+@repo.command()
+@click.argument("url")
+@click.argument("snapshot", metavar="VOL@SNAP")
+@click.argument("new", metavar="NEWVOL")
+@data_option
+@json_option
+def restore(url: str, snapshot: str, new: str, as_json: bool) -> None:
+    """Make the volume NEWVOL from a snapshot at URL; everything read is verified."""
+    volume, name = parse_snapshot_name(snapshot)
+    check_name("volume", new)
+    data = data_directory()
+    repository = open_repository(url)
+    with Session(data, create=True) as session:
+        report, restored = restore_snapshot(session, repository, volume, name, new)
+    line = (
+        f"restored {snapshot} as volume {new}: {format_size(report.written)} of data,"
+        f" {format_size(report.fetched)} fetched in {report.seconds:.1f} s"
+    )
+    print_result({**dataclasses.asdict(report), "restored": restored}, as_json, line)
+
+
+@repo.command()
+@click.argument("url")
+@click.argument("snapshot", metavar="VOL@SNAP")
+@json_option
+def delete(url: str, snapshot: str, as_json: bool) -> None:
+    """Delete a snapshot at URL; the others stay whole."""
+    deleted = open_repository(url).delete(*parse_snapshot_name(snapshot))
+    print_result({"deleted": _document(deleted)}, as_json, f"deleted {snapshot} at {url}")
+
+
+@repo.command()
+@click.argument("url")
+@click.argument("snapshot", metavar="[VOL@SNAP]", required=False)
+@click.option("--deep", is_flag=True, help="Read all data and check its SHA-256.")
+@json_option
+def verify(url: str, snapshot: str | None, deep: bool, as_json: bool) -> None:
+    """Look for damage at URL, in one snapshot or in all."""
+    volume, name = (None, None) if snapshot is None else parse_snapshot_name(snapshot)
+    repository = open_repository(url)
+    with Progress(f"verifying {snapshot or url}") as progress:
+        report = repository.verify(volume, name, deep=deep, progress=progress.update)
+    if as_json:
+        print_json(dataclasses.asdict(report))
+    else:
+        for damage in report.damaged:
+            click.echo(f"{damage.key}: {damage.problem}; needed by {', '.join(damage.snapshots)}")
+        click.echo(
+            f"checked {report.snapshots} snapshots, {report.pages} pages, {report.chunks} chunks"
+            f"; read {format_size(report.fetched)} of data in {report.seconds:.1f} s"
+        )
+    if report.damaged:
+        count = len(report.damaged)
+        raise CorruptError(
+            f"{count} damaged object{'s' if count > 1 else ''} at {url}, the first is"
+            f" {report.damaged[0].key}: {report.damaged[0].problem}"
+        )
+
+
+def push_line(report: PushReport) -> str:
+    """What a push did, for people."""
+    label = f"{report.volume}@{report.snapshot}"
+    if report.already_there:
+        return f"{label} was there already"
+    against = f"since {report.parent}" if report.parent else "in full"
+    return (
+        f"pushed {label} {against}: {format_size(report.changed)} changed,"
+        f" {format_size(report.uploaded)} uploaded in {report.seconds:.1f} s"
+    )
+
+
+def print_notice(repository: Repository) -> None:
+    """Say what the user must know about writing to the repository."""
+    if repository.notice is not None:
+        click.echo(f"nbdserve: warning: {repository.notice}", err=True)
+
+
+def print_warnings(report: PushReport) -> None:
+    for warning in report.warnings:
+        click.echo(f"nbdserve: warning: {warning}", err=True)
+
+
+def _document(summary: Summary) -> dict[str, Any]:
+    return dataclasses.asdict(summary) | {
+        "created": timestamp(summary.created),
+        "pushed": timestamp(summary.pushed),
+    }

@@ -1,0 +1,63 @@
+"""Push and restore, done by the command's own process.
+
+The process that serves the data directory only pins the snapshot, or lends a layer to fill; the
+reading, compressing and uploading happen here, so no guest waits for them, and with the
+environment of whoever runs the command, so the daemon needs no credentials.
+"""
+
+import asyncio
+from typing import Any
+
+from backends.local_layers import LocalLayerStore
+from nbdserve.cli.progress import Progress
+from nbdserve.cli.session import Session
+from nbdserve.control.client import Document, path
+from snapshots.repository import PushReport, Repository, RestoreReport
+from snapshots.sink import open_sink
+from snapshots.source import open_source
+from snapshots.transfer import SinkDescription, SnapshotRef, SourceDescription
+
+
+def push(session: Session, repository: Repository, volume: str, snapshot: str) -> PushReport:
+    """Push a snapshot of the data directory, and show the progress."""
+    where = path("volumes", volume, "snapshots", snapshot, "pin")
+    with session.client.stream("POST", where) as pin:
+        description = _source_description(pin.first()["source"])
+        source = asyncio.run(open_source(LocalLayerStore(session.data), description))
+        try:
+            with Progress(f"pushing {volume}@{snapshot}") as progress:
+                return repository.push(source, progress.update)
+        finally:
+            source.close()
+
+
+def restore(
+    session: Session, repository: Repository, volume: str, snapshot: str, new: str
+) -> tuple[RestoreReport, Document]:
+    """Make the volume ``new`` from a snapshot in the repository, and show the progress.
+
+    Returns the report and the new volume's document. The volume appears when it is whole.
+    """
+    size = repository.find(volume, snapshot).size
+    with session.client.stream("POST", path("imports"), {"volume": new, "size": size}) as claim:
+        begun = claim.first()
+        description = SinkDescription(**begun["sink"])
+        sink = asyncio.run(open_sink(LocalLayerStore(session.data), description))
+        try:
+            with Progress(f"restoring {volume}@{snapshot}") as progress:
+
+                def update(done: int, total: int) -> None:
+                    claim.check_held()
+                    progress.update(done, total)
+
+                report = repository.restore(volume, snapshot, sink, update)
+            asyncio.run(sink.finish())
+        finally:
+            sink.close()
+        return report, session.client.post(path("imports", begun["import"], "commit"), {})
+
+
+def _source_description(document: dict[str, Any]) -> SourceDescription:
+    others = tuple(SnapshotRef(**other) for other in document["others"])
+    merges = tuple(document["merges"])
+    return SourceDescription(**{**document, "others": others, "merges": merges})

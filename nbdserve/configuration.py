@@ -1,0 +1,151 @@
+"""What the daemon is told: a TOML file, and the command line, which wins over it.
+
+The file's keys are those of :data:`KEYS`, all of them optional::
+
+    data = "/var/lib/nbdserve"
+    listen = ["127.0.0.1:10809", "unix:/run/nbdserve/nbd.sock"]
+    log_level = "info"
+"""
+
+import ipaddress
+import tomllib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from backends.errors import InvalidError, NotFoundError
+
+DEFAULT_ADDRESS = "127.0.0.1:10809"
+LOG_LEVELS = ("debug", "info", "warning", "error")
+KEYS = ("data", "listen", "log_level")
+
+
+@dataclass(frozen=True)
+class TcpAddress:
+    """``port`` 0 lets the system choose."""
+
+    host: str
+    port: int
+
+    def __str__(self) -> str:
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"{host}:{self.port}"
+
+    @property
+    def is_loopback(self) -> bool:
+        """Whether only this machine can connect. Names other than localhost count as open."""
+        try:
+            return ipaddress.ip_address(self.host).is_loopback
+        except ValueError:
+            return self.host == "localhost"
+
+
+@dataclass(frozen=True)
+class UnixAddress:
+    """The path of a socket."""
+
+    path: Path
+
+    def __str__(self) -> str:
+        return f"unix:{self.path}"
+
+
+Address = TcpAddress | UnixAddress
+
+
+def parse_address(text: str) -> Address:
+    """``HOST:PORT``, ``[IPV6]:PORT`` or ``unix:PATH``."""
+    if text.startswith("unix:"):
+        path = text.removeprefix("unix:")
+        if not path or "\0" in path:
+            raise InvalidError(f"listen address {text!r} names no path: write unix:PATH")
+        return UnixAddress(Path(path))
+    host, colon, port = text.rpartition(":")
+    if host.startswith("[") and host.endswith("]"):
+        host = host[1:-1]
+    elif ":" in host:
+        raise InvalidError(f"listen address {text!r}: write an IPv6 address as [{host}]:PORT")
+    if not colon or not host or not (port.isascii() and port.isdigit() and len(port) <= 5):
+        raise InvalidError(f"listen address {text!r} is neither HOST:PORT nor unix:PATH")
+    if int(port) > 65535:
+        raise InvalidError(f"listen address {text!r}: a port is at most 65535")
+    return TcpAddress(host, int(port))
+
+
+@dataclass(frozen=True)
+class Settings:
+    """One source's say; None where it says nothing."""
+
+    data: Path | None = None
+    listen: tuple[str, ...] | None = None
+    log_level: str | None = None
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """What the daemon runs with."""
+
+    data: Path
+    listen: tuple[Address, ...]
+    log_level: str
+
+
+def read_file(path: Path) -> Settings:
+    """The settings in a TOML file; errors name the file, the key and what is allowed."""
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        raise NotFoundError(f"configuration file {path} does not exist") from None
+    except OSError as error:
+        raise InvalidError(f"configuration file {path}: {error.strerror}") from None
+    try:
+        values = tomllib.loads(content.decode())
+    except ValueError as error:  # of TOML and of UTF-8
+        raise InvalidError(f"configuration file {path} is not TOML: {error}") from None
+    for key in values:
+        if key not in KEYS:
+            allowed = ", ".join(KEYS)
+            raise InvalidError(f"{path}: unknown key {key!r}; the keys are {allowed}")
+    data = _text(path, values, "data", "the path of a directory")
+    level = _text(path, values, "log_level", f"one of {', '.join(LOG_LEVELS)}")
+    if level is not None and level not in LOG_LEVELS:
+        raise InvalidError(f"{path}: 'log_level' must be one of {', '.join(LOG_LEVELS)}")
+    return Settings(None if data is None else Path(data), _listen(path, values), level)
+
+
+def combine(command_line: Settings, file: Settings) -> Configuration:
+    """The configuration; what the command line says wins."""
+    data = command_line.data or file.data
+    if data is None:
+        raise InvalidError(
+            "no data directory: give --data DIR, set NBDSERVE_DATA or write 'data' in the"
+            " configuration file"
+        )
+    # Absolute, since its parts are shown to people and to other processes.
+    data = data.absolute()
+    texts: Sequence[str] = command_line.listen or file.listen or ()
+    addresses = tuple(parse_address(text) for text in texts)
+    default = (parse_address(DEFAULT_ADDRESS), UnixAddress(data / "nbd.sock"))
+    return Configuration(
+        data=data,
+        listen=addresses or default,
+        log_level=command_line.log_level or file.log_level or "info",
+    )
+
+
+def _text(path: Path, values: dict[str, object], key: str, meaning: str) -> str | None:
+    value = values.get(key)
+    if value is not None and (not isinstance(value, str) or not value):
+        raise InvalidError(f"{path}: {key!r} must be a string: {meaning}")
+    return value
+
+
+def _listen(path: Path, values: dict[str, object]) -> tuple[str, ...] | None:
+    value = values.get("listen")
+    if value is None:
+        return None
+    if not isinstance(value, list) or not value or not all(isinstance(v, str) for v in value):
+        raise InvalidError(
+            f"{path}: 'listen' must be a list of strings, each HOST:PORT or unix:PATH"
+        )
+    return tuple(value)

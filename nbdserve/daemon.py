@@ -1,0 +1,103 @@
+"""The daemon: one process that owns a data directory and serves its volumes over NBD.
+
+Start: lock the directory, open the catalogue (which recovers what a crash left), serve the control
+socket, listen for NBD. Stop, at the first SIGTERM or SIGINT: no new connections, requests in
+flight are answered, claims on the control socket end, everything is flushed, the lock is released.
+A second signal ends the process at once, as a crash would.
+"""
+
+import asyncio
+import contextlib
+import logging
+import os
+import resource
+import signal
+from collections.abc import Callable
+
+from backends.local_layers import LocalLayerStore
+from nbdserve.configuration import Address, Configuration, UnixAddress
+from nbdserve.control.server import ControlServer
+from nbdserve.control.state import Host, State
+from nbdserve.registry import CatalogueExports
+from nbdserve.server import Server
+from snapshots.catalogue import Catalogue
+
+log = logging.getLogger(__name__)
+
+DRAIN_SECONDS = 30.0
+"""How long requests in flight may take once the daemon stops."""
+
+
+async def run(configuration: Configuration, announce: Callable[[str], None]) -> None:
+    """Serve until a signal; ``announce`` is called with each address once all are listened on.
+
+    Raises StorageError when the directory or an address cannot be used.
+    """
+    stop = _stop_signal()
+    _raise_descriptor_limit()
+    store = LocalLayerStore(configuration.data)
+    catalogue = await Catalogue.open(store)
+    try:
+        host = Host(configuration.data, daemon=True)
+        control = ControlServer(State(catalogue, store, host))
+        await _serve(configuration, catalogue, control, announce, stop)
+    finally:
+        await catalogue.close()
+
+
+async def _serve(
+    configuration: Configuration,
+    catalogue: Catalogue,
+    control: ControlServer,
+    announce: Callable[[str], None],
+    stop: asyncio.Event,
+) -> None:
+    server = Server(CatalogueExports(catalogue))
+    try:
+        for address in configuration.listen:
+            await _listen(server, address)
+        control.state.host.listening.extend(server.addresses)
+        await control.start()
+        for listening in server.addresses:
+            announce(listening)
+        await stop.wait()
+        log.info("stopping: requests in flight are answered and data is flushed")
+    finally:
+        if not await server.drain(DRAIN_SECONDS):
+            log.warning("some requests were not answered within %d seconds", DRAIN_SECONDS)
+        await control.stop()
+
+
+async def _listen(server: Server, address: Address) -> None:
+    if isinstance(address, UnixAddress):
+        await server.listen_unix(address.path)
+        return
+    await server.listen_tcp(address.host, address.port)
+    if not address.is_loopback:
+        log.warning(
+            "%s is open to the network without encryption or authentication: whoever reaches it"
+            " can read and write every volume",
+            address,
+        )
+
+
+def _raise_descriptor_limit() -> None:
+    """A volume with many layers and a daemon with many clients need many descriptors."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def _stop_signal() -> asyncio.Event:
+    """Set by the first SIGTERM or SIGINT; the second ends the process."""
+    stop = asyncio.Event()
+
+    def receive(number: int) -> None:
+        if stop.is_set():
+            os._exit(128 + number)
+        stop.set()
+
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, receive, number)
+    return stop

@@ -1,0 +1,48 @@
+"""The exports of a catalogue: ``VOL`` read-write, ``VOL@SNAP`` read-only."""
+
+from collections.abc import Callable
+
+from backends.errors import InvalidError, NotFoundError
+from nbdserve.server.exports import Export, ExportDescription
+from snapshots.catalogue import Catalogue
+from snapshots.handle import Handle
+from snapshots.names import BLOCK_SIZE, check_name, parse_snapshot_name
+
+
+class CatalogueExports:
+    """An ``ExportRegistry``. A name that could never be one is simply not found."""
+
+    def __init__(self, catalogue: Catalogue) -> None:
+        self._catalogue = catalogue
+
+    def list_names(self) -> list[str]:
+        return self._catalogue.volume_names()
+
+    async def describe(self, name: str) -> ExportDescription:
+        volume, snapshot = _parse(name)
+        if snapshot is None:
+            info = await self._catalogue.show_volume(volume)
+            return ExportDescription(name, info.size, False, BLOCK_SIZE, "volume")
+        for taken in self._catalogue.list_snapshots(volume):
+            if taken.name == snapshot:
+                return ExportDescription(name, taken.size, True, BLOCK_SIZE, "snapshot")
+        raise NotFoundError(f"there is no snapshot {name}")
+
+    async def open(self, name: str, revoke: Callable[[], None]) -> Export:
+        volume, snapshot = _parse(name)
+        if snapshot is None:
+            return await self._catalogue.open_volume(volume, revoke)
+        return await self._catalogue.open_snapshot(volume, snapshot, revoke)
+
+    async def close(self, export: Export) -> None:
+        assert isinstance(export, Handle)
+        await self._catalogue.close_export(export)
+
+
+def _parse(name: str) -> tuple[str, str | None]:
+    try:
+        if "@" in name:
+            return parse_snapshot_name(name)
+        return check_name("volume", name), None
+    except InvalidError:
+        raise NotFoundError(f"there is no export {name!r}") from None
