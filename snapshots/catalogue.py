@@ -4,16 +4,6 @@ One process owns a data directory and one ``Catalogue`` serves it, on one event 
 that commit a manifest take turns (``_commits``); clients' reads and writes never wait for that.
 What an operation commits is durable when it returns; when it fails, the volume is as it was. One
 that has begun goes on to its end even when the caller is cancelled: none is left half done.
-
-**Snapshots** (``create_snapshots``), all volumes of a group at one instant:
-
-1. create the next heads, and sync what is pending so that the gate has little to capture;
-2. the gate: swap every volume's head in one step of the event loop (volume.py);
-3. make the old heads durable, commit the manifests in one commit; FLUSHes wait until then;
-4. later, turn each sealed layer's journal into its index.
-
-When step 3 fails, writes have gone into the new heads already, which a reopened volume would not
-know: the volumes refuse writes and flushes until then, so nothing is taken for durable.
 """
 
 from __future__ import annotations
@@ -25,7 +15,6 @@ import logging
 import secrets
 import time
 from collections.abc import Callable, Coroutine, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
 from typing import Any, ParamSpec, TypeVar
 
 from backends.errors import (
@@ -34,13 +23,13 @@ from backends.errors import (
     InvalidError,
     NoSpaceError,
     NotFoundError,
-    StorageError,
 )
 from backends.layers import LayerStore
 from snapshots.difference import Extent, changed_extents, layers_between, touched_by
 from snapshots.handle import Handle
-from snapshots.head import Head, create_head
+from snapshots.head import create_head
 from snapshots.layer import apply_layer
+from snapshots.listings import Listings, SnapshotInfo, VolumeInfo
 from snapshots.manifest import MAX_LAYERS, Manifest, Snapshot
 from snapshots.manifest_store import ManifestStore
 from snapshots.merging import Merging
@@ -48,13 +37,12 @@ from snapshots.names import BLOCK_SHIFT, check_name, check_volume_size
 from snapshots.open_views import OpenViews
 from snapshots.owner_map import OwnerMap
 from snapshots.pins import Pins
-from snapshots.transfer import Import, Pin, SinkDescription, SnapshotRef, SourceDescription
+from snapshots.sealing import LOW_WATER, Sealing
+from snapshots.transfer import Import, Pin, SinkDescription
 from snapshots.volume import Volume
 
 _log = logging.getLogger(__name__)
 
-# Below this much free space a snapshot is refused: its new head and the manifest need some of it.
-LOW_WATER = 16 << 20
 _WRITEBACK_SECONDS = 5
 _REVOKE_SECONDS = 30
 
@@ -75,40 +63,6 @@ def _to_its_end(
     return run
 
 
-@dataclass(frozen=True)
-class VolumeInfo:
-    """A volume as listed; sizes in bytes, ``created`` in seconds since 1970.
-
-    ``mapped`` is what the volume holds data for, ``own`` the disk space of layers that only it
-    uses, ``shared`` that of layers that other volumes use too.
-    """
-
-    name: str
-    id: str
-    size: int
-    created: float
-    layers: int
-    snapshots: int
-    mapped: int
-    own: int
-    shared: int
-    clients: int
-
-
-@dataclass(frozen=True)
-class SnapshotInfo:
-    """A snapshot as listed; sizes in bytes, ``created`` in seconds since 1970."""
-
-    volume: str
-    name: str
-    id: str
-    size: int
-    created: float
-    layers: int
-    labels: dict[str, str]
-    clients: int
-
-
 class Catalogue:
     """See the module's text; made by ``open``, ended by ``close``."""
 
@@ -117,11 +71,12 @@ class Catalogue:
         self._manifests = ManifestStore(store)
         self._views = OpenViews(store, self._manifests)
         self._commits = asyncio.Lock()
-        self._pins = Pins()
+        self._pins = Pins(self._unpinned)
         self._merging = Merging(store, self._manifests, self._views, self._commits, self._pins)
+        self._sealing = Sealing(store, self._manifests, self._views, self._merging)
+        self._listings = Listings(store, self._manifests, self._views)
         self._imports: dict[str, Import] = {}
         self._keys: dict[Handle, str] = {}
-        self._mapped: dict[str, int] = {}
         self._write_backs: asyncio.Task[None] | None = None
         self._closed = False
 
@@ -159,19 +114,28 @@ class Catalogue:
 
     # Volumes
 
+    def volume_names(self) -> list[str]:
+        """The names of all volumes, in order."""
+        return sorted(manifest.name for manifest in self._manifests.volumes.values())
+
+    def volume_size(self, name: str) -> int:
+        """Size of a volume in bytes; NotFoundError."""
+        return self._manifests.get(name).size
+
     @_to_its_end
     async def list_volumes(self) -> list[VolumeInfo]:
         """All volumes by name."""
-        names = sorted(manifest.name for manifest in self._manifests.volumes.values())
         async with self._commits:
-            found = [self._manifests.find(name) for name in names]
-            return [await self._volume_info(manifest) for manifest in found if manifest]
+            return [
+                await self._listings.volume(self._manifests.get(name))
+                for name in self.volume_names()
+            ]
 
     @_to_its_end
     async def show_volume(self, name: str) -> VolumeInfo:
         """One volume."""
         async with self._commits:
-            return await self._volume_info(self._manifests.get(name))
+            return await self._listings.volume(self._manifests.get(name))
 
     @_to_its_end
     async def create_volume(self, name: str, size: int) -> VolumeInfo:
@@ -217,7 +181,7 @@ class Catalogue:
                 if opened is not None:
                     assert isinstance(opened.view, Volume)
                     opened.view.grow(size)
-            return await self._volume_info(self._manifests.get(name))
+            return await self._listings.volume(self._manifests.get(name))
 
     @_to_its_end
     async def rename_volume(self, old: str, new: str) -> VolumeInfo:
@@ -227,7 +191,7 @@ class Catalogue:
             if old != new:
                 self._check_free(new)
                 await self._manifests.commit([manifest.changed(name=new)])
-            return await self._volume_info(self._manifests.get(new))
+            return await self._listings.volume(self._manifests.get(new))
 
     @_to_its_end
     async def delete_volume(self, name: str, with_snapshots: bool = False) -> None:
@@ -243,7 +207,7 @@ class Catalogue:
                 )
             await self._views.discard(manifest.id)
             await self._manifests.remove(manifest)
-            self._mapped.pop(manifest.id, None)
+            self._listings.forget(manifest.id)
             await self._drop_orphans()
         self._merging.resume()
 
@@ -278,9 +242,9 @@ class Catalogue:
                 )
                 for manifest, (_, name) in zip(manifests, targets, strict=True)
             ]
-            await self._seal(manifests, snapshots)
+            await self._sealing.seal(manifests, snapshots)
             return [
-                self._snapshot_info(self._manifests.volumes[manifest.id], snapshot)
+                self._listings.snapshot(self._manifests.volumes[manifest.id], snapshot)
                 for manifest, snapshot in zip(manifests, snapshots, strict=True)
             ]
 
@@ -291,7 +255,7 @@ class Catalogue:
         else:
             manifests = [self._manifests.get(volume)]
         return [
-            self._snapshot_info(manifest, snapshot)
+            self._listings.snapshot(manifest, snapshot)
             for manifest in manifests
             for snapshot in manifest.snapshots
         ]
@@ -314,7 +278,7 @@ class Catalogue:
                 raise InUseError(f"snapshot {volume}@{snapshot} is being pushed; try again later")
             rest = tuple(other for other in manifest.snapshots if other is not found)
             await self._manifests.commit([manifest.changed(snapshots=rest)])
-            await self._free_head_boundary(manifest.id, found.layer)
+            await self._sealing.free_head_boundary(manifest.id, found.layer)
             await self._drop_orphans()
         await self._merging.merge_now(progress)
 
@@ -345,9 +309,9 @@ class Catalogue:
             except BaseException:
                 await self._store.delete_layer(layer)
                 raise
-            self._mapped.pop(manifest.id, None)
+            self._listings.forget(manifest.id)
             await self._drop_orphans()
-            info = await self._volume_info(self._manifests.get(volume))
+            info = await self._listings.volume(self._manifests.get(volume))
         self._merging.resume()
         return info
 
@@ -398,7 +362,7 @@ class Catalogue:
         async with self._commits:
             manifest = self._manifests.get(name)
             view = await self._views.acquire_volume(manifest)
-            self._mapped.pop(manifest.id, None)
+            self._listings.forget(manifest.id)
             return self._handle(manifest.id, Handle(name, view, revoke))
 
     @_to_its_end
@@ -428,45 +392,14 @@ class Catalogue:
         """Keep a snapshot's layers as they are until the pin is released, and describe them."""
         async with self._commits:
             manifest = self._manifests.get(volume)
-            found = _find(manifest, snapshot)
-            others = [other for other in manifest.snapshots if other is not found]
-            parents: dict[str, str] = {}
-            for top in (found.layer, *(other.layer for other in others)):
-                for layer in manifest.stack(top):
-                    parents[layer] = manifest.parents[layer]
-            pin = Pin(
-                SourceDescription(
-                    volume=volume,
-                    snapshot=snapshot,
-                    snapshot_id=found.id,
-                    created=found.created,
-                    size=found.size,
-                    layer=found.layer,
-                    parents=parents,
-                    others=tuple(
-                        SnapshotRef(other.id, other.size, other.layer)
-                        for other in sorted(others, key=lambda s: s.created, reverse=True)
-                    ),
-                    merges=(),
-                ),
-                frozenset(parents),
-                self._unpin,
-            )
-            self._pins.add(pin)
+            pin = self._pins.add(manifest, _find(manifest, snapshot))
         try:
             await self._merging.wait_for_pins()
         except BaseException:
             pin.release()
             raise
-        merges = tuple(
-            asdict(merge) for merge in self._manifests.merges.values() if merge.target in parents
-        )
-        pin.source = replace(pin.source, merges=merges)
+        self._pins.complete(pin, self._manifests.merges.values())
         return pin
-
-    def _unpin(self, pin: Pin) -> None:
-        if self._pins.remove(pin) and not self._closed:
-            self._merging.resume()
 
     @_to_its_end
     async def begin_import(self, volume: str, size: int) -> Import:
@@ -503,7 +436,7 @@ class Catalogue:
             )
             await self._manifests.commit([manifest])
             del self._imports[sink.volume]
-            return await self._volume_info(manifest)
+            return await self._listings.volume(manifest)
 
     @_to_its_end
     async def discard_import(self, imported: Import) -> None:
@@ -528,76 +461,7 @@ class Catalogue:
         except BaseException:
             await self._store.delete_layer(layer)
             raise
-        return await self._volume_info(manifest)
-
-    async def _seal(self, manifests: list[Manifest], snapshots: Sequence[Snapshot | None]) -> None:
-        """Give each volume a new head, and its old one the name of a snapshot or none."""
-        prepared: list[tuple[Manifest, Volume, Head]] = []
-        acquired: list[str] = []
-        try:
-            try:
-                for manifest in manifests:
-                    volume = await self._views.acquire_volume(manifest)
-                    acquired.append(manifest.id)
-                    head = await self._views.add_head(volume, secrets.token_hex(8))
-                    prepared.append((manifest, volume, head))
-                for _, volume, _ in prepared:
-                    await volume.settle()
-            except BaseException:
-                for _, volume, head in prepared:
-                    await self._views.remove_head(volume, head)
-                raise
-            await self._swap_and_commit(prepared, snapshots)
-            for manifest in manifests:
-                self._merging.index(manifest.head)
-        finally:
-            for key in acquired:
-                await self._views.release(key)
-
-    async def _swap_and_commit(
-        self, prepared: list[tuple[Manifest, Volume, Head]], snapshots: Sequence[Snapshot | None]
-    ) -> None:
-        sealed = []
-        # The gate: no await between the first swap and the last.
-        for _, volume, head in prepared:
-            volume.commit_begins()
-            sealed.append(volume.swap_head(head))
-        try:
-            for (_, volume, _), (old, runs) in zip(prepared, sealed, strict=True):
-                await volume.finish_seal(old, runs)
-            new = []
-            for (manifest, _, head), snapshot in zip(prepared, snapshots, strict=True):
-                name = head.layer.name
-                taken = manifest.snapshots if snapshot is None else (*manifest.snapshots, snapshot)
-                parents = {**manifest.parents, name: manifest.head}
-                new.append(manifest.changed(head=name, parents=parents, snapshots=taken))
-            await self._manifests.commit(new)
-        except BaseException as error:
-            for _, volume, _ in prepared:
-                volume.fail(f"the commit of a snapshot failed: {error}")
-            raise
-        finally:
-            for (_, volume, _), (old, _) in zip(prepared, sealed, strict=True):
-                volume.commit_ended()
-                old.close()
-
-    async def _free_head_boundary(self, volume: str, layer: str) -> None:
-        """Seal the head when the deleted snapshot's layer lies right below it.
-
-        Then the two can be merged like any others, without touching the layer being written.
-        """
-        manifest = self._manifests.volumes[volume]
-        if manifest.parents.get(manifest.head) != layer:
-            return
-        others = [found for found in self._manifests.uses(layer) if found is not manifest]
-        if others or layer in manifest.tops() or list(manifest.parents.values()).count(layer) > 1:
-            return
-        try:
-            if (await self._store.space()).free < LOW_WATER:
-                await self._store.release_reserve()
-            await self._seal([manifest], [None])
-        except (OSError, StorageError) as error:
-            _log.warning("space of a deleted snapshot of %s is kept: %s", manifest.name, error)
+        return await self._listings.volume(manifest)
 
     async def _disconnect(self, manifest: Manifest) -> None:
         opened = self._views.get(manifest.id)
@@ -655,54 +519,11 @@ class Catalogue:
             if self._pins.holds(key):
                 raise InUseError(f"a snapshot of volume {manifest.name} is being pushed")
 
-    # Listings
-
-    async def _volume_info(self, manifest: Manifest) -> VolumeInfo:
-        own = shared = 0
-        for layer in manifest.parents:
-            allocated = await self._store.allocated(layer)
-            if len(self._manifests.uses(layer)) > 1:
-                shared += allocated
-            else:
-                own += allocated
-        return VolumeInfo(
-            name=manifest.name,
-            id=manifest.id,
-            size=manifest.size,
-            created=manifest.created,
-            layers=len(manifest.stack(manifest.head)),
-            snapshots=len(manifest.snapshots),
-            mapped=await self._count_mapped(manifest),
-            own=own,
-            shared=shared,
-            clients=self._views.clients(manifest.id),
-        )
-
-    async def _count_mapped(self, manifest: Manifest) -> int:
-        known = self._mapped.get(manifest.id)
-        if known is not None and self._views.get(manifest.id) is None:
-            return known
-        volume = await self._views.acquire_volume(manifest)
-        try:
-            blocks = await asyncio.to_thread(volume.owners.count_owned)
-        finally:
-            await self._views.release(manifest.id)
-        self._mapped[manifest.id] = blocks << BLOCK_SHIFT
-        return blocks << BLOCK_SHIFT
-
-    def _snapshot_info(self, manifest: Manifest, snapshot: Snapshot) -> SnapshotInfo:
-        return SnapshotInfo(
-            volume=manifest.name,
-            name=snapshot.name,
-            id=snapshot.id,
-            size=snapshot.size,
-            created=snapshot.created,
-            layers=len(manifest.stack(snapshot.layer)),
-            labels=dict(snapshot.labels),
-            clients=self._views.clients(snapshot.id),
-        )
-
     # Background
+
+    def _unpinned(self) -> None:
+        if not self._closed:
+            self._merging.resume()
 
     async def _write_back(self) -> None:
         """Bound what a crash can lose of writes that nobody flushed, and the space they hold."""

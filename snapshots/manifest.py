@@ -81,15 +81,19 @@ class Manifest:
                 layer = new.parents[layer]
         return replace(new, parents=reachable)
 
-    def without_layer(self, layer: str) -> Manifest:
-        """The next generation, in which what stood on ``layer`` stands on the one below it."""
-        below = self.parents[layer]
-        parents = {
-            child: below if parent == layer else parent
-            for child, parent in self.parents.items()
-            if child != layer
-        }
-        return self.changed(parents=parents)
+    def merged(self, merge: Merge) -> Manifest:
+        """The next generation, in which a merge's target stands for both of its layers."""
+        source, target = merge.source, merge.target
+        parents = dict(self.parents)
+        below = parents.pop(source)
+        for layer, parent in parents.items():
+            if parent == source:
+                parents[layer] = target if layer != target else below
+        snapshots = tuple(
+            replace(snapshot, layer=target) if snapshot.layer == source else snapshot
+            for snapshot in self.snapshots
+        )
+        return self.changed(parents=parents, snapshots=snapshots)
 
     def pack(self) -> bytes:
         """As a record."""

@@ -188,7 +188,7 @@ class Merger:
             holds.close()
         async with self._views.stacks:
             users = self._manifests.uses(merge.source)
-            await self._manifests.commit([user.without_layer(merge.source) for user in users])
+            await self._manifests.commit([user.merged(merge) for user in users])
             for view in self._views.views():
                 if view.slot_of(merge.source) is not None:
                     await view.reads_before_now()

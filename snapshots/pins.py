@@ -2,26 +2,53 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, replace
 
-from snapshots.transfer import Pin
+from snapshots.manifest import Manifest, Merge, Snapshot
+from snapshots.transfer import Pin, SnapshotRef, SourceDescription
 
 
 class Pins:
-    """The pins that are held now."""
+    """The pins that are held now; ``released`` is called when one is let go."""
 
-    def __init__(self) -> None:
+    def __init__(self, released: Callable[[], None]) -> None:
         self._held: set[Pin] = set()
+        self._released = released
 
-    def add(self, pin: Pin) -> None:
-        """Hold a pin."""
+    def add(self, manifest: Manifest, snapshot: Snapshot) -> Pin:
+        """Pin a snapshot, and with it the volume's other snapshots: they tell what changed."""
+        others = [other for other in manifest.snapshots if other is not snapshot]
+        others.sort(key=lambda other: other.created, reverse=True)
+        parents = {
+            layer: manifest.parents[layer]
+            for top in (snapshot.layer, *(other.layer for other in others))
+            for layer in manifest.stack(top)
+        }
+        description = SourceDescription(
+            volume=manifest.name,
+            snapshot=snapshot.name,
+            snapshot_id=snapshot.id,
+            created=snapshot.created,
+            size=snapshot.size,
+            layer=snapshot.layer,
+            parents=parents,
+            others=tuple(SnapshotRef(other.id, other.size, other.layer) for other in others),
+            merges=(),
+        )
+        pin = Pin(description, frozenset(parents), self._release)
         self._held.add(pin)
+        return pin
 
-    def remove(self, pin: Pin) -> bool:
-        """Drop a pin; whether it was held."""
-        held = pin in self._held
-        self._held.discard(pin)
-        return held
+    def complete(self, pin: Pin, merges: Iterable[Merge]) -> None:
+        """Describe the merges that stand still for the pin."""
+        stopped = tuple(asdict(merge) for merge in merges if merge.target in pin.layers)
+        pin.source = replace(pin.source, merges=stopped)
+
+    def _release(self, pin: Pin) -> None:
+        if pin in self._held:
+            self._held.remove(pin)
+            self._released()
 
     def holds(self, snapshot_id: str) -> bool:
         """Whether a snapshot is pinned."""

@@ -1,0 +1,107 @@
+"""What the catalogue tells of volumes and snapshots."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+
+from backends.layers import LayerStore
+from snapshots.manifest import Manifest, Snapshot
+from snapshots.manifest_store import ManifestStore
+from snapshots.names import BLOCK_SHIFT
+from snapshots.open_views import OpenViews
+
+
+@dataclass(frozen=True)
+class VolumeInfo:
+    """A volume as listed; sizes in bytes, ``created`` in seconds since 1970.
+
+    ``mapped`` is what the volume holds data for, ``own`` the disk space of layers that only it
+    uses, ``shared`` that of layers that other volumes use too.
+    """
+
+    name: str
+    id: str
+    size: int
+    created: float
+    layers: int
+    snapshots: int
+    mapped: int
+    own: int
+    shared: int
+    clients: int
+
+
+@dataclass(frozen=True)
+class SnapshotInfo:
+    """A snapshot as listed; sizes in bytes, ``created`` in seconds since 1970."""
+
+    volume: str
+    name: str
+    id: str
+    size: int
+    created: float
+    layers: int
+    labels: dict[str, str]
+    clients: int
+
+
+class Listings:
+    """Puts the facts together; the caller holds the catalogue's commits."""
+
+    def __init__(self, store: LayerStore, manifests: ManifestStore, views: OpenViews) -> None:
+        self._store = store
+        self._manifests = manifests
+        self._views = views
+        self._mapped: dict[str, int] = {}
+
+    def forget(self, volume: str) -> None:
+        """What the volume of this id holds is about to change while it is open, or is gone."""
+        self._mapped.pop(volume, None)
+
+    async def volume(self, manifest: Manifest) -> VolumeInfo:
+        """One volume."""
+        own = shared = 0
+        for layer in manifest.parents:
+            allocated = await self._store.allocated(layer)
+            if len(self._manifests.uses(layer)) > 1:
+                shared += allocated
+            else:
+                own += allocated
+        return VolumeInfo(
+            name=manifest.name,
+            id=manifest.id,
+            size=manifest.size,
+            created=manifest.created,
+            layers=len(manifest.stack(manifest.head)),
+            snapshots=len(manifest.snapshots),
+            mapped=await self._count_mapped(manifest),
+            own=own,
+            shared=shared,
+            clients=self._views.clients(manifest.id),
+        )
+
+    async def _count_mapped(self, manifest: Manifest) -> int:
+        known = self._mapped.get(manifest.id)
+        if known is not None and self._views.get(manifest.id) is None:
+            return known
+        volume = await self._views.acquire_volume(manifest)
+        try:
+            blocks = await asyncio.to_thread(volume.owners.count_owned)
+        finally:
+            await self._views.release(manifest.id)
+        self._mapped[manifest.id] = blocks << BLOCK_SHIFT
+        return blocks << BLOCK_SHIFT
+
+    def snapshot(self, manifest: Manifest, snapshot: Snapshot) -> SnapshotInfo:
+        """One snapshot."""
+        return SnapshotInfo(
+            volume=manifest.name,
+            name=snapshot.name,
+            id=snapshot.id,
+            size=snapshot.size,
+            created=snapshot.created,
+            layers=len(manifest.stack(snapshot.layer)),
+            labels=dict(snapshot.labels),
+            clients=self._views.clients(snapshot.id),
+        )
