@@ -121,8 +121,9 @@ class Connection:
                 handshake.receive(data)
                 continue
             if isinstance(event, Ended):
-                await readiness.send(handshake.data_to_send(), deadline)
                 log.info("%s: %s", self.peer, event.reason)
+                with contextlib.suppress(OSError):  # the client may have closed already
+                    await readiness.send(handshake.data_to_send(), deadline)
                 return None
             begun = asyncio.get_running_loop().time()
             export = await self._answer(event)

@@ -94,11 +94,13 @@ async def bind_tcp(host: str, port: int) -> list[socket.socket]:
     Raises InUseError, InvalidError or StorageError.
     """
     where = f"{host}:{port}"
+    if not 0 <= port <= 0xFFFF:  # getaddrinfo would take it modulo 65536
+        raise InvalidError(f"cannot listen on {where}: a port is a number up to 65535")
     try:
         found = await asyncio.get_running_loop().getaddrinfo(
             host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )
-    except (OSError, UnicodeError, OverflowError) as error:
+    except (OSError, UnicodeError) as error:
         reason = getattr(error, "strerror", None) or error
         raise InvalidError(f"cannot listen on {where}: {reason}") from None
     sockets: list[socket.socket] = []
@@ -116,9 +118,9 @@ async def bind_tcp(host: str, port: int) -> list[socket.socket]:
             if family == socket.AF_INET6:
                 sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
             sock.bind((name, number, *scope))
-        except (OSError, OverflowError) as error:
+        except OSError as error:
             sock.close()
-            if isinstance(error, OSError) and error.errno in _ABSENT:
+            if error.errno in _ABSENT:
                 failure = error  # no IPv6 here: one address that works is enough
                 continue
             for other in sockets:
@@ -135,6 +137,8 @@ def bind_unix(path: Path) -> socket.socket:
 
     Raises InUseError, InvalidError or StorageError.
     """
+    if "\0" in str(path):  # the kernel would take what is before it
+        raise InvalidError(f"cannot listen on unix:{path}: a NUL character in the path")
     sock = _new_unix_socket()
     try:
         os.fchmod(sock.fileno(), 0o600)
@@ -148,7 +152,7 @@ def bind_unix(path: Path) -> socket.socket:
     except StorageError:
         sock.close()
         raise
-    except (OSError, ValueError) as error:
+    except OSError as error:
         sock.close()
         raise _bind_error(f"unix:{path}", error) from None
     return sock
@@ -172,11 +176,9 @@ def _remove_stale(path: Path) -> None:
     raise InUseError(f"cannot listen on unix:{path}: another server is listening there")
 
 
-def _bind_error(where: str, error: Exception) -> StorageError:
-    number = getattr(error, "errno", None)
-    reason = getattr(error, "strerror", None) or str(error)
-    line = f"cannot listen on {where}: {reason}"
-    if number == errno.EADDRINUSE:
+def _bind_error(where: str, error: OSError) -> StorageError:
+    line = f"cannot listen on {where}: {error.strerror or error}"
+    if error.errno == errno.EADDRINUSE:
         return InUseError(line)
     return InvalidError(line)
 

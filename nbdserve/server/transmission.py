@@ -111,7 +111,8 @@ class Transmission:
         # A refused WRITE: how much of its payload is still to come, and what is then answered.
         self._skip = 0
         self._skip_reply = b""
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks: set[asyncio.Task[None]] = set()  # the loop itself keeps weak references
+        self._running = 0
         self._bytes = 0  # memory of tasks and of the large WRITE
         self._stalled = False
         self._ending = False  # no more is received
@@ -148,7 +149,7 @@ class Transmission:
     @property
     def running(self) -> int:
         """Number of requests that run as tasks."""
-        return len(self._tasks)
+        return self._running
 
     # Receiving
 
@@ -395,7 +396,7 @@ class Transmission:
     def _may_start(self, size: int) -> bool:
         """Whether a task with ``size`` bytes of memory may start; otherwise stalls."""
         taken = self._bytes + self._output.queued
-        if len(self._tasks) < MAX_REQUESTS and (not taken or taken + size <= MAX_BYTES):
+        if self._running < MAX_REQUESTS and (not taken or taken + size <= MAX_BYTES):
             return True
         self._stalled = True
         return False
@@ -417,6 +418,7 @@ class Transmission:
 
     def _launch(self, operation: Coroutine[Any, Any, bytes | bytearray], size: int) -> None:
         self._bytes += size
+        self._running += 1
         task = self._loop.create_task(self._answer(operation, size))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
@@ -428,9 +430,13 @@ class Transmission:
                 self._output.append(reply)
         finally:
             self._bytes -= size
-            if not self._wake_planned:  # once for all tasks that end in this turn of the loop
-                self._wake_planned = True
-                self._loop.call_soon(self._wake)
+            self._running -= 1
+            self._plan_wake()
+
+    def _plan_wake(self) -> None:
+        if not self._wake_planned:  # once for all that happens in this turn of the loop
+            self._wake_planned = True
+            self._loop.call_soon(self._wake)
 
     def _wake(self) -> None:
         self._wake_planned = False
@@ -462,8 +468,11 @@ class Transmission:
         """Send what there is, then wait for what can come next: input, room for output, the end."""
         if self._gone:
             return
+        pending = not self._output.empty
         if self._send():
             self._stop_writing()
+            if pending and self._stalled:  # the client has just taken what there was no room for
+                self._plan_wake()
         elif not self._writing:
             self._writing = True
             self._loop.add_writer(self._sock, self._on_writable)
@@ -497,7 +506,7 @@ class Transmission:
             self.abort()
 
     def _check_closed(self) -> None:
-        if self._tasks or self.closed.done():
+        if self._running or self.closed.done():
             return
         if self._gone:
             self.closed.set_result(False)
