@@ -13,9 +13,13 @@ import os
 import resource
 import signal
 from collections.abc import Callable
+from pathlib import Path
 
+from backends.errors import InUseError, StorageError
 from backends.local_layers import LocalLayerStore
 from nbdserve.configuration import Address, Configuration, UnixAddress
+from nbdserve.control import address
+from nbdserve.control.client import Client, path
 from nbdserve.control.server import ControlServer
 from nbdserve.control.state import Host, State
 from nbdserve.registry import CatalogueExports
@@ -23,6 +27,9 @@ from nbdserve.server import Server
 from snapshots.catalogue import Catalogue
 
 log = logging.getLogger(__name__)
+
+LOCK_SECONDS = 15.0
+"""How long the daemon waits for a command that works on the directory without a daemon."""
 
 DRAIN_SECONDS = 30.0
 """How long requests in flight may take once the daemon stops."""
@@ -36,13 +43,33 @@ async def run(configuration: Configuration, announce: Callable[[str], None]) -> 
     stop = _stop_signal()
     _raise_descriptor_limit()
     store = LocalLayerStore(configuration.data)
-    catalogue = await Catalogue.open(store)
+    catalogue = await _open_catalogue(store, stop)
     try:
         host = Host(configuration.data, daemon=True)
         control = ControlServer(State(catalogue, store, host))
         await _serve(configuration, catalogue, control, announce, stop)
     finally:
         await catalogue.close()
+
+
+async def _open_catalogue(store: LocalLayerStore, stop: asyncio.Event) -> Catalogue:
+    """Open it; a command that happens to have the lock is waited for, another daemon is not."""
+    deadline = asyncio.get_running_loop().time() + LOCK_SECONDS
+    while True:
+        try:
+            return await Catalogue.open(store)
+        except InUseError:
+            late = asyncio.get_running_loop().time() > deadline
+            if late or stop.is_set() or await asyncio.to_thread(_daemon_serves, store.path):
+                raise
+        await asyncio.sleep(0.1)
+
+
+def _daemon_serves(data: Path) -> bool:
+    try:
+        return bool(Client(lambda: address.connect(data)).get(path("status"))["daemon"])
+    except (OSError, StorageError):
+        return False  # it may just be starting or ending
 
 
 async def _serve(
@@ -54,8 +81,8 @@ async def _serve(
 ) -> None:
     server = Server(CatalogueExports(catalogue))
     try:
-        for address in configuration.listen:
-            await _listen(server, address)
+        for wanted in configuration.listen:
+            await _listen(server, wanted)
         control.state.host.listening.extend(server.addresses)
         await control.start()
         for listening in server.addresses:
@@ -68,16 +95,16 @@ async def _serve(
         await control.stop()
 
 
-async def _listen(server: Server, address: Address) -> None:
-    if isinstance(address, UnixAddress):
-        await server.listen_unix(address.path)
+async def _listen(server: Server, wanted: Address) -> None:
+    if isinstance(wanted, UnixAddress):
+        await server.listen_unix(wanted.path)
         return
-    await server.listen_tcp(address.host, address.port)
-    if not address.is_loopback:
+    await server.listen_tcp(wanted.host, wanted.port)
+    if not wanted.is_loopback:
         log.warning(
             "%s is open to the network without encryption or authentication: whoever reaches it"
             " can read and write every volume",
-            address,
+            wanted,
         )
 
 

@@ -21,6 +21,7 @@ from nbdserve.cli.session import Session
 from nbdserve.cli.snapshot import delete_snapshot
 from nbdserve.cli.transfer import push
 from nbdserve.control.client import path
+from nbdserve.control.errors import one_line
 from snapshots.names import check_name
 from snapshots.repository import Repository, open_repository
 
@@ -96,9 +97,11 @@ class _Backup:
         try:
             report = push(self._session, self._repository, volume, name)
         except (StorageError, OSError) as error:
-            line = f"backup of {volume} failed, and its snapshot was deleted again: {error}"
-            self.failures.append(line)
-            self.reports.append({"volume": volume, "snapshot": None, "error": str(error)})
+            line = one_line(error)
+            self.failures.append(
+                f"backup of {volume} failed, and its snapshot was deleted again: {line}"
+            )
+            self.reports.append({"volume": volume, "snapshot": None, "error": line})
             return False
         print_warnings(report)
         self.lines.append(push_line(report))

@@ -11,9 +11,11 @@ Decorated = TypeVar("Decorated", bound=Callable[..., Any])
 _DATA = "nbdserve.data"
 
 
-def _keep_data(context: click.Context, parameter: click.Parameter, value: Path | None) -> None:
+def _keep_data(context: click.Context, parameter: click.Parameter, value: str | None) -> None:
+    if value == "":
+        raise click.BadParameter("it is empty", context, parameter)
     if value is not None:
-        context.meta[_DATA] = value  # meta is shared with the groups above and below
+        context.meta[_DATA] = Path(value)  # meta is shared with the groups above and below
 
 
 def data_option(function: Decorated) -> Decorated:
@@ -21,7 +23,6 @@ def data_option(function: Decorated) -> Decorated:
     return click.option(
         "--data",
         metavar="DIR",
-        type=click.Path(path_type=Path),
         envvar="NBDSERVE_DATA",
         expose_value=False,
         callback=_keep_data,

@@ -65,7 +65,8 @@ def list_(volume: str | None, as_json: bool) -> None:
 def delete(snapshot: str, as_json: bool) -> None:
     """Delete a snapshot; its space is given back while the volume stays in use.
 
-    Interrupted by Ctrl-C, the daemon goes on; without a daemon, delete it again to go on.
+    When Ctrl-C interrupts it, the daemon goes on giving back space; without a daemon the next
+    command or daemon does.
     """
     volume, name = parse_snapshot_name(snapshot)
     with Session(data_directory()) as session:

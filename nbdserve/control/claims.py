@@ -22,7 +22,7 @@ from nbdserve.control import documents
 from nbdserve.control.bodies import Fields
 from nbdserve.control.state import State, state_of
 from nbdserve.control.streams import stream
-from snapshots.catalogue import VolumeInfo
+from snapshots.listings import VolumeInfo
 from snapshots.transfer import Import, Pin
 
 routes = web.RouteTableDef()

@@ -40,12 +40,6 @@ class _Connection(http.client.HTTPConnection):
 
     def connect(self) -> None:
         self.sock = self._open()
-        # The response takes the socket over and buffers it; this one only tells of its end.
-        self.monitor = self.sock.dup()
-
-    def close(self) -> None:
-        super().close()
-        self.monitor.close()
 
 
 class Answer:
@@ -129,17 +123,21 @@ class Client:
     def stream(self, method: str, path: str, body: Mapping[str, object] | None = None) -> Answer:
         """An answer that comes in lines; errors before the first line are raised here."""
         connection = _Connection(self._open)
+        connection.connect()
+        monitor = connection.sock.dup()  # the response takes over the socket itself
         try:
             response = _send(connection, method, path, body)
             if response.status >= http.client.BAD_REQUEST:
                 _checked(_parse(_read(response)))
-            return Answer(response, connection.monitor)
+            return Answer(response, monitor)
         except BaseException:
+            monitor.close()
             connection.close()
             raise
 
     def _whole(self, method: str, path: str, body: Mapping[str, object] | None) -> Document:
         connection = _Connection(self._open)
+        connection.connect()
         try:
             return _checked(_parse(_read(_send(connection, method, path, body))))
         finally:
@@ -153,7 +151,6 @@ def _send(
     headers = {"Connection": "close"} | (
         {} if data is None else {"Content-Type": "application/json"}
     )
-    connection.connect()  # whose errors say more than what follows
     try:
         connection.request(method, path, data, headers)
         return connection.getresponse()

@@ -3,7 +3,7 @@
 import dataclasses
 from datetime import UTC, datetime
 
-from snapshots.catalogue import SnapshotInfo, VolumeInfo
+from snapshots.listings import SnapshotInfo, VolumeInfo
 
 Document = dict[str, object]
 

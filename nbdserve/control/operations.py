@@ -37,9 +37,12 @@ class Operations:
         if not task.cancelled():
             task.exception()  # marks it as seen: its caller may have left
 
-    async def finish(self) -> None:
-        """Wait for all of them; those that can be resumed later are cut off."""
+    def cut_off(self) -> None:
+        """Cancel those that can be resumed later."""
         for task in self._resumable:
             task.cancel()
+
+    async def finish(self) -> None:
+        """Wait for all of them."""
         while self._running:
             await asyncio.wait(self._running)

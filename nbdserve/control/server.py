@@ -91,5 +91,6 @@ class ControlServer:
         """End every claim and finish every change, then close."""
         address.remove(self.state.host.data)
         self.state.stopping.set()
+        self.state.operations.cut_off()
         await self._runner.cleanup()
         await self.state.operations.finish()

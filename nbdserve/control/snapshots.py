@@ -42,8 +42,8 @@ async def create(request: web.Request) -> web.Response:
 async def delete(request: web.Request) -> web.StreamResponse:
     """Lines of ``{"done", "total"}`` in bytes, then ``{"deleted": "VOL@SNAP"}``.
 
-    The deletion goes on when the client leaves. When the process stops it is cut off, and a
-    later deletion of the same snapshot takes it up where it was.
+    The deletion goes on when the client leaves. When the process stops, merging its layer is cut
+    off; the next one that serves the directory takes it up again.
     """
     state = state_of(request)
     volume, snapshot = request.match_info["volume"], request.match_info["snapshot"]
@@ -61,8 +61,8 @@ async def delete(request: web.Request) -> web.StreamResponse:
             )
         except asyncio.CancelledError:
             raise UnavailableError(
-                f"the deletion of {volume}@{snapshot} was cut off because the daemon stops; "
-                "delete the snapshot again to go on"
+                f"the daemon stops before all space of {volume}@{snapshot} is given back; "
+                "that goes on when it runs again"
             ) from None
         finally:
             tell(None)
