@@ -3,6 +3,7 @@
 import asyncio
 import errno
 import os
+import socket
 
 import pytest
 
@@ -453,5 +454,35 @@ def test_export_that_grows_can_be_used_to_its_new_end():
         harness.export.content += bytes(1 << 20)
         harness.export.size *= 2
         assert (await client.call(READ, 1 << 20, 512)).error == 0
+
+    serve(test)
+
+
+@both_replies
+def test_client_that_reads_while_the_server_sends(structured):
+    """Room may come at any moment, also between the send that found none and the wait for it."""
+    requests = 300
+
+    def read_all(sock):
+        sock.setblocking(True)
+        sock.settimeout(5)
+        header = 28 if structured else 16
+        missing = requests * (header + MIB)
+        memory = bytearray(256 << 10)
+        while missing:
+            received = sock.recv_into(memory)
+            assert received
+            missing -= received
+
+    async def test(harness):
+        client = await harness.connect(structured=structured)
+        harness.export.held = set(range(MIB // BLOCK))
+        sock = socket.socket(fileno=os.dup(client.writer.get_extra_info("socket").fileno()))
+        reading = asyncio.to_thread(read_all, sock)
+        client.writer.transport.pause_reading()
+        for cookie in range(requests):
+            client.send(READ, 0, MIB, cookie=cookie)
+        await reading
+        sock.close()
 
     serve(test)
