@@ -1,8 +1,8 @@
 """The object store contract: immutable blobs under string keys.
 
 A key is one or more components joined by ``/``; a component is letters, digits, ``.``, ``_`` and
-``-``, and neither ``.`` nor ``..``. No object's key may be a folder of another's: not both ``a`` and
-``a/b``. All methods block and may be called from any thread.
+``-``, and neither ``.`` nor ``..``. No object's key may be a folder of another's: not both ``a``
+and ``a/b``. All methods block and may be called from any thread.
 
 What every store promises:
 

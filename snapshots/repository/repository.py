@@ -135,9 +135,8 @@ def open_in_store(store: ObjectStore) -> Repository:
     """Open the repository in an open store."""
     try:
         record = store.get(CONFIG_KEY, RECORD_LIMIT)
-    except NotFoundError as error:
-        if CONFIG_KEY not in str(error):  # no such bucket, directory
-            raise
+    except NotFoundError:
+        next(store.list(CONFIG_KEY), None)  # says so when there is no such bucket
         raise NotFoundError(
             f"there is no repository in {store.name}: make one with 'nbdserve repo init'"
         ) from None

@@ -1,0 +1,114 @@
+"""The S3 object store, and a repository in it, against a real radosgw."""
+
+from __future__ import annotations
+
+import random
+import socket
+from collections.abc import Callable
+
+import pytest
+
+from backends.errors import NotFoundError, UnavailableError
+from backends.objects import ObjectStore, open_object_store
+from snapshots.repository import init_repository, open_repository
+from tests.backends.test_objects_contract import ObjectStoreContract
+from tests.integration.parts import S3Server
+from tests.snapshots.repository.model import ModelSink, ModelVolume
+
+pytestmark = pytest.mark.integration
+
+MIB = 1 << 20
+
+
+@pytest.fixture
+def bucket(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.delenv("AWS_PROFILE", raising=False)
+    monkeypatch.delenv("AWS_SESSION_TOKEN", raising=False)
+    for name, value in s3_server.env.items():
+        monkeypatch.setenv(name, value)
+    return s3_server.new_bucket()
+
+
+class TestS3Objects(ObjectStoreContract):
+    @pytest.fixture(params=["", "/pre/fix"])
+    def make(self, bucket: str, request: pytest.FixtureRequest) -> Callable[[], ObjectStore]:
+        return lambda: open_object_store(f"s3://{bucket}{request.param}")
+
+
+def test_a_list_of_several_answers(bucket: str) -> None:
+    store = open_object_store(f"s3://{bucket}/many")
+    keys = [f"key/{number:05d}" for number in range(1050)]
+    for key in keys:
+        store.put(key, b"")
+    assert [key for key, _ in store.list("key/")] == keys
+    assert list(open_object_store(f"s3://{bucket}").list("key/")) == []
+
+
+def test_wrong_credentials(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    url = f"s3://{bucket}/prefix"
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrongsecret")
+    with pytest.raises(UnavailableError, match=rf"{bucket}.*AWS_SECRET_ACCESS_KEY") as caught:
+        open_repository(url)
+    assert "wrongsecret" not in str(caught.value)
+    with pytest.raises(UnavailableError, match=bucket):
+        init_repository(url)
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "nobody")
+    with pytest.raises(UnavailableError, match=rf"{bucket}.*AWS_ACCESS_KEY_ID"):
+        open_repository(url)
+
+
+def test_no_credentials(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("AWS_ACCESS_KEY_ID")
+    monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
+    with pytest.raises(UnavailableError, match="no usable AWS credentials"):
+        open_repository(f"s3://{bucket}/prefix")
+
+
+@pytest.mark.usefixtures("bucket")
+def test_no_such_bucket() -> None:
+    for use in (open_repository, init_repository):
+        with pytest.raises(NotFoundError, match="no such bucket; create no-bucket-here first"):
+            use("s3://no-bucket-here/prefix")
+
+
+def test_no_repository(bucket: str) -> None:
+    with pytest.raises(NotFoundError, match="repo init"):
+        open_repository(f"s3://{bucket}/prefix")
+
+
+def test_endpoint_down(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        endpoint = f"127.0.0.1:{closed.getsockname()[1]}"
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{endpoint}")
+        with pytest.raises(UnavailableError, match=rf"{endpoint}.*AWS_ENDPOINT_URL"):
+            open_repository(f"s3://{bucket}/prefix")
+
+
+def test_a_repository(bucket: str) -> None:
+    url = f"s3://{bucket}/some/where"
+    made = init_repository(url)
+    assert made.config.conditional_put and made.notice is None
+    repository = open_repository(url)
+    volume = ModelVolume("disk", 128 * MIB)
+    rng = random.Random(1)
+    volume.data[: 40 * MIB] = rng.randbytes(40 * MIB)
+    volume.data[100 * MIB : 110 * MIB] = b"compresses well " * (10 * MIB // 16)
+    first = repository.push(volume.snapshot("one"))
+    assert first.segments >= 3
+    volume.data[7 * MIB : 8 * MIB] = rng.randbytes(MIB)
+    volume.data[20 * MIB : 21 * MIB] = bytes(MIB)
+    second = repository.push(volume.snapshot("two"))
+    assert second.parent == "one"
+    assert second.uploaded < 0.03 * first.uploaded
+    assert second.read == MIB
+    assert repository.verify(deep=True).damaged == []
+    for source in volume.taken:
+        sink = ModelSink(source.size)
+        repository.restore("disk", source.snapshot, sink)
+        assert sink.data == source.content
+    repository.delete("disk", "one")
+    assert [item.snapshot for item in repository.list()] == ["two"]
+    sink = ModelSink(volume.taken[1].size)
+    repository.restore("disk", "two", sink)
+    assert sink.data == volume.taken[1].content
