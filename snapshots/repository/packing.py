@@ -3,7 +3,7 @@
 The data's way: pages that may have changed are cut into units of at most 1 MiB; workers read a
 unit, drop zero chunks, hash, drop what the parent has too, and compress; the calling thread takes
 the units in order, appends to the segment and completes pages; uploaders put what is full.
-Memory: READ_WINDOW of plain bytes and as much compressed, IN_FLIGHT + 1 segments, about 150 MiB at
+Memory: READ_WINDOW of plain bytes and as much compressed, IN_FLIGHT + 1 segments, about 120 MiB at
 most (and what the store's client copies), plus 64 bytes for each page of the snapshot.
 """
 
@@ -42,7 +42,7 @@ WORKERS = 4
 PAGE_READERS = 4
 UPLOAD_THREADS = 4
 IN_FLIGHT = 4  # objects being uploaded
-READ_WINDOW = 32 << 20  # plain bytes between reading and packing
+READ_WINDOW = 16 << 20  # plain bytes between reading and packing
 UNIT = 1 << 20  # bytes that one worker reads at a time, unless a chunk is longer
 
 
