@@ -18,7 +18,8 @@ One ``recv_into`` takes as many requests as the client has sent; a loop goes thr
 Bounds. At most MAX_REQUESTS tasks and about MAX_BYTES of their memory and of unsent replies, beside
 the two buffers. A connection at a bound is **stalled**: it keeps what it has received, reads no
 more, and goes on when a task ends or the client takes its replies. Memory that is over the bound
-alone (one request of the largest payload) is granted when nothing else is in flight.
+alone (one request of the largest payload) is granted when nothing else is in flight. A client
+that has sent very many requests is stalled for one turn of the loop, for others to have theirs.
 
 End. DISC, the client's end of stream and ``finish`` let everything that was received be answered;
 a wrong magic, an error of the socket and ``abort`` drop the connection at once. Tasks are never
@@ -69,6 +70,7 @@ MAX_BYTES: Final = MAX_PAYLOAD
 
 _REQUEST_SIZE: Final = REQUEST.size
 _SIMPLE_SIZE: Final = SIMPLE_REPLY.size
+_MAX_BATCH: Final = 1024  # requests of one turn of the event loop
 _FLUSH_AT: Final = 128 << 10  # replies that are worth a send of their own
 _FULL: Final = 1 << 20  # of the output buffer: beyond, room only for what is under way
 _MIN_ROOM: Final = 256 << 10  # of the receive buffer: below, what is left moves to its front
@@ -193,7 +195,9 @@ class Transmission:
         writable = -1 if export.read_only else size
         flush_at = _FLUSH_AT
         start, end, tail = self._start, self._end, output.tail
-        while end - start >= _REQUEST_SIZE:
+        for _ in range(_MAX_BATCH):
+            if end - start < _REQUEST_SIZE:
+                break
             magic, flags, command, cookie, offset, length = unpack(source, start)
             if magic != REQUEST_MAGIC:
                 output.tail = tail
@@ -273,6 +277,9 @@ class Transmission:
             start += taken
             if self._ending and command == CMD_DISC:
                 start = end
+        else:  # other connections have their turn
+            self._stalled = True
+            self._plan_wake()
         output.tail = tail
         self._start, self._end = start, end
         self._make_room()

@@ -135,14 +135,14 @@ class MemoryRegistry:
         return list(self.exports)
 
     async def describe(self, name):
+        if self.gate is not None:
+            await self.gate.wait()
         export = self._find(name)
         return ExportDescription(
             export.name, export.size, export.read_only, export.block_size, "in memory"
         )
 
     async def open(self, name, revoke):
-        if self.gate is not None:
-            await self.gate.wait()
         export = self._find(name)
         self.revokes.append(revoke)
         self.opened += 1

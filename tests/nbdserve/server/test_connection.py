@@ -186,7 +186,25 @@ def test_drain_answers_what_was_received_and_closes():
     serve(test)
 
 
-def test_drain_refuses_an_option_that_comes_too_late():
+def test_drain_refuses_options_that_come_too_late():
+    async def test(harness):
+        harness.registry.gate = asyncio.Event()
+        client = await harness.raw()
+        client.writer.write(FLAGS + option(6, string("nothing") + b"\0\0") + option(3))
+        await settle()
+        draining = asyncio.create_task(harness.server.drain(10))
+        await settle()
+        harness.registry.gate.set()
+        answer = (await client.at_end())[GREETING:]
+        assert b"there is no export 'nothing'" in answer
+        assert b"the server is shutting down" in answer
+        client.close()
+        assert await draining is True
+
+    serve(test)
+
+
+def test_drain_while_an_export_is_opened():
     async def test(harness):
         harness.registry.gate = asyncio.Event()
         client = await harness.raw()

@@ -486,3 +486,28 @@ def test_client_that_reads_while_the_server_sends(structured):
         sock.close()
 
     serve(test)
+
+
+def test_flood_of_small_requests_lets_others_have_their_turn():
+    async def test(harness):
+        client = await harness.connect()
+        loop = asyncio.get_running_loop()
+        most = seen = 0
+
+        def count():
+            nonlocal most, seen
+            most = max(most, len(harness.export.calls) - seen)
+            seen = len(harness.export.calls)
+            turn[0] = loop.call_soon(count)
+
+        turn = [loop.call_soon(count)]
+        requests = 10_000
+        client.writer.write(request(READ, 0, 1) * requests)
+        client.lengths = dict.fromkeys(range(requests), 1)
+        for _ in range(requests):
+            assert (await client.reply()).error == 0
+        turn[0].cancel()
+        assert len(harness.export.calls) == requests
+        assert most <= 1024
+
+    serve(test)
