@@ -1,5 +1,6 @@
 """Options that many commands take."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,11 +20,13 @@ def _keep_data(context: click.Context, parameter: click.Parameter, value: str | 
 
 
 def data_option(function: Decorated) -> Decorated:
-    """``--data DIR``: taken before or behind the command; the one behind wins."""
+    """``--data DIR``: taken before or behind the command; the one behind wins.
+
+    The environment is not click's business here: it would win over an option before the command.
+    """
     return click.option(
         "--data",
         metavar="DIR",
-        envvar="NBDSERVE_DATA",
         expose_value=False,
         callback=_keep_data,
         help="The data directory; NBDSERVE_DATA in the environment says the same.",
@@ -40,7 +43,10 @@ def json_option(function: Decorated) -> Decorated:
 def given_data_directory() -> Path | None:
     """The data directory that the command line or the environment names."""
     data = click.get_current_context().meta.get(_DATA)
-    return data if isinstance(data, Path) else None
+    if isinstance(data, Path):
+        return data
+    named = os.environ.get("NBDSERVE_DATA")
+    return Path(named) if named else None
 
 
 def data_directory() -> Path:
