@@ -75,7 +75,8 @@ class Repository:
         for summary in found:
             tombstone = Tombstone(summary.push, volume, snapshot, time.time())
             # Refused when another command deletes it too: it is deleted all the same.
-            self.store.put_if_absent(tombstone_key(summary.push), tombstone.encode())
+            put = self.store.put_if_absent if self.config.conditional_put else self.store.put
+            put(tombstone_key(summary.push), tombstone.encode())
             self.store.delete(pointer_key(volume, snapshot, summary.push))
         return found[-1]
 

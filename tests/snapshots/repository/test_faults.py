@@ -13,6 +13,7 @@ import pytest
 from backends.errors import (
     ExistsError,
     InUseError,
+    InvalidError,
     NoSpaceError,
     StorageError,
     UnavailableError,
@@ -230,8 +231,16 @@ class OverwritingStore(FaultyStore):
         return True
 
 
-def test_a_store_without_conditional_put_is_for_a_single_writer() -> None:
-    store = OverwritingStore()
+class UnconditionalStore(FaultyStore):
+    """A store that refuses requests with If-None-Match."""
+
+    def put_if_absent(self, key: str, data: bytes | bytearray) -> bool:
+        raise InvalidError("forced: not implemented")
+
+
+@pytest.mark.parametrize("kind", [OverwritingStore, UnconditionalStore])
+def test_a_store_without_conditional_put_is_for_a_single_writer(kind: type[FaultyStore]) -> None:
+    store = kind()
     repository, volume, source = prepare(store)
     assert not repository.config.conditional_put
     assert repository.notice and "only one command" in repository.notice
@@ -240,6 +249,8 @@ def test_a_store_without_conditional_put_is_for_a_single_writer() -> None:
     repository.push(source)
     for snapshot in volume.taken:
         assert restored(repository, snapshot) == snapshot.content
+    repository.delete("disk", "one")
+    assert [item.snapshot for item in repository.list()] == ["two"]
 
 
 def test_interrupted() -> None:
