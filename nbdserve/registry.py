@@ -21,8 +21,8 @@ class CatalogueExports:
     async def describe(self, name: str) -> ExportDescription:
         volume, snapshot = _parse(name)
         if snapshot is None:
-            info = await self._catalogue.show_volume(volume)
-            return ExportDescription(name, info.size, False, BLOCK_SIZE, "volume")
+            size = self._catalogue.volume_size(volume)
+            return ExportDescription(name, size, False, BLOCK_SIZE, "volume")
         for taken in self._catalogue.list_snapshots(volume):
             if taken.name == snapshot:
                 return ExportDescription(name, taken.size, True, BLOCK_SIZE, "snapshot")
