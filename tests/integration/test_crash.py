@@ -47,8 +47,8 @@ def load_layout() -> list[tuple[int, int]]:
 
 def test_killed_under_load(daemon: Daemon, tmp_path: Path) -> None:
     require("nbdsh", "nbdcopy")
-    size = sum(length for _, length in load_layout()) + 100
-    daemon.command("volume", "create", "disk", "--size", str(size))
+    used = sum(length for _, length in load_layout())
+    daemon.command("volume", "create", "disk", "--size", str(used + -used % 4096))
     state_file, copy = tmp_path / "state", tmp_path / "copy"
     source = random.Random(11)
     durable_operations = 0

@@ -87,7 +87,7 @@ def test_map_follows_writes_and_trims(daemon: Daemon) -> None:
 
 @pytest.mark.parametrize("transport", ["unix", "tcp"])
 def test_copy_both_ways(daemon: Daemon, tmp_path: Path, transport: str) -> None:
-    size = 96 * MIB + 512
+    size = 96 * MIB + 4096
     daemon.command("volume", "create", "disk", "--size", str(size))
     uri = daemon.uri("disk") if transport == "unix" else daemon.tcp_uri("disk")
     source, copy = tmp_path / "source", tmp_path / "copy"
