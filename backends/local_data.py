@@ -15,6 +15,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
+import threading
 from pathlib import Path
 
 from backends.layers import Buffer
@@ -52,6 +53,7 @@ class LocalDataFile:
         self._writable = writable
         self._rows: dict[int, int] = {}
         self._dirty: set[int] = set()
+        self._making = threading.Lock()
         self._nowait = os.RWF_NOWAIT
         for path in sorted(directory.glob("data-*")):
             self._rows[int(path.name[5:])] = os.open(
@@ -61,18 +63,25 @@ class LocalDataFile:
     def _row_for_write(self, row: int) -> int:
         descriptor = self._rows.get(row)
         if descriptor is None:
-            path = self._directory / f"data-{row:05d}"
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            with self._making:
+                descriptor = self._rows.get(row)
+                if descriptor is None:
+                    descriptor = self._rows[row] = self._make_row(row)
+        return descriptor
+
+    def _make_row(self, row: int) -> int:
+        path = self._directory / f"data-{row:05d}"
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
             # The directory entry must be as durable as the first block that is synced.
             directory = os.open(self._directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
             try:
                 os.fsync(directory)
-            except OSError:
-                os.close(descriptor)
-                raise
             finally:
                 os.close(directory)
-            self._rows[row] = descriptor
+        except OSError:
+            os.close(descriptor)
+            raise
         return descriptor
 
     def try_read(self, offset: int, buffer: memoryview) -> bool:

@@ -63,6 +63,8 @@ class LocalLogFile:
 
     def close(self) -> None:
         os.close(self._descriptor)
+        # Never the number of a file that is opened later.
+        self._descriptor = -1
 
 
 class FileClaim:
@@ -151,10 +153,15 @@ class LocalLayerStore:
         return self.path / "layers" / layer
 
     async def list_layers(self) -> list[str]:
-        return sorted(await aiofiles.os.listdir(self.path / "layers"))
+        names = await aiofiles.os.listdir(self.path / "layers")
+        return sorted(name for name in names if not name.startswith(_NEW))
 
     async def create_layer(self, layer: str) -> None:
-        await aiofiles.os.mkdir(self._layer(layer), 0o700)
+        try:
+            await aiofiles.os.mkdir(self._layer(layer), 0o700)
+        except OSError as error:
+            _check_space(error, self.path / "layers")
+            raise
         await _sync_directory(self.path / "layers")
 
     async def delete_layer(self, layer: str) -> None:
@@ -169,8 +176,13 @@ class LocalLayerStore:
 
     async def allocated(self, layer: str) -> int:
         def count() -> int:
+            used = 0
             with os.scandir(self._layer(layer)) as entries:
-                return sum(entry.stat().st_blocks * 512 for entry in entries)
+                for entry in entries:
+                    # A log may be replaced or removed meanwhile.
+                    with contextlib.suppress(FileNotFoundError):
+                        used += entry.stat().st_blocks * 512
+            return used
 
         return await asyncio.to_thread(count)
 
@@ -259,10 +271,15 @@ async def _replace(path: Path, content: bytes) -> None:
     except OSError as error:
         with contextlib.suppress(OSError):
             await aiofiles.os.unlink(temporary)
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise NoSpaceError(f"no space left on the file system of {path.parent}") from error
+        _check_space(error, path.parent)
         raise
     await _sync_directory(path.parent)
+
+
+def _check_space(error: OSError, directory: Path) -> None:
+    """NoSpaceError when that is what the error says."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        raise NoSpaceError(f"no space left on the file system of {directory}") from error
 
 
 async def _unlink(path: Path) -> None:

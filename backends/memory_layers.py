@@ -171,7 +171,7 @@ class MemoryLayerStore:
         return log in self._logs.get(layer, {})
 
     async def delete_log(self, layer: str, log: str) -> None:
-        self.take(-len(self._logs[layer].pop(log, b"")))
+        self.take(-len(self._logs.get(layer, {}).pop(log, b"")))
 
     async def pin_layer(self, layer: str) -> MemoryClaim:
         return MemoryClaim()

@@ -345,7 +345,7 @@ class Catalogue:
             # Held, so that the journal does not grow while it is read.
             async with volume.head.lock:
                 touched = await touched_by(self._store, layers, blocks)
-                for first, last in volume.head.pending:
+                for first, last, _ in volume.head.pending:
                     touched.set(first, last, 1)
                 try:
                     return changed_extents(touched, volume.owners)

@@ -179,7 +179,12 @@ def _check_tail(content: bytes, offset: int, seed: int, sequence: int, where: st
     gap = offset
     while offset < len(content):
         payload = _payload(content, offset, seed, where)
-        if payload is not None and payload[1] > sequence:
+        if payload is None:
+            offset += SECTOR
+            continue
+        if len(payload) < 2 or not isinstance(payload[1], int):
+            raise CorruptError(f"{where}: malformed sector at offset {offset}")
+        if payload[1] > sequence:
             raise CorruptError(f"{where}: the sector at offset {gap} is lost")
         offset += SECTOR
     return True
@@ -187,11 +192,13 @@ def _check_tail(content: bytes, offset: int, seed: int, sequence: int, where: st
 
 def _apply(numbers: list[int], value: int, into: OwnerMap) -> int:
     position = 0
+    if not isinstance(numbers, list) or len(numbers) % 2:
+        raise ValueError("not a list of pairs")
     pairs = iter(numbers)
     blocks = into.blocks
-    for gap in pairs:
+    for gap, length in zip(pairs, pairs, strict=True):
         first = position + gap
-        position = first + next(pairs)
+        position = first + length
         if gap < 0 or position <= first or position > blocks:
             raise ValueError("extent outside the volume")
         into.set(first, position, value)
@@ -212,7 +219,10 @@ def _payload(content: bytes, offset: int, seed: int, where: str) -> list[Any] | 
     if len(sector) == SECTOR:
         check, length = _HEAD.unpack_from(sector)
         if check == zlib.crc32(sector[4:], seed) and length <= _PAYLOAD:
-            payload = msgpack.unpackb(sector[_HEAD.size : _HEAD.size + length])
+            try:
+                payload = msgpack.unpackb(sector[_HEAD.size : _HEAD.size + length])
+            except ValueError:
+                payload = None
             if isinstance(payload, list):
                 return payload
     raise CorruptError(f"{where}: damaged sector at offset {offset}")

@@ -1,7 +1,8 @@
 """The head: the one writable layer of a volume, and its journal.
 
-What a head has taken since its last sync is **pending**: runs of blocks, in no order, each of
-which is by now either the head's (data) or nobody's (zero); the owner map tells which. ``capture``
+What a head has taken since its last sync is **pending**: runs of blocks, in the order of their
+coming, later ones over earlier ones; the owner map tells what each block is by now, the head's
+(data) or nobody's (zero). ``capture``
 turns them into extents for the journal, and ``persist`` makes them durable:
 
 1. fdatasync of the data,
@@ -54,7 +55,7 @@ class Head:
         self.data = layer.data
         self.slot = slot
         self.dirty = False
-        self.pending: list[tuple[int, int]] = []
+        self.pending: list[Run] = []
         self.late: list[Run] = []
         self.sealed = False
         self.writers = 0
@@ -71,19 +72,23 @@ class Head:
 
     # Pending extents
 
-    def take(self, first: int, last: int) -> None:
-        """Blocks ``first`` to ``last`` (exclusive) changed: they are now this head's, or zero."""
+    def take(self, first: int, last: int, kind: int) -> None:
+        """Blocks ``first`` to ``last`` (exclusive) are now this head's (DATA) or nobody's (ZERO).
+
+        Only runs of one kind are joined: so n pending runs never become more than 2n extents,
+        and the room for them can be counted.
+        """
         self.dirty = True
         if self.sealed:
             # A write that began before the gate: its blocks may have newer owners by the time
             # that pending runs are looked up, so it is noted as what it is.
-            self.late.append((first, last, DATA))
+            self.late.append((first, last, kind))
             return
         pending = self.pending
-        if pending and pending[-1][1] == first:
-            pending[-1] = (pending[-1][0], last)
+        if pending and pending[-1][1] == first and pending[-1][2] == kind:
+            pending[-1] = (pending[-1][0], last, kind)
         else:
-            pending.append((first, last))
+            pending.append((first, last, kind))
 
     def capture(self, owners: OwnerMap) -> list[Run]:
         """Pending runs as extents in order, by what ``owners`` says now; none is pending then."""
@@ -118,6 +123,15 @@ class Head:
             self._sequence += len(sectors) // SECTOR
             self._end += len(sectors)
         self._captured = 0
+        self.extend()
+
+    def settle(self) -> None:
+        """Make what the journal says durable, and reserve room; blocking.
+
+        A killed process may have appended what never was synced, and what is appended next says
+        that everything before it is durable.
+        """
+        self._journal.sync()
         self.extend()
 
     # Room in the journal
@@ -214,17 +228,17 @@ async def open_head(
             await head.compact(store, blocks)
         else:
             head.adopt_reservation(state.size)
-            await asyncio.to_thread(head.extend)
+            await asyncio.to_thread(head.settle)
     except BaseException:
         head.close()
         raise
     return head
 
 
-def _merged(pending: list[tuple[int, int]]) -> list[tuple[int, int]]:
+def _merged(pending: list[Run]) -> list[tuple[int, int]]:
     """Sorted, and joined where they touch or overlap."""
     merged: list[tuple[int, int]] = []
-    for first, last in sorted(pending):
+    for first, last, _ in sorted(pending):
         if merged and first <= merged[-1][1]:
             if last > merged[-1][1]:
                 merged[-1] = (merged[-1][0], last)

@@ -66,6 +66,10 @@ class Manifest:
         """The snapshot of that name."""
         return next((found for found in self.snapshots if found.name == snapshot), None)
 
+    def largest(self) -> int:
+        """Bytes of the largest state: a volume rolled back is smaller than its later snapshots."""
+        return max(self.size, *(snapshot.size for snapshot in self.snapshots), 0)
+
     def tops(self) -> Iterator[str]:
         """The layers on which a snapshot ends."""
         return (snapshot.layer for snapshot in self.snapshots)

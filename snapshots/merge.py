@@ -133,7 +133,14 @@ class Merger:
                 await apply_layer(store, merge.upper, todo, 0, 0)
             for first, last in done.owned_runs(0, blocks):
                 todo.set(first, last, 0)
-            return await store.open_log(merge.target, MERGE, state.end), todo
+            log = await store.open_log(merge.target, MERGE, state.end)
+            try:
+                # What a killed process appended may not be durable; what follows will say it is.
+                await self._views.threads.sync(log.sync)
+            except BaseException:
+                log.close()
+                raise
+            return log, todo
         except BaseException:
             todo.close()
             raise
@@ -173,19 +180,25 @@ class Merger:
     async def _finish(self) -> None:
         merge, store, blocks = self._merge, self._store, self._blocks
         holds = OwnerMap(blocks)
+        below = OwnerMap(blocks)
         try:
             await apply_layer(store, merge.lower, holds)
+            if merge.target == merge.upper:
+                await apply_layer(store, merge.lower, below)
             await apply_layer(store, merge.upper, holds)
             await apply_merge(store, merge.target, holds)
             users = self._manifests.uses(merge.target)
             if all(not user.parents[merge.lower] for user in users):
-                # Nothing below: what it says is zero is zero anyway.
+                # Nothing below: what it says is zero is zero anyway. But until the commit the
+                # lower one is still there, and what it holds must stay hidden.
                 for first, last, kind in list(holds.runs(0, blocks)):
-                    if kind == ZERO:
+                    hides = any(found == DATA for _, _, found in below.runs(first, last))
+                    if kind == ZERO and not hides:
                         holds.set(first, last, 0)
             await write_index(store, merge.target, holds)
         finally:
             holds.close()
+            below.close()
         async with self._views.stacks:
             users = self._manifests.uses(merge.source)
             await self._manifests.commit([user.merged(merge) for user in users])

@@ -151,7 +151,7 @@ class Merging:
         )
 
     def _blocks(self, layer: str) -> int:
-        return max(manifest.size for manifest in self._manifests.uses(layer)) >> BLOCK_SHIFT
+        return max(manifest.largest() for manifest in self._manifests.uses(layer)) >> BLOCK_SHIFT
 
     # Indexes
 

@@ -44,6 +44,8 @@ def unpack_record(content: bytes, version: int, where: str) -> dict[str, Any]:
         raise CorruptError(f"{where}: {len(body)} bytes of payload at offset 18, {length} expected")
     if zlib.crc32(body, zlib.crc32(struct.pack(">8sHI", magic, found, length))) != check:
         raise CorruptError(f"{where}: checksum mismatch at offset 18")
+    if found < 1:
+        raise CorruptError(f"{where}: version {found} never was one, at offset 8")
     if found > version:
         raise CorruptError(f"{where}: version {found} is newer than this nbdserve understands")
     try:

@@ -35,7 +35,7 @@ from backends.layers import Buffer, LayerStore
 from snapshots.extent_log import Run
 from snapshots.head import Head
 from snapshots.names import BLOCK_SHIFT, BLOCK_SIZE
-from snapshots.owner_map import ZERO, OwnerMap
+from snapshots.owner_map import DATA, ZERO, OwnerMap
 from snapshots.range_lock import RangeLock
 from snapshots.threads import Threads
 from snapshots.view import View
@@ -189,7 +189,7 @@ class Volume(View):
 
     def _take(self, head: Head, first: int, last: int) -> None:
         self.owners.set(first, last, head.slot)
-        head.take(first, last)
+        head.take(first, last, DATA)
         if len(head.pending) == SYNC_FROM:
             self._start(self.flush())
 
@@ -271,7 +271,7 @@ class Volume(View):
                 return
             # One run to the end: what is not owned in between is zero as it is.
             self.owners.set(run[0], last, 0)
-            head.take(run[0], last)
+            head.take(run[0], last, ZERO)
             if len(head.pending) == SYNC_FROM:
                 self._start(self.flush())
 
@@ -301,7 +301,9 @@ class Volume(View):
         head = self.head
         async with head.lock:
             self._check_failure()
-            if head.sealed or not (head.dirty or head.pending):
+            if head.sealed:
+                return
+            if not (head.dirty or head.pending):
                 if head.write_limit == 0:
                     await self._threads.sync(head.extend)
                 return
@@ -318,6 +320,10 @@ class Volume(View):
         except OSError as error:
             self.fail(f"a sync failed: {error.strerror or error}")
             raise OSError(errno.EIO, f"volume {self.name}: a sync failed") from error
+        except BaseException as error:
+            # What was captured is recorded nowhere else: no later sync may claim that it is.
+            self.fail(f"a sync failed: {error!r}")
+            raise
 
     async def _compact(self, head: Head) -> None:
         try:
