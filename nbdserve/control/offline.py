@@ -5,6 +5,7 @@ the plain, blocking client that it is with a daemon.
 """
 
 import asyncio
+import contextlib
 import logging
 import threading
 from concurrent.futures import Future
@@ -33,11 +34,12 @@ class OfflineServer:
         self._loop = self._ready.result()
 
     def stop(self, *, at_once: bool = False) -> None:
-        """Leave when no other command is connected any more, or ``at_once``."""
-        if at_once:
-            self._loop.call_soon_threadsafe(self._cancel)
-        else:
-            self._loop.call_soon_threadsafe(self._leave.set)
+        """Leave when no other command is connected any more, or ``at_once``.
+
+        A second call does nothing.
+        """
+        with contextlib.suppress(RuntimeError):  # the loop is closed: it has left
+            self._loop.call_soon_threadsafe(self._cancel if at_once else self._leave.set)
         self._thread.join()
 
     def _run(self) -> None:

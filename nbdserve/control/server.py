@@ -15,6 +15,9 @@ from nbdserve.control.state import STATE, State
 
 log = logging.getLogger(__name__)
 
+_STEPS_TO_CONNECT = 10
+"""Steps of the event loop, at least, from accepting a connection to counting it."""
+
 _Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
@@ -77,6 +80,8 @@ class ControlServer:
             while self._connections():  # noqa: ASYNC110 - aiohttp has no event for it
                 await asyncio.sleep(0.05)
             address.hide(self.state.host.data)
+            for _ in range(_STEPS_TO_CONNECT):
+                await asyncio.sleep(0)
             if not self._connections():
                 return
             address.show(self.state.host.data)  # someone came in just before

@@ -117,7 +117,11 @@ def test_standard_output_that_is_closed_or_full(data: Path) -> None:
     os.close(read)
     try:
         closed = subprocess.run(
-            [*PROGRAM, "volume", "list"], env=environment, stdout=write, stderr=subprocess.PIPE
+            [*PROGRAM, "volume", "list"],
+            env=environment,
+            stdout=write,
+            stderr=subprocess.PIPE,
+            check=False,
         )
     finally:
         os.close(write)
@@ -130,6 +134,7 @@ def test_standard_output_that_is_closed_or_full(data: Path) -> None:
             stdout=full,
             stderr=subprocess.PIPE,
             text=True,
+            check=False,
         )
     assert outcome.returncode == 1
     assert len(outcome.stderr.splitlines()) == 1, outcome.stderr
@@ -143,7 +148,7 @@ def test_a_signal_ends_a_command_without_a_traceback(
     data.mkdir()
     holder = subprocess.Popen(["flock", data / "lock", "cat"], stdin=subprocess.PIPE)
     try:
-        while subprocess.run(["flock", "-n", data / "lock", "true"]).returncode == 0:
+        while subprocess.run(["flock", "-n", data / "lock", "true"], check=False).returncode == 0:
             time.sleep(0.05)
         command = subprocess.Popen(
             [*PROGRAM, "volume", "list", "--data", data], stderr=subprocess.PIPE, text=True
@@ -158,4 +163,3 @@ def test_a_signal_ends_a_command_without_a_traceback(
         holder.communicate()
     assert command.returncode == status
     assert error.strip() == ""
-

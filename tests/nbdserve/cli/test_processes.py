@@ -1,0 +1,221 @@
+"""Commands as processes: several at once, killed ones, and a progress that is seen."""
+
+import os
+import pty
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from tests.nbdserve.volume_content import write
+
+from .conftest import CommandLine
+
+PROGRAM = [sys.executable, "-m", "nbdserve"]
+MIB = 1 << 20
+# The command line, with a repository that says so when it is reached and then does not go on.
+STUCK = """
+import sys, time
+import snapshots.repository.repository as repository
+def stuck(*arguments, **more):
+    print("stuck", flush=True)
+    time.sleep(600)
+repository.Repository.{method} = stuck
+from nbdserve.cli import main
+main()
+"""
+
+
+@pytest.fixture
+def url(tmp_path: Path, cli: CommandLine) -> str:
+    where = f"file://{tmp_path}/repository"
+    cli.done("repo", "init", where)
+    cli.done("volume", "create", "a", "--size", "4M")
+    write(cli.data, "a", 0, os.urandom(MIB))
+    cli.done("snapshot", "create", "a@one")
+    cli.done("repo", "push", "a@one", where)
+    return where
+
+
+@contextmanager
+def stuck(method: str, *arguments: str) -> Iterator[subprocess.Popen[str]]:
+    """A command that has reached this method of its repository and stays there."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", STUCK.format(method=method), *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "stuck\n"
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+@pytest.fixture
+def daemon(cli: CommandLine, url: str) -> Iterator[subprocess.Popen[str]]:
+    """A daemon on the data directory, on its Unix socket alone."""
+    process = subprocess.Popen(
+        [*PROGRAM, "serve", "--listen", f"unix:{cli.data}/nbd.sock"],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    assert "nbd.sock" in process.stdout.readline()
+    yield process
+    if process.poll() is None:
+        process.terminate()
+    process.communicate(timeout=60)
+
+
+def wait_until_done(cli: CommandLine, *arguments: str) -> None:
+    """Run a command until it is done: what keeps it back is about to end."""
+    deadline = time.monotonic() + 30
+    while (outcome := cli(*arguments)).status:
+        assert time.monotonic() < deadline, outcome
+        time.sleep(0.05)
+
+
+def test_many_commands_at_once_with_no_daemon(cli: CommandLine) -> None:
+    names = [f"v{number}" for number in range(6)]
+    processes = [
+        subprocess.Popen([*PROGRAM, "volume", "create", name, "--size", "1M"], text=True)
+        for name in names
+    ]
+    assert [process.wait(timeout=60) for process in processes] == [0] * len(names)
+    assert [v["name"] for v in cli.json("volume", "list")["volumes"]] == names
+
+
+@pytest.mark.usefixtures("daemon")
+def test_a_killed_push_holds_nothing(cli: CommandLine, url: str) -> None:
+    with stuck("push", "repo", "push", "a@one", url) as process:
+        assert "a@one" in cli("snapshot", "delete", "a@one").line
+        process.kill()
+        process.wait()
+        wait_until_done(cli, "snapshot", "delete", "a@one")
+
+
+@pytest.mark.usefixtures("daemon")
+def test_a_killed_restore_leaves_nothing(cli: CommandLine, url: str) -> None:
+    layers = sorted((cli.data / "layers").iterdir())
+    with stuck("restore", "repo", "restore", url, "a@one", "b") as process:
+        assert "b" in cli("volume", "create", "b", "--size", "1M").line
+        assert sorted((cli.data / "layers").iterdir()) != layers
+        process.kill()
+        process.wait()
+        wait_until_done(cli, "volume", "create", "b", "--size", "1M")
+    cli.done("volume", "delete", "b")
+    assert sorted((cli.data / "layers").iterdir()) == layers
+
+
+@pytest.mark.usefixtures("daemon")
+def test_a_second_backup_says_that_there_is_one(cli: CommandLine, url: str) -> None:
+    with stuck("push", "backup", "a", "--repo", url) as process:
+        assert "being backed up" in cli("backup", "a", "--repo", url).line
+        assert cli.json("status")["backups"] == ["a"]
+        process.terminate()
+        assert process.wait(timeout=60) == 143
+    assert [s["name"] for s in cli.json("snapshot", "list", "a")["snapshots"]] == ["one"]
+    cli.done("backup", "a", "--repo", url)
+
+
+def test_a_second_backup_with_no_daemon_says_it_too(cli: CommandLine, url: str) -> None:
+    with stuck("push", "backup", "a", "--repo", url) as process:
+        assert "being backed up" in cli("backup", "a", "--repo", url).line
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=60) == 130
+        assert process.stderr is not None
+        assert process.stderr.read().strip() == ""
+    assert [s["name"] for s in cli.json("snapshot", "list", "a")["snapshots"]] == ["one"]
+
+
+def test_what_a_killed_backup_left_is_deleted_by_the_next(cli: CommandLine, url: str) -> None:
+    with stuck("push", "backup", "a", "--repo", url) as process:
+        process.kill()
+        process.wait()
+    left = [s["name"] for s in cli.json("snapshot", "list", "a")["snapshots"]]
+    assert len(left) == 2
+    name = cli.json("backup", "a", "--repo", url)["backups"][0]["snapshot"]
+    assert name not in left
+    assert [s["name"] for s in cli.json("snapshot", "list", "a")["snapshots"]] == ["one", name]
+
+
+def test_a_restore_whose_daemon_dies_says_so(
+    cli: CommandLine, url: str, daemon: subprocess.Popen[str]
+) -> None:
+    """It is told while it works: it would otherwise read for hours for nothing."""
+    waiting = STUCK.replace(
+        "time.sleep(600)",
+        "sys.stdin.readline()\n"
+        "    progress = arguments[4]\n"
+        "    for done in range(1 << 30):\n"
+        "        progress(done, 1 << 30)\n"
+        "        time.sleep(0.01)",
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", waiting.format(method="restore"),
+         "repo", "restore", url, "a@one", "b"],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert process.stdout is not None
+    assert process.stdout.readline() == "stuck\n"
+    daemon.kill()
+    daemon.wait()
+    _, error = process.communicate("go on\n", timeout=60)
+    assert process.returncode == 1
+    assert len(error.splitlines()) == 1
+    assert "daemon stopped" in error
+    assert [v["name"] for v in cli.json("volume", "list")["volumes"]] == ["a"]
+
+
+def test_a_push_goes_on_when_the_daemon_dies(
+    cli: CommandLine, url: str, daemon: subprocess.Popen[str]
+) -> None:
+    """What it reads is shared with a lock of its own, which no daemon can take away."""
+    waiting = STUCK.replace("time.sleep(600)", "sys.stdin.readline()\n    return push(*arguments)")
+    waiting = waiting.replace("def stuck", "push = repository.Repository.push\ndef stuck")
+    write_second = ["snapshot", "create", "a@two"]
+    cli.done(*write_second)
+    process = subprocess.Popen(
+        [sys.executable, "-c", waiting.format(method="push"), "repo", "push", "a@two", url],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert process.stdout is not None
+    assert process.stdout.readline() == "stuck\n"
+    daemon.kill()
+    daemon.wait()
+    cli.done("snapshot", "delete", "a@two")
+    cli.done("snapshot", "delete", "a@one")
+    _, error = process.communicate("go on\n", timeout=60)
+    assert (process.returncode, error) == (0, "")
+    assert cli.json("repo", "verify", url, "--deep")["snapshots"] == 2
+    cli.done("repo", "restore", url, "a@two", "b")
+
+
+def test_a_bar_on_a_terminal(cli: CommandLine, url: str) -> None:
+    reader, terminal = pty.openpty()
+    try:
+        subprocess.run(
+            [*PROGRAM, "repo", "restore", url, "a@one", "b"],
+            stdout=subprocess.PIPE, stderr=terminal, check=True,
+        )  # fmt: skip
+        os.close(terminal)
+        shown = b""
+        while True:
+            try:
+                shown += os.read(reader, 65536)
+            except OSError:  # how Linux says that the other end is closed
+                break
+    finally:
+        os.close(reader)
+    assert b"restoring a@one" in shown
+    assert b"100%" in shown
+    assert b"1M of 1M" in shown

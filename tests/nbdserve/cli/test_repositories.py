@@ -1,0 +1,267 @@
+"""repo and backup from the command line, with no daemon and repositories in directories."""
+
+import json
+import random
+import time
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from backends.errors import StorageError, UnavailableError
+from nbdserve.cli import backup as backup_command
+from snapshots.repository import PushReport, Repository
+from tests.nbdserve.volume_content import read, write
+
+from .conftest import CommandLine
+
+MIB = 1 << 20
+PUSH_KEYS = {
+    "volume", "snapshot", "push", "already_there", "parent", "read", "changed", "uploaded",
+    "segments", "pages", "seconds", "warnings",
+}  # fmt: skip
+
+
+@pytest.fixture
+def url(tmp_path: Path, cli: CommandLine) -> str:
+    """A repository that is made already."""
+    where = f"file://{tmp_path}/repository"
+    cli.done("repo", "init", where)
+    return where
+
+
+def fill(cli: CommandLine, volume: str, seed: int = 1) -> bytes:
+    """Make a volume of 8 MiB with some data; return its content."""
+    cli.done("volume", "create", volume, "--size", "8M")
+    content = random.Random(seed).randbytes(3 * MIB)
+    write(cli.data, volume, MIB, content)
+    return bytes(MIB) + content + bytes(4 * MIB)
+
+
+def snapshots_of(cli: CommandLine, volume: str) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = cli.json("snapshot", "list", volume)["snapshots"]
+    return found
+
+
+def test_push_list_restore_delete_verify(cli: CommandLine, url: str) -> None:
+    content = fill(cli, "a")
+    cli.done("snapshot", "create", "a@one")
+    report = cli.json("repo", "push", "a@one", url)
+    assert set(report) == PUSH_KEYS
+    assert (report["parent"], report["changed"]) == (None, 3 * MIB)
+    assert report["uploaded"] > 3 * MIB
+    assert cli.json("repo", "push", "a@one", url)["already_there"] is True
+
+    write(cli.data, "a", 2 * MIB, b"x" * 4096)
+    cli.done("snapshot", "create", "a@two")
+    second = cli.json("repo", "push", "a@two", url)
+    assert second["parent"] == "one"
+    assert 0 < second["read"] <= 2 * 65536
+    listed = cli.json("repo", "list", url)["snapshots"]
+    assert [(s["volume"], s["snapshot"], s["size"]) for s in listed] == [
+        ("a", "one", 8 * MIB),
+        ("a", "two", 8 * MIB),
+    ]
+    for key in ("created", "pushed"):
+        assert listed[0][key].endswith("Z")
+        datetime.fromisoformat(listed[0][key])
+    assert "a@one" in cli.done("repo", "list", url)
+
+    restored = cli.json("repo", "restore", url, "a@one", "b")
+    assert (restored["written"], restored["restored"]["name"]) == (3 * MIB, "b")
+    assert read(cli.data, "b") == content
+    cli.done("repo", "restore", url, "a@two", "c")
+    assert read(cli.data, "c") == read(cli.data, "a@two")
+
+    assert cli.json("repo", "delete", url, "a@one")["deleted"]["snapshot"] == "one"
+    assert [s["snapshot"] for s in cli.json("repo", "list", url)["snapshots"]] == ["two"]
+    assert cli.json("repo", "verify", url, "--deep")["damaged"] == []
+    assert cli.json("repo", "verify", url, "a@two")["snapshots"] == 1
+
+
+def test_damage_is_reported_and_nothing_half_made(
+    cli: CommandLine, url: str, tmp_path: Path
+) -> None:
+    fill(cli, "a")
+    cli.done("snapshot", "create", "a@one")
+    cli.done("repo", "push", "a@one", url)
+    files = [path for path in (tmp_path / "repository").rglob("*") if path.is_file()]
+    segment = max(files, key=lambda path: path.stat().st_size)
+    segment.chmod(0o600)
+    with segment.open("r+b") as file:
+        file.seek(segment.stat().st_size // 2)
+        file.write(bytes(64))
+    outcome = cli("repo", "verify", url, "--deep")
+    assert outcome.status == 1
+    assert segment.name in outcome.out
+    assert "damaged" in outcome.err
+    assert segment.name in cli("repo", "restore", url, "a@one", "b").line
+    assert [v["name"] for v in cli.json("volume", "list")["volumes"]] == ["a"]
+    assert len(list((cli.data / "layers").iterdir())) == 2  # the snapshot's and the head
+
+
+def test_restore_refuses_before_it_reads(cli: CommandLine, url: str) -> None:
+    fill(cli, "a")
+    cli.done("snapshot", "create", "a@one")
+    cli.done("repo", "push", "a@one", url)
+    assert "a exists" in cli("repo", "restore", url, "a@one", "a").line
+    assert "a@nothing" in cli("repo", "restore", url, "a@nothing", "b").line
+    assert "name" in cli("repo", "restore", url, "a@one", "b/c").line
+
+
+def test_a_restore_may_make_the_data_directory(cli: CommandLine, url: str, tmp_path: Path) -> None:
+    content = fill(cli, "a")
+    cli.done("backup", "a", "--repo", url)
+    name = cli.json("repo", "list", url)["snapshots"][0]["snapshot"]
+    other = tmp_path / "other"
+    cli.done("repo", "restore", url, f"a@{name}", "a", "--data", other)
+    assert read(other, "a") == content
+
+
+@pytest.mark.parametrize("chunk_size", ["0", "3K", "8M", "ten"])
+def test_chunk_sizes_that_cannot_be(cli: CommandLine, tmp_path: Path, chunk_size: str) -> None:
+    outcome = cli("repo", "init", f"file://{tmp_path}/other", "--chunk-size", chunk_size)
+    assert outcome.status == 1
+    assert "size" in outcome.line
+    assert not (tmp_path / "other").exists()
+
+
+def test_init_says_what_it_made(cli: CommandLine, tmp_path: Path) -> None:
+    made = cli.json("repo", "init", f"file://{tmp_path}/other", "--chunk-size", "128K")
+    assert made["chunk_size"] == 131072
+    assert made["repository"]
+    assert cli("repo", "init", f"file://{tmp_path}/other").status == 1
+
+
+def test_backups_of_a_group(cli: CommandLine, url: str) -> None:
+    contents = {name: fill(cli, name, seed) for seed, name in enumerate(("a", "b"))}
+    cli.done("snapshot", "create", "a@mine")
+    first = cli.json("backup", "a", "b", "a", "--repo", url)["backups"]
+    assert [report["volume"] for report in first] == ["a", "b"]
+    assert all(set(report) == PUSH_KEYS for report in first)
+    name = first[0]["snapshot"]
+    datetime.strptime(name, "backup-%Y%m%dT%H%M%SZ")
+    assert first[1]["snapshot"] == name
+    assert [s["name"] for s in snapshots_of(cli, "a")] == ["mine", name]
+
+    write(cli.data, "a", 0, b"y" * 4096)
+    second = cli.json("backup", "a", "b", "--repo", url)["backups"]
+    assert [report["parent"] for report in second] == [name, name]
+    assert second[0]["uploaded"] < first[0]["uploaded"] / 10
+    assert (second[1]["read"], second[1]["changed"]) == (0, 0)
+    # The newest stays as the base of the next; what others made is none of backup's business.
+    newest = second[0]["snapshot"]
+    assert [s["name"] for s in snapshots_of(cli, "a")] == ["mine", newest]
+    assert [s["name"] for s in snapshots_of(cli, "b")] == [newest]
+    cli.done("repo", "restore", url, f"b@{name}", "c")
+    assert read(cli.data, "c") == contents["b"]
+    cli.done("repo", "restore", url, f"a@{newest}", "d")
+    assert read(cli.data, "d") == b"y" * 4096 + contents["a"][4096:]
+
+
+def test_backups_to_two_repositories_keep_a_base_for_each(
+    cli: CommandLine, url: str, tmp_path: Path
+) -> None:
+    other = f"file://{tmp_path}/other"
+    cli.done("repo", "init", other)
+    fill(cli, "a")
+    for _ in range(2):
+        for where in (url, other):
+            cli.done("backup", "a", "--repo", where)
+    labels = [tuple(s["labels"].items()) for s in snapshots_of(cli, "a")]
+    assert len(labels) == len(set(labels)) == 2
+    for where in (url, other):
+        assert cli.json("backup", "a", "--repo", where)["backups"][0]["parent"]
+
+
+def test_a_backup_that_cannot_begin_changes_nothing(
+    cli: CommandLine, url: str, tmp_path: Path
+) -> None:
+    fill(cli, "a")
+    for arguments in (
+        ["a", "--repo", f"file://{tmp_path}/absent"],
+        ["a", "--repo", "nonsense"],
+        ["a", "nothing", "--repo", url],
+        ["a", "b/c", "--repo", url],
+    ):
+        assert cli("backup", *arguments).line
+        assert snapshots_of(cli, "a") == []
+    assert cli.json("repo", "list", url) == {"snapshots": []}
+
+
+def test_the_snapshot_of_a_failed_push_is_deleted_again(
+    cli: CommandLine, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("a", "b", "c"):
+        fill(cli, name)
+    before = cli.json("backup", "a", "b", "c", "--repo", url)["backups"][0]["snapshot"]
+    push = Repository.push
+
+    def fail_for_b(self: Repository, source: Any, progress: Any = None) -> PushReport:
+        if source.volume == "b":
+            raise UnavailableError("the store went away")
+        return push(self, source, progress)
+
+    monkeypatch.setattr(Repository, "push", fail_for_b)
+    outcome = cli("backup", "a", "b", "c", "--repo", url, "--json")
+    assert outcome.status == 1
+    assert len(outcome.err.splitlines()) == 1
+    assert "backup of b failed" in outcome.err
+    assert "the store went away" in outcome.err
+    reports = json.loads(outcome.out)["backups"]
+    assert [report["volume"] for report in reports] == ["a", "b", "c"]
+    assert reports[1] == {"volume": "b", "snapshot": None, "error": "the store went away"}
+    assert [s["name"] for s in snapshots_of(cli, "b")] == [before]
+    for name in ("a", "c"):
+        assert [s["name"] for s in snapshots_of(cli, name)] == [reports[0]["snapshot"]]
+
+
+def test_an_interrupted_backup_leaves_no_snapshot(
+    cli: CommandLine, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fill(cli, "a")
+    fill(cli, "b")
+
+    def interrupt(*arguments: Any) -> PushReport:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Repository, "push", interrupt)
+    assert cli("backup", "a", "b", "--repo", url).status == 130
+    assert cli.json("snapshot", "list") == {"snapshots": []}
+
+
+def test_an_older_snapshot_that_cannot_be_deleted_is_only_a_warning(
+    cli: CommandLine, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fill(cli, "a")
+    first = cli.json("backup", "a", "--repo", url)["backups"][0]["snapshot"]
+
+    def refuse(client: Any, volume: str, name: str) -> None:
+        raise StorageError("somebody reads it")
+
+    monkeypatch.setattr(backup_command, "delete_snapshot", refuse)
+    outcome = cli("backup", "a", "--repo", url)
+    assert outcome.status == 0
+    assert outcome.err == f"nbdserve: warning: a@{first} stays: somebody reads it\n"
+    assert len(snapshots_of(cli, "a")) == 2
+
+
+def test_backups_within_one_second_have_names_of_their_own(
+    cli: CommandLine, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The clock stands still until the command waits for it."""
+    fill(cli, "a")
+    moments = [datetime(2024, 5, 1, 12, 0, second) for second in (0, 0, 0, 1)]
+    waits: list[float] = []
+
+    class Clock:
+        @staticmethod
+        def now(zone: object) -> datetime:
+            return moments.pop(0)
+
+    monkeypatch.setattr(backup_command, "datetime", Clock)
+    monkeypatch.setattr(time, "sleep", waits.append)
+    names = [cli.json("backup", "a", "--repo", url)["backups"][0]["snapshot"] for _ in range(2)]
+    assert names == ["backup-20240501T120000Z", "backup-20240501T120001Z"]
+    assert len(waits) == 2
