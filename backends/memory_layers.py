@@ -46,13 +46,17 @@ class MemoryDataFile:
         self.write(offset, bytes(length))
 
     def punch(self, offset: int, length: int) -> None:
-        for page, start, _, count in _pieces(offset, length):
-            if page in self._pages:
-                if count == _PAGE:
+        end = offset + length
+        touched = range(offset >> _PAGE_SHIFT, (end + _PAGE - 1) >> _PAGE_SHIFT)
+        for page in touched if len(touched) < len(self._pages) else list(self._pages):
+            if page in touched and page in self._pages:
+                start = max(offset - (page << _PAGE_SHIFT), 0)
+                stop = min(end - (page << _PAGE_SHIFT), _PAGE)
+                if stop - start == _PAGE:
                     del self._pages[page]
                     self._store.take(-_PAGE)
                 else:
-                    self._pages[page][start : start + count] = bytes(count)
+                    self._pages[page][start:stop] = bytes(stop - start)
 
     def cache(self, offset: int, length: int) -> None:
         pass

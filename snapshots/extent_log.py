@@ -154,14 +154,14 @@ def read_log(
                     f"{where}: sector {payload[0]} at offset {offset}, {sequence + 1} expected"
                 )
             sequence += 1
-            offset += SECTOR
             extents += _apply(payload[2], data, into) + _apply(payload[3], zero, into)
             if len(payload) == 5:
                 sealed = True
                 if payload[4] != extents:
                     raise CorruptError(
-                        f"{where}: {extents} extents before offset {offset}, {payload[4]} expected"
+                        f"{where}: {extents} extents up to offset {offset}, {payload[4]} expected"
                     )
+            offset += SECTOR
     except (TypeError, IndexError, ValueError) as error:
         raise CorruptError(f"{where}: malformed sector at offset {offset}") from error
     if log == INDEX:

@@ -142,10 +142,21 @@ class Volume(View):
         try:
             head.data.write(offset, data)
         except OSError:
-            # What got written lies hidden where the head owns nothing: give its space back.
-            with contextlib.suppress(OSError):
-                _punch_all(head, _not_owned_by(self.owners, head.slot, first, last))
+            self._give_back(head, first, last)
             raise
+
+    def _put_zeroes(self, head: Head, first: int, last: int) -> None:
+        """The same for allocated zeroes."""
+        try:
+            head.data.write_zeroes(first << BLOCK_SHIFT, (last - first) << BLOCK_SHIFT)
+        except OSError:
+            self._give_back(head, first, last)
+            raise
+
+    def _give_back(self, head: Head, first: int, last: int) -> None:
+        """What a failed write left lies hidden where the head owns nothing: free its space."""
+        with contextlib.suppress(OSError):
+            _punch_all(head, _not_owned_by(self.owners, head.slot, first, last))
 
     def _try_complete(
         self, offset: int, data: Buffer, first: int, last: int
@@ -248,11 +259,7 @@ class Volume(View):
             head = self.head
             head.begin_write()
             try:
-                await asyncio.shield(
-                    self._threads.transfer(
-                        head.data.write_zeroes, first << BLOCK_SHIFT, (last - first) << BLOCK_SHIFT
-                    )
-                )
+                await asyncio.shield(self._threads.transfer(self._put_zeroes, head, first, last))
                 self._take(head, first, last)
             finally:
                 head.end_write()

@@ -36,6 +36,12 @@ def run(operation: Coroutine[Any, Any, T]) -> T:
     return asyncio.run(operation)
 
 
+async def until(condition: Callable[[], object]) -> None:
+    """Let others run until ``condition()``."""
+    while not condition():
+        await asyncio.sleep(0.001)  # noqa: ASYNC110
+
+
 class FaultyStore(MemoryLayerStore):
     def __init__(self, capacity: int = 1 << 60) -> None:
         super().__init__(capacity)

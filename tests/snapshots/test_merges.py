@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import errno
 import gc
 from collections.abc import Callable
 from typing import Any
@@ -130,10 +128,10 @@ def test_a_crash_at_every_step_of_a_deletion(down: bool, bottom: bool, how: str)
         store = built.after_crash("cut" if how == "cut" else "kill")
         count = 0
 
-        def crash(kind: str, layer: str, detail: Any) -> None:
+        def crash(kind: str, layer: str, detail: Any, last: int = steps) -> None:
             nonlocal count
             count += 1
-            if count > steps:
+            if count > last:
                 raise Crash
 
         store.hook = crash

@@ -1,0 +1,115 @@
+"""The owner map against a plain bytearray."""
+
+from __future__ import annotations
+
+import re
+from itertools import groupby
+from pathlib import Path
+
+import hypothesis.strategies as st
+from hypothesis import given, settings
+
+from snapshots import owner_map
+from snapshots.owner_map import REGION, OwnerMap
+
+BLOCKS = 3 * REGION + 77
+places = st.one_of(
+    st.integers(0, BLOCKS),
+    st.sampled_from([0, 1, REGION - 1, REGION, REGION + 1, 2 * REGION, 3 * REGION, BLOCKS]),
+)
+values = st.sampled_from([0, 1, 2, 10, 91, 92, 93, 94, 255])
+operations = st.lists(
+    st.one_of(
+        st.tuples(st.just("set"), places, places, values, values),
+        st.tuples(st.just("replace"), places, places, values, values),
+        st.tuples(st.just("one"), st.integers(0, BLOCKS - 1), places, values, values),
+    ),
+    max_size=12,
+)
+
+
+def runs_of(model: bytes, first: int, last: int) -> list[tuple[int, int, int]]:
+    found = []
+    position = first
+    for value, group in groupby(model[first:last]):
+        length = sum(1 for _ in group)
+        if value:
+            found.append((position, position + length, value))
+        position += length
+    return found
+
+
+def joined(runs: list[tuple[int, int, int]]) -> list[tuple[int, int]]:
+    found: list[tuple[int, int]] = []
+    for first, last, _ in runs:
+        if found and found[-1][1] == first:
+            found[-1] = (found[-1][0], last)
+        else:
+            found.append((first, last))
+    return found
+
+
+@settings(max_examples=60, deadline=None)
+@given(operations, places, places, st.integers(0, 2 * REGION))
+def test_every_operation_does_what_a_bytearray_does(
+    steps: list[tuple[str, int, int, int, int]], low: int, high: int, more: int
+) -> None:
+    tested, model = OwnerMap(BLOCKS), bytearray(BLOCKS)
+    for kind, one, other, value, new in steps:
+        first, last = min(one, other), max(one, other)
+        if kind == "set":
+            tested.set(first, last, value)
+            model[first:last] = bytes([value]) * (last - first)
+        elif kind == "one":
+            tested.set(one, one + 1, value)
+            model[one] = value
+        elif value:
+            tested.replace(first, last, value, new)
+            model[first:last] = model[first:last].replace(bytes([value]), bytes([new]))
+    low, high = min(low, high), max(low, high)
+    for grown in (tested, tested.grown(BLOCKS + more)):
+        model.extend(bytes(grown.blocks - len(model)))
+        assert grown.raw[:] == model
+        for first, last in ((0, grown.blocks), (low, high)):
+            expected = runs_of(bytes(model), first, last)
+            assert list(grown.runs(first, last)) == expected
+            assert list(grown.owned_runs(first, last)) == joined(expected)
+        assert grown.count_owned() == len(model) - model.count(0)
+    tested.close()
+
+
+def resident() -> int:
+    """Bytes of this process's memory that are really there."""
+    found = re.search(r"^Rss:\s+(\d+)", Path("/proc/self/smaps_rollup").read_text(), re.MULTILINE)
+    assert found is not None
+    return int(found[1]) << 10
+
+
+def test_sixteen_tebibytes_cost_only_what_is_written() -> None:
+    blocks = (16 << 40) >> 12
+    before = resident()
+    large = OwnerMap(blocks)
+    for first in range(0, blocks, blocks // 64):
+        large.set(first, first + 3, 7)
+    large.set(blocks - 1, blocks, 9)
+    assert large.count_owned() == 64 * 3 + 1
+    assert len(list(large.owned_runs(0, blocks))) == 65
+    assert list(large.runs(blocks - 5, blocks)) == [(blocks - 1, blocks, 9)]
+    large.set(5, blocks - 5, 0)
+    large.replace(0, blocks, 9, 3)
+    assert list(large.runs(0, blocks)) == [(0, 3, 7), (blocks - 1, blocks, 3)]
+    # 4 GiB of addresses; the touched regions, read and cleared whole, are 65 of 32 KiB.
+    assert resident() - before < 8 << 20
+    large.close()
+
+
+def test_runs_may_be_asked_for_while_the_map_changes_behind_them() -> None:
+    tested = OwnerMap(4 * owner_map.REGION)
+    tested.set(10, 4 * owner_map.REGION, 1)
+    seen = []
+    for first, last in tested.owned_runs(0, tested.blocks):
+        seen.append((first, last))
+        tested.set(first, last, 0)
+    assert seen == [(10, 4 * owner_map.REGION)]
+    # No regular expression's match holds the mapping any more: it can be closed.
+    tested.close()
