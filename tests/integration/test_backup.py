@@ -127,8 +127,9 @@ def test_second_backup_uploads_only_what_changed(
                 run(*COMPARE, daemon.uri(restored), daemon.uri("disk"), check=False).returncode == 1
             )
     first, second = (report["uploaded"] for report in reports)
-    # What the command says is what the store holds.
-    assert [first, second] == [sizes[1] - sizes[0], sizes[2] - sizes[1]]
+    # What the command says is what the store holds, but for a pointer of a few hundred bytes.
+    assert 0 <= sizes[1] - sizes[0] - first < KIB
+    assert 0 <= sizes[2] - sizes[1] - second < KIB
     assert DATA_BYTES * 0.4 < first < DATA_BYTES * 0.7
     assert 10 * MIB * 0.4 < second <= 0.03 * first
 
@@ -250,7 +251,7 @@ def test_directory_that_cannot_be_used(daemon: Daemon, tmp_path: Path) -> None:
     daemon.command("volume", "create", "disk", "--size", "4M")
     absent = tmp_path / "absent"
     (tmp_path / "file").write_text("not a directory")
-    expect_line(daemon, "backup", "disk", "--repo", f"file://{absent}", env={}, mentions="init")
+    expect_line(daemon, "backup", "disk", "--repo", f"file://{absent}", env={}, mentions="absent")
     expect_line(daemon, "repo", "list", f"file://{absent}", env={}, mentions=str(absent))
     expect_line(daemon, "repo", "init", f"file://{tmp_path}/file/deeper", env={}, mentions="file")
     assert not absent.exists()
@@ -266,7 +267,7 @@ def test_what_a_repository_does_not_hold(daemon: Daemon, repository: Repository)
     env = repository.env
     daemon.command("volume", "create", "disk", "--size", "4M")
     daemon.command("repo", "init", repository.url, env=env)
-    expect_line(daemon, "repo", "init", repository.url, env=env, mentions="already")
+    expect_line(daemon, "repo", "init", repository.url, env=env, mentions="holds a repository")
     for arguments in (
         ["backup", "nothing", "--repo", repository.url],
         ["repo", "push", "disk@nothing", repository.url],
