@@ -6,6 +6,7 @@ import select
 from collections.abc import Awaitable, Callable
 
 from aiohttp import web
+from aiohttp.http_exceptions import HttpProcessingError
 
 from backends.errors import StorageError
 from nbdserve.control import address, claims, snapshots, volumes
@@ -17,6 +18,21 @@ log = logging.getLogger(__name__)
 
 _STEPS_TO_CONNECT = 10
 """Steps of the event loop, at least, from accepting a connection to counting it."""
+
+
+class _WithoutTraceback(logging.Filter):
+    """Bytes that are no HTTP are the client's mistake, not the server's: one line says so."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        error = record.exc_info[1] if record.exc_info else None
+        if isinstance(error, HttpProcessingError):
+            record.msg, record.args = "control socket: %s", (one_line(error),)
+            record.exc_info = None
+        return True
+
+
+_http_log = logging.getLogger(f"{__name__}.http")
+_http_log.addFilter(_WithoutTraceback())
 
 _Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -62,6 +78,7 @@ class ControlServer:
             build_application(state),
             handler_cancellation=True,  # claims end with their connection
             access_log=None,
+            logger=_http_log,
             shutdown_timeout=5.0,
         )
 

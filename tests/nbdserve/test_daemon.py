@@ -110,6 +110,23 @@ def test_commands_speak_to_the_daemon(start: Start, data: Path) -> None:
     assert json.loads(answer.partition(b"\r\n\r\n")[2])["size"] == 1 << 20
 
 
+def test_what_is_no_http_is_one_line_of_the_log(start: Start, data: Path) -> None:
+    unix = f"unix:{data}/nbd.sock"
+    process = start(*PROGRAM, "serve", "--data", data, "--log-level", "warning", "--listen", unix)
+    read_addresses(process, 1)
+    for request in (b"NBDMAGICIHAVEOPT\0\0", b"GET / HTTP/9.9\r\n\r\n", b"GET / HTTP/1.1\r\n\r\n"):
+        with socket.socket(socket.AF_UNIX) as client:
+            client.connect(f"{data}/control.sock")
+            client.sendall(request)
+            assert client.recv(65536).startswith(b"HTTP/1.0 400 ")
+    process.terminate()
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 0
+    lines = error.splitlines()
+    assert 2 <= len(lines) <= 3  # a method that does not exist is no more than a debug line
+    assert all("control socket: 400" in line for line in lines), error
+
+
 def test_one_daemon_a_directory(start: Start, data: Path) -> None:
     serve(start, data, f"unix:{data}/nbd.sock")
     second = start(*PROGRAM, "serve", "--data", data, "--listen", "127.0.0.1:0")
