@@ -7,6 +7,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 # Where the demo listens: a TCP port on the loopback address.
 PORT ?= 10809
+# Python without the suffix that tools find it by.
+SCRIPTS := scripts/kernel-vm scripts/s3-test-server
 
 .PHONY: run test check
 .DELETE_ON_ERROR:
@@ -33,7 +35,8 @@ test: $(VENV)/installed
 	$(BIN)/python -m pytest --durations=15
 
 check: $(VENV)/installed
-	$(BIN)/ruff format --check .
-	$(BIN)/ruff check .
+	$(BIN)/ruff format --check . $(SCRIPTS)
+	$(BIN)/ruff check . $(SCRIPTS)
 	$(BIN)/mypy
+	$(BIN)/mypy $(SCRIPTS)
 	$(BIN)/python -m pytest -m 'not integration'
