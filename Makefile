@@ -38,5 +38,5 @@ check: $(VENV)/installed
 	$(BIN)/ruff format --check . $(SCRIPTS)
 	$(BIN)/ruff check . $(SCRIPTS)
 	$(BIN)/mypy
-	$(BIN)/mypy $(SCRIPTS)
+	$(BIN)/mypy --scripts-are-modules $(SCRIPTS)
 	$(BIN)/python -m pytest -m 'not integration'
