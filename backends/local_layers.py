@@ -91,6 +91,13 @@ class LocalLayerStore:
     async def lock(self) -> None:
         try:
             self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
+            # A mistyped path must not end up with a data directory's files among its own.
+            found = {path.name for path in self.path.iterdir()} - {"lost+found"}
+            if found and found.isdisjoint(("lock", "layers", *RECORD_KINDS)):
+                raise InvalidError(
+                    f"{self.path} is not empty and not a data directory of nbdserve:"
+                    " name one, or a directory that is empty or does not exist yet"
+                )
             for directory in ("layers", *RECORD_KINDS):
                 (self.path / directory).mkdir(mode=0o700, exist_ok=True)
             descriptor = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
