@@ -14,7 +14,7 @@ import functools
 import logging
 import secrets
 import time
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from typing import Any, ParamSpec, TypeVar
 
 from backends.errors import (
@@ -23,6 +23,8 @@ from backends.errors import (
     InvalidError,
     NoSpaceError,
     NotFoundError,
+    StorageError,
+    UnavailableError,
 )
 from backends.layers import LayerStore
 from snapshots.difference import Extent, changed_extents, layers_between, touched_by
@@ -78,6 +80,7 @@ class Catalogue:
         self._imports: dict[str, Import] = {}
         self._keys: dict[Handle, str] = {}
         self._write_backs: asyncio.Task[None] | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
         self._closed = False
 
     @classmethod
@@ -112,6 +115,14 @@ class Catalogue:
                 await self._store.delete_layer(imported.sink.layer)
         await self._store.unlock()
 
+    @contextlib.asynccontextmanager
+    async def _turn(self) -> AsyncIterator[None]:
+        """Hold ``_commits``; what still waits when the catalogue closes is refused."""
+        async with self._commits:
+            if self._closed:
+                raise UnavailableError("nbdserve is shutting down")
+            yield
+
     # Volumes
 
     def volume_names(self) -> list[str]:
@@ -125,7 +136,7 @@ class Catalogue:
     @_to_its_end
     async def list_volumes(self) -> list[VolumeInfo]:
         """All volumes by name."""
-        async with self._commits:
+        async with self._turn():
             return [
                 await self._listings.volume(self._manifests.get(name))
                 for name in self.volume_names()
@@ -134,14 +145,14 @@ class Catalogue:
     @_to_its_end
     async def show_volume(self, name: str) -> VolumeInfo:
         """One volume."""
-        async with self._commits:
+        async with self._turn():
             return await self._listings.volume(self._manifests.get(name))
 
     @_to_its_end
     async def create_volume(self, name: str, size: int) -> VolumeInfo:
         """Make a volume of ``size`` bytes that reads as zeroes."""
         check_volume_size(size)
-        async with self._commits:
+        async with self._turn():
             self._check_free(name)
             return await self._create(name, size, "", {})
 
@@ -150,7 +161,7 @@ class Catalogue:
         self, name: str, source: str, snapshot: str, size: int | None = None
     ) -> VolumeInfo:
         """Make a volume that begins as a snapshot, sharing its layers; it may be larger."""
-        async with self._commits:
+        async with self._turn():
             self._check_free(name)
             manifest = self._manifests.get(source)
             found = _find(manifest, snapshot)
@@ -168,7 +179,7 @@ class Catalogue:
     async def resize_volume(self, name: str, size: int) -> VolumeInfo:
         """Make a volume larger; the new part reads as zeroes. Clients see it on reconnecting."""
         check_volume_size(size)
-        async with self._commits:
+        async with self._turn():
             manifest = self._manifests.get(name)
             if size < manifest.size:
                 raise InvalidError(
@@ -186,7 +197,7 @@ class Catalogue:
     @_to_its_end
     async def rename_volume(self, old: str, new: str) -> VolumeInfo:
         """Give a volume another name; clients that have it open keep it."""
-        async with self._commits:
+        async with self._turn():
             manifest = self._manifests.get(old)
             if old != new:
                 self._check_free(new)
@@ -196,7 +207,7 @@ class Catalogue:
     @_to_its_end
     async def delete_volume(self, name: str, with_snapshots: bool = False) -> None:
         """Remove a volume; with its snapshots only when asked to."""
-        async with self._commits:
+        async with self._turn():
             manifest = self._manifests.get(name)
             self._check_unused(manifest)
             if manifest.snapshots and not with_snapshots:
@@ -222,7 +233,7 @@ class Catalogue:
             raise InvalidError("no snapshot was named")
         if len({volume for volume, _ in targets}) != len(targets):
             raise InvalidError("a volume is named twice: one snapshot each is possible at a time")
-        async with self._commits:
+        async with self._turn():
             manifests = [self._manifests.get(volume) for volume, _ in targets]
             for manifest, (volume, name) in zip(manifests, targets, strict=True):
                 check_name("snapshot", name)
@@ -269,7 +280,7 @@ class Catalogue:
         The snapshot is gone as soon as that is committed; a merge that is interrupted, or that
         must wait for a pinned snapshot, goes on later by itself.
         """
-        async with self._commits:
+        async with self._turn():
             manifest = self._manifests.get(volume)
             found = _find(manifest, snapshot)
             if self._views.clients(found.id):
@@ -289,7 +300,7 @@ class Catalogue:
         Refused while clients have it open, unless forced, which disconnects them. Later snapshots
         stay.
         """
-        async with self._commits:
+        async with self._turn():
             manifest = self._manifests.get(volume)
             found = _find(manifest, snapshot)
             self._check_layers(volume, manifest.stack(found.layer))
@@ -307,7 +318,8 @@ class Catalogue:
                 new = manifest.changed(head=layer, size=found.size, parents=parents)
                 await self._manifests.commit([new])
             except BaseException:
-                await self._store.delete_layer(layer)
+                if self._manifests.in_doubt is None:
+                    await self._store.delete_layer(layer)
                 raise
             self._listings.forget(manifest.id)
             await self._drop_orphans()
@@ -318,7 +330,7 @@ class Catalogue:
     @_to_its_end
     async def diff(self, volume: str, older: str, newer: str | None = None) -> list[Extent]:
         """What may differ between two snapshots, or between a snapshot and now (None)."""
-        async with self._commits:
+        async with self._turn():
             manifest = self._manifests.get(volume)
             old = _find(manifest, older)
             if newer is None:
@@ -356,19 +368,38 @@ class Catalogue:
 
     # Clients
 
-    @_to_its_end
     async def open_volume(self, name: str, revoke: Callable[[], None]) -> Handle:
         """Open a volume for a client; ``revoke`` asks the client to close it. NotFoundError."""
-        async with self._commits:
+        return await self._opened(self._open_volume(name, revoke))
+
+    async def open_snapshot(self, volume: str, snapshot: str, revoke: Callable[[], None]) -> Handle:
+        """Open a snapshot for a client, read-only. NotFoundError."""
+        return await self._opened(self._open_snapshot(volume, snapshot, revoke))
+
+    async def _opened(self, opening: Coroutine[Any, Any, Handle]) -> Handle:
+        """What ``opening`` opens; when the caller is cancelled, it is closed again."""
+        task = asyncio.create_task(opening)
+        try:
+            return await asyncio.shield(task)
+        except asyncio.CancelledError:
+            task.add_done_callback(self._close_unclaimed)
+            raise
+
+    def _close_unclaimed(self, opening: asyncio.Task[Handle]) -> None:
+        if not opening.cancelled() and opening.exception() is None:
+            self._start(self.close_export(opening.result()))
+
+    async def _open_volume(self, name: str, revoke: Callable[[], None]) -> Handle:
+        async with self._turn():
             manifest = self._manifests.get(name)
             view = await self._views.acquire_volume(manifest)
             self._listings.forget(manifest.id)
             return self._handle(manifest.id, Handle(name, view, revoke))
 
-    @_to_its_end
-    async def open_snapshot(self, volume: str, snapshot: str, revoke: Callable[[], None]) -> Handle:
-        """Open a snapshot for a client, read-only. NotFoundError."""
-        async with self._commits:
+    async def _open_snapshot(
+        self, volume: str, snapshot: str, revoke: Callable[[], None]
+    ) -> Handle:
+        async with self._turn():
             manifest = self._manifests.get(volume)
             found = _find(manifest, snapshot)
             view = await self._views.acquire_snapshot(manifest, found)
@@ -378,6 +409,8 @@ class Catalogue:
     async def close_export(self, export: Handle) -> None:
         """A client is done with what it opened."""
         key = self._keys.pop(export)
+        if self._closed:
+            return  # closed with everything else
         await self._views.close_handle(key, export)
 
     def _handle(self, key: str, handle: Handle) -> Handle:
@@ -390,7 +423,7 @@ class Catalogue:
     @_to_its_end
     async def pin(self, volume: str, snapshot: str) -> Pin:
         """Keep a snapshot's layers as they are until the pin is released, and describe them."""
-        async with self._commits:
+        async with self._turn():
             manifest = self._manifests.get(volume)
             pin = self._pins.add(manifest, _find(manifest, snapshot))
         try:
@@ -405,7 +438,7 @@ class Catalogue:
     async def begin_import(self, volume: str, size: int) -> Import:
         """Make a layer for another process to fill, and keep the volume's name for it."""
         check_volume_size(size)
-        async with self._commits:
+        async with self._turn():
             self._check_free(volume)
             layer = secrets.token_hex(8)
             await self._store.create_layer(layer)
@@ -416,7 +449,7 @@ class Catalogue:
     @_to_its_end
     async def commit_import(self, imported: Import) -> VolumeInfo:
         """Turn a filled layer into the volume."""
-        async with self._commits:
+        async with self._turn():
             sink = imported.sink
             if self._imports.get(sink.volume) is not imported:
                 raise NotFoundError(f"the import of volume {sink.volume} was given up already")
@@ -441,7 +474,7 @@ class Catalogue:
     @_to_its_end
     async def discard_import(self, imported: Import) -> None:
         """Give up an import; nothing is left of it. One that was committed stays."""
-        async with self._commits:
+        async with self._turn():
             if self._imports.get(imported.sink.volume) is imported:
                 del self._imports[imported.sink.volume]
                 await self._store.delete_layer(imported.sink.layer)
@@ -459,7 +492,8 @@ class Catalogue:
             ).changed()
             await self._manifests.commit([manifest])
         except BaseException:
-            await self._store.delete_layer(layer)
+            if self._manifests.in_doubt is None:
+                await self._store.delete_layer(layer)
             raise
         return await self._listings.volume(manifest)
 
@@ -476,6 +510,8 @@ class Catalogue:
 
     async def _drop_orphans(self) -> None:
         """Delete layers that nothing lists; called when every manifest could be read."""
+        if self._manifests.in_doubt is not None:
+            return
         live = self._manifests.live_layers() | self._pins.layers() | self._views.pool.names()
         live.update(imported.sink.layer for imported in self._imports.values())
         for merge in self._manifests.merges.values():
@@ -523,7 +559,21 @@ class Catalogue:
 
     def _unpinned(self) -> None:
         if not self._closed:
-            self._merging.resume()
+            self._start(self._after_pin())
+
+    async def _after_pin(self) -> None:
+        """Do what the pin held up."""
+        try:
+            async with self._turn():
+                await self._drop_orphans()
+        except (OSError, StorageError) as error:
+            _log.warning("layers of deleted snapshots stay for now: %s", error)
+        self._merging.resume()
+
+    def _start(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
 
     async def _write_back(self) -> None:
         """Bound what a crash can lose of writes that nobody flushed, and the space they hold."""
@@ -534,7 +584,8 @@ class Catalogue:
                 if opened is not None:
                     with contextlib.suppress(OSError):
                         await opened.view.flush()
-            await self._store.keep_reserve()
+            with contextlib.suppress(OSError):
+                await self._store.keep_reserve()
             if self._merging.deferred:
                 self._merging.resume()
 

@@ -5,6 +5,10 @@ record first: that is the commit; then each record is replaced and the transacti
 a crash leaves of that is replayed when the store is loaded.
 
 Reference counts are nowhere stored: a layer lives when a manifest lists it.
+
+**In doubt.** When a commit fails after its record may have been replaced (the sync of a directory
+failed, say), nobody knows which of two manifests the next start will find. Then nothing more is
+committed and no layer is removed until it has found one. Clients' reads and writes go on.
 """
 
 from __future__ import annotations
@@ -14,7 +18,13 @@ import logging
 import secrets
 from collections.abc import Iterator
 
-from backends.errors import CorruptError, NoSpaceError, NotFoundError, StorageError
+from backends.errors import (
+    CorruptError,
+    NoSpaceError,
+    NotFoundError,
+    StorageError,
+    UnavailableError,
+)
 from backends.layers import LayerStore
 from snapshots.extent_log import MERGE, encode_header
 from snapshots.manifest import (
@@ -40,6 +50,7 @@ class ManifestStore:
         self._store = store
         self.volumes: dict[str, Manifest] = {}
         self.merges: dict[str, Merge] = {}
+        self.in_doubt: str | None = None
         self._names: dict[str, str] = {}
 
     async def load(self) -> None:
@@ -129,6 +140,7 @@ class ManifestStore:
                     await self._commit_record(_VOLUMES, manifest.id, manifest.pack())
                 await self._store.delete_record(_TRANSACTIONS, name)
             except (OSError, StorageError) as error:
+                self.in_doubt = None  # whichever is found there, the transaction settles it
                 where = self._store.describe_record(_TRANSACTIONS, name)
                 _log.warning("%s is finished at the next start: %s", where, error)
         for manifest in manifests:
@@ -140,12 +152,14 @@ class ManifestStore:
 
     async def remove(self, manifest: Manifest) -> None:
         """Forget a volume durably; its layers stay where they are."""
+        self.check()
         await self._store.delete_record(_VOLUMES, manifest.id)
         del self.volumes[manifest.id]
         del self._names[manifest.name]
 
     async def begin_merge(self, merge: Merge) -> None:
         """Note durably that a merge is under way, with an empty log."""
+        self.check()
         header = encode_header(merge.target, MERGE)
         await self._store.create_log(merge.target, MERGE, header)
         await self._commit_record(_MERGES, merge.target, merge.pack())
@@ -158,14 +172,39 @@ class ManifestStore:
         await self._store.delete_record(_MERGES, merge.target)
         del self.merges[merge.target]
 
+    def check(self) -> None:
+        """UnavailableError when a commit is in doubt."""
+        if self.in_doubt is not None:
+            raise UnavailableError(
+                f"{self.in_doubt} may or may not have been written; restart nbdserve to find out"
+            )
+
     async def _commit_record(self, kind: str, name: str, content: bytes) -> None:
+        self.check()
         try:
-            await self._store.commit_record(kind, name, content)
+            try:
+                await self._store.commit_record(kind, name, content)
+            except NoSpaceError:
+                # What was kept back for this very case.
+                if not await self._store.release_reserve():
+                    raise
+                await self._store.commit_record(kind, name, content)
         except NoSpaceError:
-            # What was kept back for this very case.
-            if not await self._store.release_reserve():
-                raise
-            await self._store.commit_record(kind, name, content)
+            raise
+        except BaseException as error:
+            if not isinstance(error, OSError) or await self._may_be(kind, name, content):
+                self.in_doubt = self._store.describe_record(kind, name)
+                _log.error("nothing is committed from now on: %s: %s", self.in_doubt, error)
+            raise
+
+    async def _may_be(self, kind: str, name: str, content: bytes) -> bool:
+        """Whether a record may have this content after a failed commit of it."""
+        try:
+            return await self._store.read_record(kind, name) == content
+        except NotFoundError:
+            return False
+        except OSError:
+            return True
 
 
 def is_no_space(error: OSError) -> bool:

@@ -51,6 +51,7 @@ class Merging:
         self._commits = commits
         self._pins = pins
         self._running: Merge | None = None
+        self._ended = asyncio.Event()
         self._stopping = False
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -65,10 +66,8 @@ class Merging:
 
     async def wait_for_pins(self) -> None:
         """Return when no merge runs on layers that are pinned now."""
-        running = self._running
-        if running is not None and self._pins.touch((running.lower, running.upper)):
-            async with self.lock:
-                pass
+        while self._running is not None and self._pins.touch(_pair(self._running)):
+            await self._ended.wait()
 
     async def stop(self) -> None:
         """Stop after the chunk in hand."""
@@ -90,20 +89,23 @@ class Merging:
             tried: set[tuple[str, str]] = set()
             failure: OSError | StorageError | None = None
             while not self._stopping:
-                merge = await self._next(tried)
-                if merge is None:
-                    break
-                tried.add((merge.lower, merge.upper))
+                before = len(tried)
                 try:
+                    merge = await self._next(tried)
+                    if merge is None:
+                        break
                     await self._merge(merge, progress)
                 except (OSError, StorageError) as error:
                     self.deferred = True
                     failure = failure or error
+                    if len(tried) == before:
+                        break  # it would fail the same way again
             if failure is not None:
                 raise failure
 
     async def _next(self, tried: set[tuple[str, str]]) -> Merge | None:
         async with self._commits:
+            self._manifests.check()
             for merge in list(self._manifests.merges.values()):
                 if not self._manifests.uses(merge.source):
                     # Its volume was deleted or rolled back meanwhile.
@@ -112,10 +114,12 @@ class Merging:
                     if not self._manifests.uses(merge.target):
                         await self._store.delete_layer(merge.target)
                 elif self._free(merge.lower, merge.upper, tried):
+                    tried.add(_pair(merge))
                     return merge
             busy = {layer for merge in self._manifests.merges.values() for layer in _pair(merge)}
             for lower, upper in self._manifests.mergeable():
                 if lower not in busy and upper not in busy and self._free(lower, upper, tried):
+                    tried.add((lower, upper))
                     merge = await plan_merge(self._store, lower, upper, self._blocks(lower))
                     await self._manifests.begin_merge(merge)
                     return merge
@@ -127,6 +131,7 @@ class Merging:
     async def _merge(self, merge: Merge, progress: Progress | None) -> None:
         claims: list[LayerClaim] = []
         self._running = merge
+        self._ended.clear()
         try:
             for layer in _pair(merge):
                 claim = await self._store.claim_layer(layer)
@@ -139,9 +144,10 @@ class Merging:
             merger = Merger(self._store, self._manifests, self._views, self._commits, merge, blocks)
             await merger.run(lambda: self._wanted(merge), progress)
         finally:
-            self._running = None
             for claim in claims:
                 claim.release()
+            self._running = None
+            self._ended.set()
 
     def _wanted(self, merge: Merge) -> bool:
         return not (

@@ -38,8 +38,8 @@ def run(operation: Coroutine[Any, Any, T]) -> T:
 
 async def until(condition: Callable[[], object]) -> None:
     """Let others run until ``condition()``."""
-    while not condition():
-        await asyncio.sleep(0.001)  # noqa: ASYNC110
+    while not condition():  # noqa: ASYNC110
+        await asyncio.sleep(0.001)
 
 
 class FaultyStore(MemoryLayerStore):
@@ -154,11 +154,13 @@ class FaultyDataFile(MemoryDataFile):
 
     def write(self, offset: int, data: Buffer) -> None:
         self.faulty.note("write", self.layer, (offset, len(data)))
-        super().write(offset, data)
+        with self.faulty.guard:
+            super().write(offset, data)
 
     def punch(self, offset: int, length: int) -> None:
         self.faulty.note("punch", self.layer, (offset, length))
-        super().punch(offset, length)
+        with self.faulty.guard:
+            super().punch(offset, length)
 
     def sync(self) -> None:
         self.faulty.note("sync", self.layer)
