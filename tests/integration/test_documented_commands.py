@@ -38,7 +38,7 @@ from .parts import (
     run,
 )
 
-DOCUMENTS = [PROJECT / "README.md", *sorted((PROJECT / "docs").glob("operations.md"))]
+DOCUMENTS = [PROJECT / "README.md", PROJECT / "docs" / "operations.md"]
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 CRON_LINE = re.compile(r"^(?:[\d*/,-]+\s+){5}(.*)$")
 
@@ -114,7 +114,7 @@ def sandbox(
     tmp_path: Path,
 ) -> Iterator[Sandbox]:
     """Yield a directory with what the documents speak of; see the top of this file."""
-    require("make", "qemu-img", "qemu-system-x86_64", "bash")
+    require("bash", "curl", "make", "qemu-img", "qemu-system-x86_64")
     data_directory.mkdir()
     daemon = Daemon(data_directory)
     bucket = s3_server.new_bucket()
