@@ -17,7 +17,6 @@ for, to what had been issued when it was confirmed.
 """
 
 import json
-import os
 import random
 import subprocess
 import sys
@@ -28,7 +27,8 @@ import nbd
 SLOT_SIZES = (512, 1000, 4096, 5000, 12000, 16384, 60000, 100)
 SLOTS = 400
 IN_FLIGHT = 32
-SNAPSHOT_SECONDS = 0.4
+COMMAND_SECONDS = 0.2
+SNAPSHOTS = 5  # before one is deleted for each that is taken
 WORD = 4
 
 
@@ -103,9 +103,9 @@ class Load:
 
 
 def run(load, nbdserve):
-    """Load the volume until the connection breaks."""
-    taking = None
-    next_snapshot = time.monotonic() + SNAPSHOT_SECONDS
+    """Load the volume, with snapshots being taken and deleted, until the connection breaks."""
+    command = name = before = None
+    next_command = time.monotonic() + COMMAND_SECONDS
     try:
         while True:
             while len(load.busy) < IN_FLIGHT:
@@ -114,19 +114,27 @@ def run(load, nbdserve):
                 load.flush()
             load.handle.poll(100)
             load.collect()
-            if taking is None and time.monotonic() > next_snapshot:
-                name = f"s{len(load.snapshots)}-{os.getpid()}"
-                before = list(load.acknowledged)
-                taking = subprocess.Popen(
-                    [nbdserve, "snapshot", "create", f"disk@{name}"],
+            if command is None and time.monotonic() > next_command:
+                if len(load.snapshots) < SNAPSHOTS:
+                    name = f"s{time.monotonic_ns()}"
+                    before = list(load.acknowledged)
+                    action = "create"
+                else:
+                    # From now on it may be there or not.
+                    name = load.source.choice(sorted(load.snapshots))
+                    del load.snapshots[name]
+                    before = None
+                    action = "delete"
+                command = subprocess.Popen(
+                    [nbdserve, "snapshot", action, f"disk@{name}"],
                     stdout=subprocess.DEVNULL,
                     stderr=subprocess.DEVNULL,
                 )
-            elif taking is not None and taking.poll() is not None:
-                if taking.returncode == 0:
+            elif command is not None and command.poll() is not None:
+                if command.returncode == 0 and before is not None:
                     load.snapshots[name] = {"first": before, "last": load.issued()}
-                taking = None
-                next_snapshot = time.monotonic() + SNAPSHOT_SECONDS
+                command = None
+                next_command = time.monotonic() + COMMAND_SECONDS
     except nbd.Error:
         if not load.handle.aio_is_dead() and not load.handle.aio_is_closed():
             raise
@@ -137,11 +145,11 @@ def run(load, nbdserve):
                     load.collect()
                 except nbd.Error:
                     cookies.pop(cookie, None)
-    if taking is not None:
-        # A snapshot whose command is done is one that the daemon acknowledged; the rest are not
-        # known, since the command fails or starts the volume anew by itself.
-        taking.kill()
-        taking.wait()
+    if command is not None:
+        # What the last command did is not known. With the daemon gone it may have taken the
+        # directory and be doing the work itself: it is killed too.
+        command.kill()
+        command.wait()
 
 
 def main():

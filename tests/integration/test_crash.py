@@ -1,4 +1,4 @@
-"""kill -9 under load: the volume opens, and all that was flushed is there."""
+"""kill -9 under load, snapshots being taken and deleted: all that was flushed is there."""
 
 import functools
 import json
@@ -85,4 +85,4 @@ def test_killed_under_load(daemon: Daemon, tmp_path: Path) -> None:
             check(read(export), state["words"], **bounds, what=export)
         assert sum(state["durable"]) > durable_operations, "no flush was acknowledged in this round"
         durable_operations = sum(state["durable"])
-    assert len(state["snapshots"]) >= ROUNDS
+    assert len(state["snapshots"]) > 2
