@@ -121,7 +121,10 @@ def manifest_from_map(found: dict[str, Any]) -> Manifest:
     if not all(layer in manifest.parents for layer in layers):
         raise ValueError("a layer is named but not listed")
     for top in (manifest.head, *manifest.tops()):
-        manifest.stack(top)
+        try:
+            manifest.stack(top)
+        except CorruptError as error:
+            raise ValueError(str(error)) from error
     return manifest
 
 
@@ -149,6 +152,10 @@ class Merge:
     upper: str
     target: str
 
+    def __post_init__(self) -> None:
+        if self.lower == self.upper or self.target not in (self.lower, self.upper):
+            raise ValueError("the target is not one of two layers")
+
     @property
     def source(self) -> str:
         """The layer that goes."""
@@ -168,4 +175,4 @@ def _checked(where: str, read: Callable[[], T]) -> T:
     try:
         return read()
     except (TypeError, KeyError, ValueError, AttributeError) as error:
-        raise CorruptError(f"{where}: fields are missing or of the wrong kind") from error
+        raise CorruptError(f"{where}: not what it should be: {error!r}") from error

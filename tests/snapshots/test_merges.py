@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import gc
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 
+from backends.errors import StorageError
 from snapshots import merge as merge_module
 from snapshots.catalogue import Catalogue
 from snapshots.handle import Handle
-from tests.snapshots.stores import BLOCK, Crash, FaultyStore
+from tests.snapshots.stores import BLOCK, Crash, FaultyStore, until
 
 BLOCKS = 24
 Content = dict[str, bytes]
@@ -154,3 +156,122 @@ def test_a_crash_at_every_step_of_a_deletion(down: bool, bottom: bool, how: str)
         steps += 1
     assert steps > 15, "the deletion took fewer steps than a merge has"
     gc.collect()
+
+
+@pytest.mark.usefixtures("small_chunks")
+@pytest.mark.parametrize("number", [errno.EIO, errno.ENOSPC])
+@pytest.mark.parametrize("bottom", [True, False])
+@pytest.mark.parametrize("down", [True, False])
+def test_an_error_at_every_step_puts_the_merge_off_and_no_more(
+    down: bool, bottom: bool, number: int
+) -> None:
+    """Once, at any step of the merge itself; tried again in the same process, then reopened."""
+
+    async def scenario(store: FaultyStore, step: int) -> bool:
+        count = 0
+        failed = False
+
+        def fail(kind: str, layer: str, detail: Any) -> None:
+            nonlocal count, failed
+            count += 1
+            if count == step:
+                failed = True
+                raise OSError(number, "no")
+
+        catalogue = await Catalogue.open(store)
+        await until(lambda: not catalogue._merging._tasks)
+        await catalogue._merging.lock.acquire()
+        deleting = asyncio.ensure_future(catalogue.delete_snapshot("v", gone))
+        await until(lambda: not catalogue.list_snapshots("v") or gone not in names(catalogue))
+        handle = await catalogue.open_volume("v", lambda: None)
+        store.hook = fail
+        catalogue._merging.lock.release()
+        (result,) = await asyncio.gather(deleting, return_exceptions=True)
+        store.hook = lambda *_: None
+        assert result is None or isinstance(result, (OSError, StorageError))
+        if catalogue._manifests.in_doubt is None:
+            await catalogue._merging.merge_now()
+        assert await read_all(handle) == expected["v"]
+        assert await read_everything(catalogue) == expected
+        await catalogue.close_export(handle)
+        await catalogue.close()
+        for how in ("cut", "kill"):
+            await check_after(store.after_crash(how), expected, gone)
+        return failed
+
+    built = FaultyStore()
+    expected, gone = asyncio.run(build(built, down=down, bottom=bottom))
+    step = 1
+    while asyncio.run(scenario(built.after_crash("kill"), step)):
+        step += 1
+    assert step > 12
+
+
+def names(catalogue: Catalogue) -> set[str]:
+    return {info.name for info in catalogue.list_snapshots("v")}
+
+
+@pytest.mark.parametrize("down", [True, False])
+def test_a_merge_needs_the_space_of_one_chunk(down: bool) -> None:
+    async def scenario() -> None:
+        store = FaultyStore()
+        catalogue = await Catalogue.open(store)
+        blocks = 5000
+        await catalogue.create_volume("v", 2 * blocks * BLOCK)
+        handle = await catalogue.open_volume("v", lambda: None)
+
+        async def put_large(first: int, count: int, value: int) -> None:
+            await handle.write(first * BLOCK, bytes([value]) * (count * BLOCK))
+
+        await put_large(0, 3500 if down else blocks, 1)
+        await catalogue.create_snapshots([("v", "gone")])
+        await put_large(4000, 3000 if down else 5500, 2)
+        await catalogue.create_snapshots([("v", "kept")])
+        await catalogue.close_export(handle)
+        await until(lambda: not catalogue._merging._tasks)
+        expected = await read_everything(catalogue)
+        del expected["v@gone"]
+        before = store.peak = store.used
+        await catalogue.delete_snapshot("v", "gone")
+        chunk = merge_module.CHUNK
+        assert chunk // 2 < store.peak - before < chunk + (1 << 20)
+        assert await read_everything(catalogue) == expected
+        assert len(store.kinds("punch")) >= 3
+        await catalogue.close()
+
+    asyncio.run(scenario())
+
+
+def test_a_merge_without_space_is_put_off_and_goes_on_later() -> None:
+    async def scenario() -> None:
+        store = FaultyStore()
+        catalogue = await Catalogue.open(store)
+        await catalogue.create_volume("v", 512 * BLOCK)
+        handle = await catalogue.open_volume("v", lambda: None)
+        await handle.write(0, b"\1" * (300 * BLOCK))
+        await catalogue.create_snapshots([("v", "gone")])
+        await handle.write(200 * BLOCK, b"\2" * (300 * BLOCK))
+        await catalogue.create_snapshots([("v", "kept")])
+        await catalogue.close_export(handle)
+        await until(lambda: not catalogue._merging._tasks)
+        expected = await read_everything(catalogue)
+        del expected["v@gone"]
+        for spare in (0, 600, 3 * BLOCK, (256 << 10) + 2000, (256 << 10) + 100 * BLOCK):
+            store.capacity = store.used + spare
+            if "gone" in names(catalogue):
+                with pytest.raises((StorageError, OSError)):
+                    await catalogue.delete_snapshot("v", "gone")
+            else:
+                with pytest.raises((StorageError, OSError)):
+                    await catalogue._merging.merge_now()
+            found = await read_everything(catalogue)
+            found.pop("v@gone", None)
+            assert found == expected
+        assert catalogue._merging.deferred
+        store.capacity = 1 << 60
+        await catalogue._merging.merge_now()
+        assert await read_everything(catalogue) == expected
+        assert (await catalogue.show_volume("v")).layers == 2
+        await catalogue.close()
+
+    asyncio.run(scenario())
