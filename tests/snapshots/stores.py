@@ -8,6 +8,7 @@ it raises it again. ``after_crash`` is the store that the next process finds:
 * ``kill``: the process died, the machine lived: everything that was written is there;
 * ``cut``: a power cut, all that was not synced is lost;
 * ``mixed``: a power cut, each page and each 512-byte sector that was not synced is there or not.
+While the store is ``cold``, no read is done on the event loop; in its thread ``on_read`` is called.
 """
 
 from __future__ import annotations
@@ -48,6 +49,8 @@ class FaultyStore(MemoryLayerStore):
         self.events: list[Event] = []
         self.hook: Callable[[str, str, Any], None] = lambda kind, layer, detail: None
         self.dead = False
+        self.cold = False
+        self.on_read: Callable[[str], None] = lambda layer: None
         self.peak = 0
         self.durable_data: dict[str, dict[int, bytes]] = {}
         self.durable_logs: dict[tuple[str, str], bytes] = {}
@@ -99,6 +102,16 @@ class FaultyStore(MemoryLayerStore):
                             content[at : at + SECTOR] = before[at : at + SECTOR]
                     found._logs[layer][log] = content
                     found.durable_logs[layer, log] = bytes(content)
+            if how == "kill":
+                # Written is not durable: what the page cache holds can still be lost.
+                found.durable_data = {
+                    layer: dict(self.durable_data.get(layer, {})) for layer in found._data
+                }
+                found.durable_logs = {
+                    key: content
+                    for key, content in self.durable_logs.items()
+                    if key[0] in found._data
+                }
             found.used = sum(BLOCK * len(pages) for pages in found._data.values())
             found.used += sum(len(log) for logs in found._logs.values() for log in logs.values())
             found.used += sum(map(len, found._records.values()))
@@ -147,9 +160,14 @@ class FaultyDataFile(MemoryDataFile):
         self.faulty = store
         self.layer = layer
 
+    def try_read(self, offset: int, buffer: memoryview) -> bool:
+        return not self.faulty.cold and super().try_read(offset, buffer)
+
     def read(self, offset: int, buffer: memoryview) -> None:
         if self.faulty.dead:
             raise Crash
+        if self.faulty.cold:
+            self.faulty.on_read(self.layer)
         super().read(offset, buffer)
 
     def write(self, offset: int, data: Buffer) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import gc
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -272,6 +273,119 @@ def test_a_merge_without_space_is_put_off_and_goes_on_later() -> None:
         await catalogue._merging.merge_now()
         assert await read_everything(catalogue) == expected
         assert (await catalogue.show_volume("v")).layers == 2
+        await catalogue.close()
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("down", [True, False])
+def test_a_merge_killed_once_may_lose_power_the_next_time(
+    down: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a killed process appended is read by the next one before it ever was durable."""
+    monkeypatch.setattr(merge_module, "_CHUNK_BLOCKS", 1)
+    built = FaultyStore()
+    expected, gone = asyncio.run(build(built, down=down, bottom=not down))
+
+    def process(store: FaultyStore) -> None:
+        """Until the sync that follows an append to the merge log."""
+        appended = False
+
+        def crash(kind: str, layer: str, detail: Any) -> None:
+            nonlocal appended
+            if (kind, detail) == ("append", "merge"):
+                appended = True
+            if (kind, detail) == ("log_sync", "merge") and appended:
+                raise Crash
+
+        async def work() -> None:
+            catalogue = await Catalogue.open(store)
+            try:
+                if gone in names(catalogue):
+                    await catalogue.delete_snapshot("v", gone)
+                await catalogue._merging.merge_now()
+            finally:
+                catalogue._views.threads.close()
+
+        store.hook = crash
+        abandon(work)
+
+    killed = built.after_crash("kill")
+    process(killed)
+    again = killed.after_crash("kill")
+    process(again)
+    assert killed.dead and again.dead
+    asyncio.run(check_after(again.after_crash("cut"), expected, gone))
+    for seed in range(20):
+        asyncio.run(check_after(again.after_crash("mixed", seed), expected, gone))
+
+
+def test_a_merge_waits_for_reads_before_it_punches() -> None:
+    async def scenario() -> None:
+        store = FaultyStore()
+        expected, gone = await build(store, down=True, bottom=True)
+        entered, go = threading.Event(), threading.Event()
+
+        def wait(layer: str) -> None:
+            entered.set()
+            go.wait(30)
+
+        catalogue = await Catalogue.open(store)
+        await until(lambda: not catalogue._merging._tasks)
+        handle = await catalogue.open_snapshot("v", "kept", lambda: None)
+        store.on_read, store.cold = wait, True
+        reading = asyncio.ensure_future(read_all(handle))
+        await until(entered.is_set)
+        store.cold = False
+        store.events.clear()
+        deleting = asyncio.ensure_future(catalogue.delete_snapshot("v", gone))
+        await until(lambda: store.kinds("append"))
+        await asyncio.sleep(0.05)
+        assert not store.kinds("punch")
+        assert not deleting.done()
+        go.set()
+        assert await reading == expected["v@kept"]
+        await deleting
+        assert store.kinds("punch")
+        await catalogue.close_export(handle)
+        await catalogue.close()
+
+    asyncio.run(scenario())
+
+
+def test_a_pin_waits_for_the_chunk_in_hand_and_for_no_more(
+    monkeypatch: pytest.MonkeyPatch, small_chunks: None
+) -> None:
+    async def scenario() -> None:
+        store = FaultyStore()
+        _, gone = await build(store, down=False, bottom=False)
+        entered, go = threading.Event(), threading.Event()
+        punch = merge_module._punch
+
+        def slow(*args: Any) -> None:
+            entered.set()
+            go.wait(30)
+            punch(*args)
+
+        monkeypatch.setattr(merge_module, "_punch", slow)
+        catalogue = await Catalogue.open(store)
+        await until(lambda: not catalogue._merging._tasks)
+        deleting = asyncio.ensure_future(catalogue.delete_snapshot("v", gone))
+        await until(entered.is_set)
+        pinning = asyncio.ensure_future(catalogue.pin("v", "kept"))
+        await asyncio.sleep(0.02)
+        assert not pinning.done()
+        go.set()
+        pin = await pinning
+        await deleting
+        store.events.clear()
+        (merge,) = pin.source.merges
+        assert set(merge.values()) <= set(pin.source.parents)
+        assert len(catalogue._manifests.merges) == 1
+        await asyncio.sleep(0.01)
+        assert store.events == []
+        pin.release()
+        await until(lambda: not catalogue._manifests.merges and not catalogue._merging._tasks)
         await catalogue.close()
 
     asyncio.run(scenario())

@@ -200,7 +200,6 @@ def test_what_a_killed_process_appended_is_durable_before_anything_builds_on_it(
                 await handle.flush()
         # The second sector is written, but not durable. Killed, started, flushed again:
         killed = store.after_crash("kill")
-        killed.durable_logs = dict(store.durable_logs)
         async with opened(killed) as (_, handle):
             assert await get(handle, 5) == fill(2)
             synced = [detail for _, _, detail in killed.kinds("log_sync")]
@@ -750,5 +749,36 @@ def test_a_cancelled_writer_leaves_a_whole_write() -> None:
                 assert len(set(buffer)) == 1
                 assert buffer[0] in (turn, turn + 1, 0) or turn == 0
             assert not volume_of(handle)._locks
+
+    run(scenario())
+
+
+def test_a_write_that_reads_first_keeps_others_off_its_block() -> None:
+    async def scenario() -> None:
+        store = FaultyStore()
+        entered, go = threading.Event(), threading.Event()
+
+        def wait(layer: str) -> None:
+            entered.set()
+            go.wait(30)
+
+        async with opened(store) as (catalogue, handle):
+            await handle.write(0, fill(1))
+            await catalogue.create_snapshots([("v", "s")])
+            store.on_read, store.cold = wait, True
+            first = asyncio.ensure_future(handle.write(100, b"\2" * 100))
+            await until(entered.is_set)
+            assert not handle.try_write(0, memoryview(b"\3" * BLOCK))
+            assert not handle.try_write(200, memoryview(b"\3"))
+            second = asyncio.ensure_future(handle.write(150, b"\4" * 100))
+            third = asyncio.ensure_future(handle.trim(0, 50))
+            assert handle.try_write(BLOCK, memoryview(fill(5)))
+            await asyncio.sleep(0.01)
+            assert not (first.done() or second.done() or third.done())
+            go.set()
+            await asyncio.gather(first, second, third)
+            store.cold = False
+            expected = bytes(50) + b"\1" * 50 + b"\2" * 50 + b"\4" * 100 + b"\1" * (BLOCK - 250)
+            assert await get(handle, 0, 2) == expected + fill(5)
 
     run(scenario())
