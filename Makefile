@@ -1,16 +1,19 @@
 # make run    set up what is missing and serve a demo volume in the foreground
 # make test   set up what is missing and run every test, real clients and servers included
 # make check  format, lint, types and the fast tests
+# make bench  measure beside nbdkit and qemu-nbd; BENCH="--quick" only sees that it runs
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 # Where the demo listens: a TCP port on the loopback address.
 PORT ?= 10809
+# Options of the benchmark: --rounds N, --seconds N, --quick, --directory DIR, --results DIR.
+BENCH ?=
 # Python without the suffix that tools find it by.
 SCRIPTS := scripts/kernel-vm scripts/s3-test-server
 
-.PHONY: run test check
+.PHONY: run test check bench
 .DELETE_ON_ERROR:
 
 $(VENV)/installed: pyproject.toml
@@ -40,3 +43,11 @@ check: $(VENV)/installed
 	$(BIN)/mypy
 	$(BIN)/mypy --scripts-are-modules $(SCRIPTS)
 	$(BIN)/python -m pytest -m 'not integration'
+
+$(VENV)/installed-bench: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[bench]'
+	@touch $@
+
+bench: $(VENV)/installed-bench
+	@scripts/install-test-dependencies --bench
+	@$(BIN)/python -m scripts.bench $(BENCH)

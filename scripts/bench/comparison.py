@@ -1,0 +1,155 @@
+"""The interleaved comparison: every server on the same job, one right after the other.
+
+All serve the same random bytes, all of them in the page cache. nbdserve serves three volumes:
+
+* for jobs that only read, one whose blocks are spread at random over the layers of 8 snapshots and
+  the head above them, and which is never written again;
+* for jobs that write, another one like it, brought back to that state before each job (rolled
+  back to the newest snapshot, the head's share written anew): writing moves blocks to the head;
+* for all jobs once more, one with as many layers whose head holds every block, the state that
+  writing ends in.
+
+Before each job everything is synced, so that no server's jobs pay for the writes of another, and
+each server keeps one more client connected, as a volume in use has one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import random
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from scripts.bench import results as names
+from scripts.bench.client import Client
+from scripts.bench.jobs import JOBS, Job, run_fio
+from scripts.bench.layering import assign, build, pieces_of
+from scripts.bench.process import BenchError, read_cpu_seconds, run, tell
+from scripts.bench.results import Results, Sample
+from scripts.bench.scale import BLOCK, MIB, Scale
+from scripts.bench.servers import EXPORT, Nbdserve, Server, nbdkit, qemu_nbd
+
+READ_VOLUME = "layered"
+WRITE_VOLUME = "layered-to-write"
+HEAD_VOLUME = "head-only"
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """One server in one set-up; ``prepare`` runs before each of its jobs."""
+
+    name: str
+    server: Server
+    export: Callable[[Job], str]
+    prepare: Callable[[Job], None] = lambda job: None
+
+
+def compare(scale: Scale, directory: Path, sockets: Path, results: Results) -> None:
+    """Run all jobs on all servers for all rounds, into ``results.samples``."""
+    jobs = [job for job in JOBS if job.depth > 1 and job.block != 16 << 10] if scale.quick else JOBS
+    with _contestants(scale, directory, sockets) as contestants:
+        for turn in range(scale.rounds):
+            for number, job in enumerate(jobs):
+                line = []
+                for place in range(len(contestants)):
+                    # Who goes first changes, lest one always follows another's leftovers.
+                    contestant = contestants[(place + turn + number) % len(contestants)]
+                    sample = _measure(scale, contestant, job, turn)
+                    results.samples.append(sample)
+                    line.append(f"{contestant.name} {sample.iops:,.0f}")
+                tell(f"  round {turn + 1}, {job.name}, a second: {'; '.join(line)}")
+
+
+def _measure(scale: Scale, contestant: Contestant, job: Job, turn: int) -> Sample:
+    contestant.prepare(job)
+    os.sync()
+    export, server = contestant.export(job), contestant.server
+    with Client(server.socket, export):
+        before = read_cpu_seconds(server.pid)
+        load = run_fio(job, server.uri(export), scale.volume, scale.job_milliseconds, turn + 1)
+        used = read_cpu_seconds(server.pid) - before
+    return Sample(
+        round=turn,
+        job=job.name,
+        server=contestant.name,
+        iops=load.iops,
+        p99_microseconds=load.p99_microseconds,
+        cpu_microseconds=used / load.operations * 1e6,
+    )
+
+
+@contextlib.contextmanager
+def _contestants(scale: Scale, directory: Path, sockets: Path) -> Iterator[list[Contestant]]:
+    """All of them, running, with volumes and images made."""
+    tell("  making volumes and images")
+    content = random.Random(1).randbytes(scale.volume)
+    raw, qemu_raw, qcow2 = (directory / name for name in ("nbdkit.raw", "qemu.raw", "qemu.qcow2"))
+    raw.write_bytes(content)
+    shutil.copyfile(raw, qemu_raw)
+    run("qemu-img", "convert", "-f", "raw", "-O", "qcow2", raw, qcow2)
+    ours = Nbdserve(directory / "nbdserve", sockets)
+    with contextlib.ExitStack() as stack:
+        daemon = stack.enter_context(ours.serving())
+        restore = _build_volumes(scale, ours, memoryview(content))
+        peers = {
+            names.NBDKIT: stack.enter_context(nbdkit(raw, sockets)),
+            names.QEMU_RAW: stack.enter_context(qemu_nbd(qemu_raw, "raw", sockets)),
+            names.QEMU_QCOW2: stack.enter_context(qemu_nbd(qcow2, "qcow2", sockets)),
+        }
+        contestants = [
+            *(Contestant(name, peer, lambda job: EXPORT) for name, peer in peers.items()),
+            Contestant(
+                names.NBDSERVE,
+                daemon,
+                lambda job: WRITE_VOLUME if job.writes else READ_VOLUME,
+                prepare=lambda job: restore() if job.writes else None,
+            ),
+            Contestant(names.HEAD_ONLY, daemon, lambda job: HEAD_VOLUME),
+        ]
+        _check_content(contestants, hashlib.sha256(content).digest())
+        del content
+        yield contestants
+
+
+def _build_volumes(scale: Scale, ours: Nbdserve, content: memoryview) -> Callable[[], None]:
+    """Make nbdserve's volumes; what brings the one for writing back to its first state."""
+    assignment = assign(scale.volume // BLOCK, scale.snapshots + 1, seed=2)
+    for volume in (READ_VOLUME, WRITE_VOLUME, HEAD_VOLUME):
+        ours.command("volume", "create", volume, "--size", str(scale.volume))
+        build(ours.socket, volume, assignment, content, partial(_take_snapshot, ours, volume))
+    with Client(ours.socket, HEAD_VOLUME) as client:
+        client.write_many((at, content[at : at + BLOCK]) for at in range(0, scale.volume, BLOCK))
+        client.flush()
+    newest = f"{WRITE_VOLUME}@s{scale.snapshots - 1}"
+    share = [
+        (offset, bytes(data)) for offset, data in pieces_of(scale.snapshots, assignment, content)
+    ]
+
+    def restore() -> None:
+        ours.command("snapshot", "rollback", newest)
+        with Client(ours.socket, WRITE_VOLUME) as client:
+            client.write_many(share)
+            client.flush()
+
+    return restore
+
+
+def _take_snapshot(ours: Nbdserve, volume: str, layer: int) -> None:
+    ours.command("snapshot", "create", f"{volume}@s{layer}")
+
+
+def _check_content(contestants: list[Contestant], expected: bytes) -> None:
+    """All must serve the same bytes; reading them also has them in the page cache."""
+    for contestant in contestants:
+        for export in {contestant.export(job) for job in JOBS}:
+            digest = hashlib.sha256()
+            with Client(contestant.server.socket, export) as client:
+                for offset in range(0, client.size, MIB):
+                    digest.update(client.read(offset, MIB))
+            if digest.digest() != expected:
+                raise BenchError(f"{contestant.name} serves other bytes than were written")

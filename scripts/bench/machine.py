@@ -1,0 +1,46 @@
+"""The machine and the versions of everything measured."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+from pathlib import Path
+
+from scripts.bench.process import run
+
+
+def describe_machine(directory: Path, project: Path) -> dict[str, str]:
+    """What a reader must know to compare with another machine; ``directory`` holds the volumes."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return {
+        "processor": parse_model(Path("/proc/cpuinfo").read_text(errors="replace")),
+        "processors": str(os.cpu_count()),
+        "memory": f"{memory / (1 << 30):.1f} GiB",
+        "file system": run("stat", "--file-system", "--format=%T", directory).strip(),
+        "kernel": platform.release(),
+        "Python": platform.python_version(),
+        "nbdserve": _revision(project),
+        "fio": run("fio", "--version").strip(),
+        "nbdkit": run("nbdkit", "--version").strip(),
+        "qemu-nbd": run("qemu-nbd", "--version").splitlines()[0].strip(),
+    }
+
+
+def parse_model(cpuinfo: str) -> str:
+    """The processor's name in /proc/cpuinfo; the architecture where it has none (ARM)."""
+    for line in cpuinfo.splitlines():
+        name, _, value = line.partition(":")
+        if name.strip() == "model name":
+            return value.strip()
+    return platform.machine()
+
+
+def _revision(project: Path) -> str:
+    described = subprocess.run(
+        ["git", "-C", str(project), "describe", "--always", "--dirty", "--exclude=*"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return described.stdout.strip() or "unknown revision"
