@@ -92,6 +92,16 @@ class LayerClaim(Protocol):
         """Let go; a second call does nothing."""
 
 
+class StagedRecord(Protocol):
+    """A record that is written and synced, but does not count until ``commit``."""
+
+    async def commit(self) -> None:
+        """Make it the record of its name; needs no space."""
+
+    async def discard(self) -> None:
+        """Remove it again."""
+
+
 class LayerStore(Protocol):
     """Where layers and records live."""
 
@@ -118,6 +128,12 @@ class LayerStore(Protocol):
 
     async def delete_layer(self, layer: str) -> None:
         """Remove a layer and all that it owns; a layer that is gone already is no error."""
+
+    async def holds_data(self, layer: str) -> bool:
+        """Whether anything was ever written to the data of a layer."""
+
+    async def set_aside_layer(self, layer: str) -> str:
+        """Move a layer out of the store without destroying it; returns where it is."""
 
     async def allocated(self, layer: str) -> int:
         """Bytes of disk space that a layer uses, its logs included."""
@@ -154,6 +170,9 @@ class LayerStore(Protocol):
 
     async def commit_record(self, kind: str, name: str, content: bytes) -> None:
         """Create or replace a record: after a crash it is the old or the new one, whole."""
+
+    async def stage_record(self, kind: str, name: str, content: bytes) -> StagedRecord:
+        """Write a record that replaces the one of its name once it is committed."""
 
     async def delete_record(self, kind: str, name: str) -> None:
         """Remove a record; one that is gone already is no error."""

@@ -8,6 +8,7 @@
     DATA/layers/<layer>/data-00000   a layer's data, a file a TiB (see local_data.py)
     DATA/layers/<layer>/<log>        a layer's logs
     DATA/layers/<layer>/claim        flock: shared by readers of other processes, or exclusive
+    DATA/lost/<layer>                layers that were set aside: they belonged to no volume
 
 A file that must appear or change whole is written under a name starting with ``.new-``, synced,
 renamed, and its directory is synced. Leftovers of that name are removed when the store is locked.
@@ -27,13 +28,13 @@ from pathlib import Path
 import aiofiles
 import aiofiles.os
 
-from backends.errors import InUseError, InvalidError, NoSpaceError, NotFoundError
+from backends.errors import CorruptError, InUseError, InvalidError, NoSpaceError, NotFoundError
 from backends.layers import Buffer, Space
 from backends.local_data import LocalDataFile
 
 _NEW = ".new-"
 RESERVE_SIZE = 8 << 20
-RECORD_KINDS = ("volumes", "transactions", "merges")
+RECORD_KINDS = ("volumes", "transactions", "merges", "deletions")
 
 
 class LocalLogFile:
@@ -79,6 +80,22 @@ class FileClaim:
             self._descriptor = -1
 
 
+class LocalStagedRecord:
+    """A record under its temporary name."""
+
+    def __init__(self, temporary: Path, path: Path) -> None:
+        self._temporary = temporary
+        self._path = path
+
+    async def commit(self) -> None:
+        await aiofiles.os.replace(self._temporary, self._path)
+        await _sync_directory(self._path.parent)
+
+    async def discard(self) -> None:
+        with contextlib.suppress(OSError):
+            await aiofiles.os.unlink(self._temporary)
+
+
 class LocalLayerStore:
     """A LayerStore in the directory ``path`` (see the module's text)."""
 
@@ -98,7 +115,12 @@ class LocalLayerStore:
                     f"{self.path} is not empty and not a data directory of nbdserve:"
                     " name one, or a directory that is empty or does not exist yet"
                 )
-            for directory in ("layers", *RECORD_KINDS):
+            if "layers" in found and "volumes" not in found:
+                raise CorruptError(
+                    f"{self.path / 'volumes'} is missing although there are layers: nothing is"
+                    " touched; restore it from a backup of the data directory"
+                )
+            for directory in (*RECORD_KINDS, "layers"):
                 (self.path / directory).mkdir(mode=0o700, exist_ok=True)
             descriptor = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         except OSError as error:
@@ -181,6 +203,18 @@ class LocalLayerStore:
         await asyncio.to_thread(shutil.rmtree, gone)
         await _sync_directory(self.path / "layers")
 
+    async def holds_data(self, layer: str) -> bool:
+        names = await aiofiles.os.listdir(self._layer(layer))
+        return any(name.startswith("data-") for name in names)
+
+    async def set_aside_layer(self, layer: str) -> str:
+        lost = self.path / "lost"
+        await aiofiles.os.makedirs(lost, 0o700, exist_ok=True)
+        await aiofiles.os.rename(self._layer(layer), lost / layer)
+        await _sync_directory(lost)
+        await _sync_directory(self.path / "layers")
+        return str(lost / layer)
+
     async def allocated(self, layer: str) -> int:
         def count() -> int:
             used = 0
@@ -256,6 +290,9 @@ class LocalLayerStore:
     async def commit_record(self, kind: str, name: str, content: bytes) -> None:
         await _replace(self.path / kind / name, content)
 
+    async def stage_record(self, kind: str, name: str, content: bytes) -> LocalStagedRecord:
+        return await _stage(self.path / kind / name, content)
+
     async def delete_record(self, kind: str, name: str) -> None:
         await _unlink(self.path / kind / name)
 
@@ -268,19 +305,28 @@ class LocalLayerStore:
 
 async def _replace(path: Path, content: bytes) -> None:
     """Write a file whole: temporary file, fsync, rename, fsync of the directory."""
+    staged = await _stage(path, content)
+    try:
+        await staged.commit()
+    except OSError as error:
+        await staged.discard()
+        _check_space(error, path.parent)
+        raise
+
+
+async def _stage(path: Path, content: bytes) -> LocalStagedRecord:
     temporary = path.with_name(f"{_NEW}{path.name}-{secrets.token_hex(4)}")
+    staged = LocalStagedRecord(temporary, path)
     try:
         async with aiofiles.open(temporary, "xb") as file:
             await file.write(content)
             await file.flush()
             await asyncio.to_thread(os.fsync, file.fileno())
-        await aiofiles.os.replace(temporary, path)
     except OSError as error:
-        with contextlib.suppress(OSError):
-            await aiofiles.os.unlink(temporary)
+        await staged.discard()
         _check_space(error, path.parent)
         raise
-    await _sync_directory(path.parent)
+    return staged
 
 
 def _check_space(error: OSError, directory: Path) -> None:

@@ -104,6 +104,20 @@ class MemoryClaim:
         pass
 
 
+class MemoryStagedRecord:
+    """A record that is committed, or not, later."""
+
+    def __init__(self, store: MemoryLayerStore, kind: str, name: str, content: bytes) -> None:
+        self._store = store
+        self._record = (kind, name, content)
+
+    async def commit(self) -> None:
+        await self._store.commit_record(*self._record)
+
+    async def discard(self) -> None:
+        pass
+
+
 class MemoryLayerStore:
     """A LayerStore in memory (see the module's text)."""
 
@@ -114,6 +128,7 @@ class MemoryLayerStore:
         self._data: dict[str, dict[int, bytearray]] = {}
         self._logs: dict[str, dict[str, bytearray]] = {}
         self._records: dict[tuple[str, str], bytes] = {}
+        self.lost: dict[str, dict[int, bytearray]] = {}
 
     def take(self, size: int) -> None:
         """Account for ``size`` more bytes; OSError ENOSPC when there is no room for them."""
@@ -149,6 +164,14 @@ class MemoryLayerStore:
         for content in self._logs.pop(layer, {}).values():
             self.take(-len(content))
         self.take(-_PAGE * len(self._data.pop(layer, {})))
+
+    async def holds_data(self, layer: str) -> bool:
+        return bool(self._data[layer])
+
+    async def set_aside_layer(self, layer: str) -> str:
+        self.lost[layer] = self._data.pop(layer)
+        del self._logs[layer]
+        return f"memory:lost/{layer}"
 
     async def allocated(self, layer: str) -> int:
         return _PAGE * len(self._data[layer]) + sum(map(len, self._logs[layer].values()))
@@ -195,6 +218,9 @@ class MemoryLayerStore:
     async def commit_record(self, kind: str, name: str, content: bytes) -> None:
         self._account(len(content), len(self._records.get((kind, name), b"")))
         self._records[kind, name] = content
+
+    async def stage_record(self, kind: str, name: str, content: bytes) -> MemoryStagedRecord:
+        return MemoryStagedRecord(self, kind, name, content)
 
     async def delete_record(self, kind: str, name: str) -> None:
         self.take(-len(self._records.pop((kind, name), b"")))

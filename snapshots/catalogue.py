@@ -90,7 +90,8 @@ class Catalogue:
         catalogue = cls(store)
         try:
             await catalogue._manifests.load()
-            await catalogue._drop_orphans()
+            await catalogue._merging.drop_condemned()
+            await catalogue._set_strangers_aside()
         except BaseException:
             catalogue._views.threads.close()
             await store.unlock()
@@ -219,7 +220,7 @@ class Catalogue:
             await self._views.discard(manifest.id)
             await self._manifests.remove(manifest)
             self._listings.forget(manifest.id)
-            await self._drop_orphans()
+            await self._merging.drop_condemned()
         self._merging.resume()
 
     # Snapshots
@@ -290,7 +291,7 @@ class Catalogue:
             rest = tuple(other for other in manifest.snapshots if other is not found)
             await self._manifests.commit([manifest.changed(snapshots=rest)])
             await self._sealing.free_head_boundary(manifest.id, found.layer)
-            await self._drop_orphans()
+            await self._merging.drop_condemned()
         await self._merging.merge_now(progress)
 
     @_to_its_end
@@ -322,7 +323,7 @@ class Catalogue:
                     await self._store.delete_layer(layer)
                 raise
             self._listings.forget(manifest.id)
-            await self._drop_orphans()
+            await self._merging.drop_condemned()
             info = await self._listings.volume(self._manifests.get(volume))
         self._merging.resume()
         return info
@@ -508,16 +509,20 @@ class Catalogue:
                 raise InUseError(f"volume {manifest.name}: a client does not let go") from None
         await self._views.discard(manifest.id)
 
-    async def _drop_orphans(self) -> None:
-        """Delete layers that nothing lists; called when every manifest could be read."""
-        if self._manifests.in_doubt is not None:
-            return
-        live = self._manifests.live_layers() | self._pins.layers() | self._views.pool.names()
-        live.update(imported.sink.layer for imported in self._imports.values())
-        for merge in self._manifests.merges.values():
-            live.update((merge.lower, merge.upper))
+    async def _set_strangers_aside(self) -> None:
+        """What to do at the start with layers that nothing lists and nothing condemned.
+
+        Without data, a layer is what an interrupted snapshot or restore left, and goes. With data
+        it may belong to a volume whose manifest was lost: it is kept out of the way.
+        """
+        known = self._manifests.live_layers() | self._merging.in_use()
         for layer in await self._store.list_layers():
-            if layer not in live:
+            if layer in known:
+                continue
+            if await self._store.holds_data(layer):
+                where = await self._store.set_aside_layer(layer)
+                _log.warning("layer %s belongs to no volume; it is kept in %s", layer, where)
+            else:
                 await self._store.delete_layer(layer)
 
     # Checks
@@ -565,7 +570,7 @@ class Catalogue:
         """Do what the pin held up."""
         try:
             async with self._turn():
-                await self._drop_orphans()
+                await self._merging.drop_condemned()
         except (OSError, StorageError) as error:
             _log.warning("layers of deleted snapshots stay for now: %s", error)
         self._merging.resume()

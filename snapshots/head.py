@@ -35,6 +35,7 @@ from snapshots.extent_log import (
 )
 from snapshots.layer import OpenLayer, apply_layer
 from snapshots.owner_map import DATA, ZERO, OwnerMap
+from snapshots.reserve import with_reserve
 
 JOURNAL_STEP = 256 << 10
 RESERVED = 64 << 10
@@ -202,7 +203,9 @@ class Head:
             )
         finally:
             holds.close()
-        await store.create_log(name, JOURNAL, content + bytes(JOURNAL_STEP))
+        await with_reserve(
+            store, lambda: store.create_log(name, JOURNAL, content + bytes(JOURNAL_STEP))
+        )
         journal = await store.open_log(name, JOURNAL, len(content))
         self._journal.close()
         self._journal = journal

@@ -27,6 +27,7 @@ class LayerPool:
     """Every layer that is open in this process, once."""
 
     store: LayerStore
+    writable: bool
     _open: dict[str, OpenLayer] = field(default_factory=dict)
     _lock: asyncio.Lock = field(default_factory=asyncio.Lock)
 
@@ -35,7 +36,7 @@ class LayerPool:
         async with self._lock:
             layer = self._open.get(name)
             if layer is None:
-                layer = OpenLayer(name, await self.store.open_data(name, writable=True))
+                layer = OpenLayer(name, await self.store.open_data(name, writable=self.writable))
                 self._open[name] = layer
             layer.users += 1
             return layer

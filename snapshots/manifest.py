@@ -11,7 +11,7 @@ replayed after a crash without undoing anything later.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, TypeVar
 
@@ -142,6 +142,16 @@ def unpack_transaction(content: bytes, where: str) -> list[Manifest]:
             for found in unpack_record(content, VERSION, where)["manifests"]
         ],
     )
+
+
+def pack_deletion(layers: Iterable[str]) -> bytes:
+    """Layers that are to be deleted where no manifest lists them."""
+    return pack_record(VERSION, {"layers": sorted(layers)})
+
+
+def unpack_deletion(content: bytes, where: str) -> frozenset[str]:
+    """Read a deletion's record."""
+    return _checked(where, lambda: frozenset(unpack_record(content, VERSION, where)["layers"]))
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,10 @@ A commit of one manifest replaces one record. A commit of several writes them in
 record first: that is the commit; then each record is replaced and the transaction removed. What
 a crash leaves of that is replayed when the store is loaded.
 
-Reference counts are nowhere stored: a layer lives when a manifest lists it.
+Reference counts are nowhere stored: a layer lives when a manifest lists it. A commit after which
+no manifest lists a layer any more first **condemns** it in a deletion's record: only such layers
+are ever deleted. A layer that nothing lists and nothing condemned may be somebody's only copy,
+whose manifest was lost.
 
 **In doubt.** When a commit fails after its record may have been replaced (the sync of a directory
 failed, say), nobody knows which of two manifests the next start will find. Then nothing more is
@@ -16,7 +19,8 @@ from __future__ import annotations
 import errno
 import logging
 import secrets
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Set
+from dataclasses import dataclass
 
 from backends.errors import (
     CorruptError,
@@ -25,22 +29,37 @@ from backends.errors import (
     StorageError,
     UnavailableError,
 )
-from backends.layers import LayerStore
+from backends.layers import LayerStore, StagedRecord
 from snapshots.extent_log import MERGE, encode_header
 from snapshots.manifest import (
     Manifest,
     Merge,
+    pack_deletion,
     pack_transaction,
+    unpack_deletion,
     unpack_manifest,
     unpack_merge,
     unpack_transaction,
 )
+from snapshots.reserve import with_reserve
 
 _log = logging.getLogger(__name__)
 
 _VOLUMES = "volumes"
 _TRANSACTIONS = "transactions"
 _MERGES = "merges"
+_DELETIONS = "deletions"
+
+
+@dataclass(frozen=True)
+class StagedCommit:
+    """Manifests that are written, and count once ``ManifestStore.finish`` has been called."""
+
+    manifests: tuple[Manifest, ...]
+    record: StagedRecord
+    kind: str
+    name: str
+    content: bytes
 
 
 class ManifestStore:
@@ -50,6 +69,7 @@ class ManifestStore:
         self._store = store
         self.volumes: dict[str, Manifest] = {}
         self.merges: dict[str, Merge] = {}
+        self.condemned: dict[str, frozenset[str]] = {}
         self.in_doubt: str | None = None
         self._names: dict[str, str] = {}
 
@@ -76,6 +96,10 @@ class ManifestStore:
                 other = self._names[manifest.name]
                 raise CorruptError(f"two volumes are named {manifest.name}: {manifest.id}, {other}")
             self._names[manifest.name] = manifest.id
+        for name in await store.list_records(_DELETIONS):
+            where = store.describe_record(_DELETIONS, name)
+            content = await store.read_record(_DELETIONS, name)
+            self.condemned[name] = unpack_deletion(content, where)
         for name in await store.list_records(_MERGES):
             where = store.describe_record(_MERGES, name)
             merge = unpack_merge(await store.read_record(_MERGES, name), where)
@@ -129,21 +153,41 @@ class ManifestStore:
 
     async def commit(self, manifests: list[Manifest]) -> None:
         """Make these the manifests of their volumes, all or none, durably."""
+        await self.finish(await self.stage(manifests))
+
+    async def stage(self, manifests: list[Manifest]) -> StagedCommit:
+        """Write everything that ``finish`` needs, which then needs no space."""
+        self.check()
+        new = {manifest.id: manifest for manifest in manifests}
+        await self._condemn(new)
         if len(manifests) == 1:
-            await self._commit_record(_VOLUMES, manifests[0].id, manifests[0].pack())
+            kind, name, content = _VOLUMES, manifests[0].id, manifests[0].pack()
         else:
-            name = secrets.token_hex(8)
-            await self._commit_record(_TRANSACTIONS, name, pack_transaction(manifests))
+            kind, name, content = _TRANSACTIONS, secrets.token_hex(8), pack_transaction(manifests)
+        record = await with_reserve(
+            self._store, lambda: self._store.stage_record(kind, name, content)
+        )
+        return StagedCommit(tuple(manifests), record, kind, name, content)
+
+    async def finish(self, staged: StagedCommit) -> None:
+        """Commit what was staged."""
+        kind, name = staged.kind, staged.name
+        try:
+            await self._commit_surely(staged.record.commit, kind, name, staged.content)
+        except BaseException:
+            await staged.record.discard()
+            raise
+        if kind == _TRANSACTIONS:
             # Committed. What fails from here on is done again when the store is loaded.
             try:
-                for manifest in manifests:
+                for manifest in staged.manifests:
                     await self._commit_record(_VOLUMES, manifest.id, manifest.pack())
                 await self._store.delete_record(_TRANSACTIONS, name)
             except (OSError, StorageError) as error:
                 self.in_doubt = None  # whichever is found there, the transaction settles it
                 where = self._store.describe_record(_TRANSACTIONS, name)
                 _log.warning("%s is finished at the next start: %s", where, error)
-        for manifest in manifests:
+        for manifest in staged.manifests:
             old = self.volumes.get(manifest.id)
             if old is not None:
                 del self._names[old.name]
@@ -151,17 +195,49 @@ class ManifestStore:
             self._names[manifest.name] = manifest.id
 
     async def remove(self, manifest: Manifest) -> None:
-        """Forget a volume durably; its layers stay where they are."""
+        """Forget a volume durably; layers that nothing lists then are condemned."""
         self.check()
+        await self._condemn({manifest.id: None})
         await self._store.delete_record(_VOLUMES, manifest.id)
         del self.volumes[manifest.id]
         del self._names[manifest.name]
+
+    # Condemned layers
+
+    async def _condemn(self, new: Mapping[str, Manifest | None]) -> None:
+        """Note the layers that no manifest lists any more once ``new`` replaces what there is."""
+        lost: set[str] = set()
+        for volume in new:
+            if volume in self.volumes:
+                lost.update(self.volumes[volume].parents)
+        for volume, manifest in {**self.volumes, **new}.items():
+            if lost and manifest is not None and (volume in new or lost & manifest.parents.keys()):
+                lost.difference_update(manifest.parents)
+        if lost:
+            name = secrets.token_hex(8)
+            # Whether a failed one is there does not matter: it touches no layer that is listed.
+            await with_reserve(
+                self._store,
+                lambda: self._store.commit_record(_DELETIONS, name, pack_deletion(lost)),
+            )
+            self.condemned[name] = frozenset(lost)
+
+    async def delete_condemned(self, keep: Set[str]) -> None:
+        """Delete condemned layers but for those in ``keep``, which live or are still in use."""
+        live = self.live_layers()
+        for name, layers in list(self.condemned.items()):
+            waiting = layers & keep - live
+            for layer in layers - keep - live:
+                await self._store.delete_layer(layer)
+            if not waiting:
+                await self._store.delete_record(_DELETIONS, name)
+                del self.condemned[name]
 
     async def begin_merge(self, merge: Merge) -> None:
         """Note durably that a merge is under way, with an empty log."""
         self.check()
         header = encode_header(merge.target, MERGE)
-        await self._store.create_log(merge.target, MERGE, header)
+        await with_reserve(self._store, lambda: self._store.create_log(merge.target, MERGE, header))
         await self._commit_record(_MERGES, merge.target, merge.pack())
         self.merges[merge.target] = merge
 
@@ -181,14 +257,19 @@ class ManifestStore:
 
     async def _commit_record(self, kind: str, name: str, content: bytes) -> None:
         self.check()
+
+        async def commit() -> None:
+            await with_reserve(self._store, lambda: self._store.commit_record(kind, name, content))
+
+        await self._commit_surely(commit, kind, name, content)
+
+    async def _commit_surely(
+        self, commit: Callable[[], Awaitable[None]], kind: str, name: str, content: bytes
+    ) -> None:
+        """Commit a record; when it fails, know that it did, or be in doubt."""
+        self.check()
         try:
-            try:
-                await self._store.commit_record(kind, name, content)
-            except NoSpaceError:
-                # What was kept back for this very case.
-                if not await self._store.release_reserve():
-                    raise
-                await self._store.commit_record(kind, name, content)
+            await commit()
         except NoSpaceError:
             raise
         except BaseException as error:

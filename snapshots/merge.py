@@ -36,6 +36,7 @@ from snapshots.manifest_store import ManifestStore, is_no_space
 from snapshots.names import BLOCK_SHIFT, BLOCK_SIZE
 from snapshots.open_views import OpenViews
 from snapshots.owner_map import DATA, ZERO, OwnerMap
+from snapshots.reserve import with_reserve
 
 CHUNK = 4 << 20
 _CHUNK_BLOCKS = CHUNK >> BLOCK_SHIFT
@@ -107,7 +108,6 @@ class Merger:
         finally:
             self._views.pool.release(target)
             self._views.pool.release(source)
-        await self._store.delete_layer(merge.source)
         return True
 
     async def _begin(self) -> tuple[LogFile, OwnerMap]:
@@ -195,7 +195,7 @@ class Merger:
                     hides = any(found == DATA for _, _, found in below.runs(first, last))
                     if kind == ZERO and not hides:
                         holds.set(first, last, 0)
-            await write_index(store, merge.target, holds)
+            await with_reserve(store, lambda: write_index(store, merge.target, holds))
         finally:
             holds.close()
             below.close()

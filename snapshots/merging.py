@@ -69,6 +69,18 @@ class Merging:
         while self._running is not None and self._pins.touch(_pair(self._running)):
             await self._ended.wait()
 
+    async def drop_condemned(self) -> None:
+        """Delete condemned layers as far as nothing uses them; the caller holds ``commits``."""
+        if self._manifests.in_doubt is None:
+            await self._manifests.delete_condemned(self.in_use())
+
+    def in_use(self) -> set[str]:
+        """Layers that pins, open views or merges use, listed in a manifest or not."""
+        used = self._pins.layers() | self._views.pool.names()
+        for merge in self._manifests.merges.values():
+            used.update(_pair(merge))
+        return used
+
     async def stop(self) -> None:
         """Stop after the chunk in hand."""
         self._stopping = True
@@ -110,9 +122,7 @@ class Merging:
                 if not self._manifests.uses(merge.source):
                     # Its volume was deleted or rolled back meanwhile.
                     await self._manifests.end_merge(merge)
-                    await self._store.delete_layer(merge.source)
-                    if not self._manifests.uses(merge.target):
-                        await self._store.delete_layer(merge.target)
+                    await self.drop_condemned()
                 elif self._free(merge.lower, merge.upper, tried):
                     tried.add(_pair(merge))
                     return merge
@@ -142,7 +152,9 @@ class Merging:
                 claims.append(claim)
             blocks = self._blocks(merge.lower)
             merger = Merger(self._store, self._manifests, self._views, self._commits, merge, blocks)
-            await merger.run(lambda: self._wanted(merge), progress)
+            if await merger.run(lambda: self._wanted(merge), progress):
+                async with self._commits:
+                    await self.drop_condemned()
         finally:
             for claim in claims:
                 claim.release()

@@ -44,10 +44,12 @@ class OpenViews:
     def __init__(self, store: LayerStore, manifests: ManifestStore) -> None:
         self.stacks = asyncio.Lock()
         self.threads = Threads()
-        self.pool = LayerPool(store)
+        self.pool = LayerPool(store, writable=True)
         self._store = store
         self._manifests = manifests
         self._open: dict[str, OpenView] = {}
+        # What is cached of a volume that failed may not be what is on disk, opened again or not.
+        self._failures: dict[str, str] = {}
 
     def get(self, key: str) -> OpenView | None:
         """The open view of a volume's or snapshot's id."""
@@ -97,6 +99,7 @@ class OpenViews:
                 if found.users == 0 and self._open.get(key) is found:
                     await _flush(found.view)
                     await self.close_view(found.view)
+                    self._note_failure(key, found.view)
                     del self._open[key]
 
     def add_handle(self, key: str, handle: Handle) -> None:
@@ -119,6 +122,11 @@ class OpenViews:
             if found is not None and found.users == 0:
                 del self._open[key]
                 await self.close_view(found.view)
+                self._note_failure(key, found.view)
+
+    def _note_failure(self, key: str, view: View) -> None:
+        if isinstance(view, Volume) and view.failure:
+            self._failures[key] = view.failure
 
     async def _build_volume(self, manifest: Manifest) -> Volume:
         owners = OwnerMap(manifest.size >> BLOCK_SHIFT)
@@ -127,6 +135,7 @@ class OpenViews:
             stack = manifest.stack(manifest.head)
             await load_stack(volume, stack[:-1], self._manifests.merges, self._store, self.pool)
             volume.head = await self.open_head(volume, manifest.head)
+            volume.failure = self._failures.get(manifest.id)
         except BaseException:
             await self.close_view(volume)
             raise

@@ -116,6 +116,19 @@ class OwnerMap:
                 yield position, stop, value
                 position = stop
 
+    def touched_spans(self, first: int, last: int) -> Iterator[tuple[int, int]]:
+        """(start, end) of what may not be 0 between ``first`` and ``last``, region by region."""
+        span: tuple[int, int] | None = None
+        for start, end in self._touched_ranges(first, last):
+            if span is not None and span[1] == start:
+                span = (span[0], end)
+                continue
+            if span is not None:
+                yield span
+            span = (start, end)
+        if span is not None:
+            yield span
+
     def grown(self, blocks: int) -> OwnerMap:
         """A larger map with the same content."""
         larger = OwnerMap(blocks)

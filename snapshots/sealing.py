@@ -1,6 +1,7 @@
 """Sealing heads: the gate of a snapshot and its commit, for one volume or a group at one instant.
 
-1. Create the next heads, and sync what is pending so that the gate has little to capture.
+1. Create the next heads, write the next manifests under temporary names, and sync what is pending
+   so that the gate has little to capture. All that needs space is done then.
 2. The gate: swap every volume's head in one step of the event loop (volume.py).
 3. Make the old heads durable, commit the manifests in one commit; FLUSHes wait until then.
 4. Later, turn each sealed layer's journal into its index.
@@ -19,7 +20,7 @@ from backends.errors import StorageError
 from backends.layers import LayerStore
 from snapshots.head import Head
 from snapshots.manifest import Manifest, Snapshot
-from snapshots.manifest_store import ManifestStore
+from snapshots.manifest_store import ManifestStore, StagedCommit
 from snapshots.merging import Merging
 from snapshots.open_views import OpenViews
 from snapshots.volume import Volume
@@ -43,7 +44,7 @@ class Sealing:
 
     async def seal(self, manifests: list[Manifest], snapshots: Sequence[Snapshot | None]) -> None:
         """Give each volume a new head, and its old one the name of a snapshot or none."""
-        prepared: list[tuple[Manifest, Volume, Head]] = []
+        prepared: list[tuple[Volume, Head]] = []
         acquired: list[str] = []
         try:
             try:
@@ -51,14 +52,26 @@ class Sealing:
                     volume = await self._views.acquire_volume(manifest)
                     acquired.append(manifest.id)
                     head = await self._views.add_head(volume, secrets.token_hex(8))
-                    prepared.append((manifest, volume, head))
-                for _, volume, _ in prepared:
-                    await volume.settle()
+                    prepared.append((volume, head))
+                staged = await self._manifests.stage(
+                    [
+                        _sealed(manifest, head.layer.name, snapshot)
+                        for manifest, (_, head), snapshot in zip(
+                            manifests, prepared, snapshots, strict=True
+                        )
+                    ]
+                )
+                try:
+                    for volume, _ in prepared:
+                        await volume.settle()
+                except BaseException:
+                    await staged.record.discard()
+                    raise
             except BaseException:
-                for _, volume, head in prepared:
+                for volume, head in prepared:
                     await self._views.remove_head(volume, head)
                 raise
-            await self._swap_and_commit(prepared, snapshots)
+            await self._swap_and_commit(prepared, staged)
             for manifest in manifests:
                 self._merging.index(manifest.head)
         finally:
@@ -66,29 +79,23 @@ class Sealing:
                 await self._views.release(key)
 
     async def _swap_and_commit(
-        self, prepared: list[tuple[Manifest, Volume, Head]], snapshots: Sequence[Snapshot | None]
+        self, prepared: list[tuple[Volume, Head]], staged: StagedCommit
     ) -> None:
         sealed = []
         # The gate: no await between the first swap and the last.
-        for _, volume, head in prepared:
+        for volume, head in prepared:
             volume.commit_begins()
             sealed.append(volume.swap_head(head))
         try:
-            for (_, volume, _), (old, runs) in zip(prepared, sealed, strict=True):
+            for (volume, _), (old, runs) in zip(prepared, sealed, strict=True):
                 await volume.finish_seal(old, runs)
-            new = []
-            for (manifest, _, head), snapshot in zip(prepared, snapshots, strict=True):
-                name = head.layer.name
-                taken = manifest.snapshots if snapshot is None else (*manifest.snapshots, snapshot)
-                parents = {**manifest.parents, name: manifest.head}
-                new.append(manifest.changed(head=name, parents=parents, snapshots=taken))
-            await self._manifests.commit(new)
+            await self._manifests.finish(staged)
         except BaseException as error:
-            for _, volume, _ in prepared:
+            for volume, _ in prepared:
                 volume.fail(f"the commit of a snapshot failed: {error}")
             raise
         finally:
-            for (_, volume, _), (old, _) in zip(prepared, sealed, strict=True):
+            for (volume, _), (old, _) in zip(prepared, sealed, strict=True):
                 volume.commit_ended()
                 old.close()
 
@@ -109,3 +116,10 @@ class Sealing:
             await self.seal([manifest], [None])
         except (OSError, StorageError) as error:
             _log.warning("space of a deleted snapshot of %s is kept: %s", manifest.name, error)
+
+
+def _sealed(manifest: Manifest, head: str, snapshot: Snapshot | None) -> Manifest:
+    """The next generation, with a new head on top of the old one."""
+    taken = manifest.snapshots if snapshot is None else (*manifest.snapshots, snapshot)
+    parents = {**manifest.parents, head: manifest.head}
+    return manifest.changed(head=head, parents=parents, snapshots=taken)

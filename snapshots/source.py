@@ -99,7 +99,7 @@ async def open_source(store: LayerStore, description: SourceDescription) -> Snap
             stack.insert(0, top)
             top = description.parents[top]
         merges = {merge["target"]: Merge(**merge) for merge in description.merges}
-        await load_stack(view, stack, merges, store, LayerPool(store))
+        await load_stack(view, stack, merges, store, LayerPool(store, writable=False))
     except BaseException:
         for _, opened in view.stack:
             opened.data.close()

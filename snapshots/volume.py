@@ -267,19 +267,23 @@ class Volume(View):
     async def _disown(self, first: int, last: int) -> None:
         async with self._locks.hold(first, last):
             self._check_writable()
+            # From the first owned block to the end of what was ever touched, as one run: what is
+            # not owned in between is zero as it is.
+            runs = [
+                (run[0], end)
+                for start, end in self.owners.touched_spans(first, last)
+                if (run := next(self.owners.owned_runs(start, end), None)) is not None
+            ]
             head = self.head
-            if len(head.pending) >= head.zero_limit:
+            if len(head.pending) + len(runs) > head.zero_limit:
                 await self._sync_head()
                 head = self.head
-                if len(head.pending) >= head.zero_limit:
+                if len(head.pending) + len(runs) > head.zero_limit:
                     raise OSError(errno.ENOSPC, "no space left for the journal")
-            run = next(self.owners.owned_runs(first, last), None)
-            if run is None:
-                return
-            # One run to the end: what is not owned in between is zero as it is.
-            self.owners.set(run[0], last, 0)
-            head.take(run[0], last, ZERO)
-            if len(head.pending) == SYNC_FROM:
+            for start, end in runs:
+                self.owners.set(start, end, 0)
+                head.take(start, end, ZERO)
+            if runs and len(head.pending) >= SYNC_FROM:
                 self._start(self.flush())
 
     # Flushing

@@ -36,7 +36,7 @@ T = TypeVar("T")
 BLOCK = 4096
 MAX_BLOCKS = 24
 OPERATIONS = 20_000
-_counted = 0
+counted: list[int] = []
 
 
 class ReluctantDataFile(MemoryDataFile):
@@ -96,8 +96,7 @@ class VolumeModel(RuleBasedStateMachine):
         self.names = 0
 
     def run(self, operation: Coroutine[Any, Any, T]) -> T:
-        global _counted
-        _counted += 1
+        counted.append(1)
         return self.runner.run(operation)
 
     def teardown(self) -> None:
@@ -404,4 +403,4 @@ def test_random_operations_match_the_model(monkeypatch: pytest.MonkeyPatch) -> N
             suppress_health_check=list(HealthCheck),
         ),
     )
-    assert _counted >= OPERATIONS, f"only {_counted} operations were run"
+    assert len(counted) >= OPERATIONS, f"only {len(counted)} operations were run"
