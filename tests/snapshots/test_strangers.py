@@ -1,4 +1,4 @@
-"""Layers that no manifest lists go when a commit condemned them or they are empty; else they stay."""
+"""Layers that no manifest lists: condemned or empty ones go, the others are kept."""
 
 from __future__ import annotations
 
