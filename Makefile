@@ -1,5 +1,6 @@
 # make run    set up what is missing and serve a demo volume in the foreground
-# make test   set up what is missing and run every test, real clients and servers included
+# make test   set up what is missing, then lint, types and every test, real clients and servers
+#             included
 # make check  format, lint, types and the fast tests
 # make bench  measure beside nbdkit and qemu-nbd; BENCH="--quick" only sees that it runs
 
@@ -13,7 +14,7 @@ BENCH ?=
 # Python without the suffix that tools find it by.
 SCRIPTS := scripts/kernel-vm scripts/s3-test-server
 
-.PHONY: run test check bench
+.PHONY: run test check lint bench
 .DELETE_ON_ERROR:
 
 $(VENV)/installed: pyproject.toml
@@ -33,15 +34,17 @@ $(VENV)/installed: pyproject.toml
 run: $(VENV)/installed
 	@scripts/demo $(PORT)
 
-test: $(VENV)/installed
+test: lint
 	@scripts/install-test-dependencies
 	$(BIN)/python -m pytest --durations=15
 
-check: $(VENV)/installed
+lint: $(VENV)/installed
 	$(BIN)/ruff format --check . $(SCRIPTS)
 	$(BIN)/ruff check . $(SCRIPTS)
 	$(BIN)/mypy
 	$(BIN)/mypy --scripts-are-modules $(SCRIPTS)
+
+check: lint
 	$(BIN)/python -m pytest -m 'not integration'
 
 $(VENV)/installed-bench: $(VENV)/installed
