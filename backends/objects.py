@@ -21,9 +21,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Protocol
-from urllib.parse import unquote, urlsplit
 
 from backends.errors import InvalidError
 
@@ -90,37 +88,3 @@ def check_prefix(prefix: str) -> str:
 def is_component(name: str) -> bool:
     """Tell whether ``name`` may stand between the slashes of a key."""
     return _COMPONENT.match(name) is not None
-
-
-def open_object_store(url: str, *, create: bool = False) -> ObjectStore:
-    """Open ``file:///directory`` or ``s3://bucket/prefix``.
-
-    With ``create`` a missing directory is made (its parent must exist); a bucket never is. Raises
-    InvalidError for any other URL. Opening an S3 store sends nothing yet.
-    """
-    parts = urlsplit(url)
-    # A URL with a password in it must not come back in a message.
-    shown = repr(url) if "@" not in url else "the URL with the '@' in it"
-    usage = "use file:///directory or s3://bucket/prefix"
-    if parts.scheme not in ("file", "s3"):
-        raise InvalidError(f"{shown} is not a repository: {usage}")
-    if "@" in url or parts.query or parts.fragment:
-        raise InvalidError(
-            f"{shown} is not a repository: it may hold no user, query or fragment; {usage}"
-        )
-    # Each store brings imports that the other has no use for; boto3 alone takes half a second.
-    if parts.scheme == "file":
-        from backends.directory_objects import DirectoryObjectStore  # noqa: PLC0415
-
-        path = unquote(parts.path)
-        if parts.netloc not in ("", "localhost") or not path.startswith("/") or "\0" in path:
-            raise InvalidError(f"{shown} needs an absolute path: file:///directory")
-        return DirectoryObjectStore(Path(path), create=create)
-    from backends.s3_objects import S3ObjectStore  # noqa: PLC0415
-
-    prefix = parts.path.strip("/")
-    if not parts.netloc:
-        raise InvalidError(f"{shown} names no bucket: use s3://bucket/prefix")
-    if prefix:
-        check_key(prefix)
-    return S3ObjectStore(parts.netloc, prefix)

@@ -7,7 +7,8 @@ import time
 from collections.abc import Callable
 
 from backends.errors import ExistsError, InvalidError, NotFoundError, StorageError
-from backends.objects import ObjectStore, open_object_store
+from backends.object_urls import open_object_store
+from backends.objects import ObjectStore
 from snapshots.names import check_name
 from snapshots.repository.holdings import describe_object, list_snapshots, read_outcome
 from snapshots.repository.interfaces import Progress, Sink, Source

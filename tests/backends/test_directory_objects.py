@@ -14,7 +14,7 @@ from backends.errors import (
     NotFoundError,
     UnavailableError,
 )
-from backends.objects import open_object_store
+from backends.object_urls import open_object_store
 
 
 def files(root: Path) -> list[str]:

@@ -18,7 +18,7 @@ from backends.errors import (
     StorageError,
     UnavailableError,
 )
-from backends.objects import open_object_store
+from backends.object_urls import open_object_store
 from backends.s3_objects import S3ObjectStore
 
 SECRET = "verysecretkey"

@@ -9,7 +9,8 @@ from collections.abc import Callable
 import pytest
 
 from backends.errors import NotFoundError, UnavailableError
-from backends.objects import ObjectStore, open_object_store
+from backends.object_urls import open_object_store
+from backends.objects import ObjectStore
 from snapshots.repository import init_repository, open_repository
 from tests.backends.test_objects_contract import ObjectStoreContract
 from tests.integration.parts import S3Server
