@@ -33,7 +33,7 @@ def main() -> int:
     os.environ["PATH"] = os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/sbin"])
     try:
         return _run(options)
-    except BenchError as error:
+    except (BenchError, OSError) as error:
         print(f"bench: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

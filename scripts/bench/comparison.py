@@ -18,7 +18,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-import random
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -28,7 +27,7 @@ from pathlib import Path
 from scripts.bench import results as names
 from scripts.bench.client import Client
 from scripts.bench.jobs import JOBS, Job, run_fio
-from scripts.bench.layering import assign, build, pieces_of
+from scripts.bench.layering import assign, build, make_content, pieces_of
 from scripts.bench.process import BenchError, read_cpu_seconds, run, tell
 from scripts.bench.results import Results, Sample
 from scripts.bench.scale import BLOCK, MIB, Scale
@@ -87,7 +86,7 @@ def _measure(scale: Scale, contestant: Contestant, job: Job, turn: int) -> Sampl
 def _contestants(scale: Scale, directory: Path, sockets: Path) -> Iterator[list[Contestant]]:
     """All of them, running, with volumes and images made."""
     tell("  making volumes and images")
-    content = random.Random(1).randbytes(scale.volume)
+    content = make_content(scale.volume, seed=1)
     raw, qemu_raw, qcow2 = (directory / name for name in ("nbdkit.raw", "qemu.raw", "qemu.qcow2"))
     raw.write_bytes(content)
     shutil.copyfile(raw, qemu_raw)

@@ -7,7 +7,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from scripts.bench.client import Client
-from scripts.bench.scale import BLOCK
+from scripts.bench.scale import BLOCK, MIB
+
+
+def make_content(size: int, seed: int) -> bytes:
+    """Random bytes, whole MiB of them, the same for the same arguments."""
+    source = random.Random(seed)
+    return b"".join(source.randbytes(MIB) for _ in range(size // MIB))
 
 
 def assign(blocks: int, layers: int, seed: int, together: int = 1) -> bytes:

@@ -6,7 +6,6 @@ volume has, and of very many; each block, or each 64 KiB, is in a layer chosen a
 
 from __future__ import annotations
 
-import random
 import statistics
 from dataclasses import dataclass
 from functools import partial
@@ -14,7 +13,7 @@ from pathlib import Path
 
 from scripts.bench.client import Client
 from scripts.bench.jobs import Job, run_fio
-from scripts.bench.layering import assign, build
+from scripts.bench.layering import assign, build, make_content
 from scripts.bench.process import tell
 from scripts.bench.results import Measurement, Results
 from scripts.bench.scale import BLOCK, MIB, Scale
@@ -43,7 +42,7 @@ class Mixture:
 def measure_layers(scale: Scale, directory: Path, sockets: Path, results: Results) -> None:
     """Into ``results``: requests a second on each of the volumes, medians of the rounds."""
     ours = Nbdserve(directory / "nbdserve", sockets)
-    content = memoryview(random.Random(4).randbytes(scale.volume))
+    content = memoryview(make_content(scale.volume, seed=4))
     few = scale.snapshots + 1
     mixtures = (Mixture(1, 1), Mixture(few, 16), Mixture(few, 1), Mixture(scale.layers, 1))
     with ours.serving() as daemon:
