@@ -7,6 +7,7 @@ import signal
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -90,19 +91,22 @@ def _run(options: argparse.Namespace) -> int:
     results = Results(
         machine=describe_machine(options.directory, PROJECT), scale=scale, begun=begun, load=load
     )
-    measure(scale, options.directory, results)
-    results.seconds = time.time() - begun
-    (options.results / "results.json").write_text(results.to_json())
-    text = report.format_report(results)
-    (options.results / "report.md").write_text(text)
-    chart.draw(results, options.results / "chart.png")
-    print(text)
+    for _ in measure(scale, options.directory, results):
+        # After every part, so that what fails later does not take this with it.
+        results.seconds = time.time() - begun
+        (options.results / "results.json").write_text(results.to_json())
+        (options.results / "report.md").write_text(report.format_report(results) + "\n")
+        chart.draw(results, options.results / "chart.png")
+    print(report.format_report(results))
     print(f"Written to {options.results}: results.json, report.md, chart.png")
     return 0
 
 
-def measure(scale: Scale, directory: Path, results: Results) -> None:
-    """Run everything into ``results``; leaves no process and no file behind, whatever happens."""
+def measure(scale: Scale, directory: Path, results: Results) -> Iterator[None]:
+    """Run all parts into ``results``, yielding after each.
+
+    Whatever happens, no process and no file is left behind.
+    """
     for name, part in (
         ("comparison", comparison.compare),
         ("gate", measure_gate),
@@ -118,6 +122,7 @@ def measure(scale: Scale, directory: Path, results: Results) -> None:
                 stack.enter_context(tempfile.TemporaryDirectory(prefix="data-", dir=directory))
             )
             part(scale, data, sockets, results)
+        yield
 
 
 if __name__ == "__main__":

@@ -110,7 +110,8 @@ def _format_probes(measurements: Sequence[Measurement]) -> list[str]:
             for found in measurements
             if found.probe == probe
         ]
-        parts += [f"### {title}", format_table(("what", "figure", "target", "met"), rows)]
+        if rows:
+            parts += [f"### {title}", format_table(("what", "figure", "target", "met"), rows)]
     return parts
 
 

@@ -26,7 +26,7 @@ from scripts.bench.results import (
     Sample,
     compare_with_targets,
 )
-from scripts.bench.scale import BLOCK, QUICK
+from scripts.bench.scale import QUICK
 
 
 def fio_side(iops: float, p99: int, count: int) -> dict[str, object]:
