@@ -33,6 +33,8 @@ from backends.layers import Buffer, Space
 from backends.local_data import LocalDataFile
 
 _NEW = ".new-"
+# What an empty file system or a killed process may have left.
+_HARMLESS = {"lost+found", "control.sock", "nbd.sock"}
 RESERVE_SIZE = 8 << 20
 RECORD_KINDS = ("volumes", "transactions", "merges", "deletions")
 
@@ -109,7 +111,7 @@ class LocalLayerStore:
         try:
             self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
             # A mistyped path must not end up with a data directory's files among its own.
-            found = {path.name for path in self.path.iterdir()} - {"lost+found"}
+            found = {path.name for path in self.path.iterdir()} - _HARMLESS
             if found and found.isdisjoint(("lock", "layers", *RECORD_KINDS)):
                 raise InvalidError(
                     f"{self.path} is not empty and not a data directory of nbdserve:"

@@ -27,25 +27,25 @@ from backends.errors import (
     UnavailableError,
 )
 from backends.layers import LayerStore
-from snapshots.difference import Extent, changed_extents, layers_between, touched_by
+from snapshots.comparing import compare_snapshots, compare_with_now
+from snapshots.difference import Extent
 from snapshots.handle import Handle
 from snapshots.head import create_head
-from snapshots.layer import apply_layer
+from snapshots.imports import Imports
 from snapshots.listings import Listings, SnapshotInfo, VolumeInfo
 from snapshots.manifest import MAX_LAYERS, Manifest, Snapshot
 from snapshots.manifest_store import ManifestStore
 from snapshots.merging import Merging
-from snapshots.names import BLOCK_SHIFT, check_name, check_volume_size
+from snapshots.names import check_name, check_volume_size
 from snapshots.open_views import OpenViews
-from snapshots.owner_map import OwnerMap
 from snapshots.pins import Pins
 from snapshots.sealing import LOW_WATER, Sealing
-from snapshots.transfer import Import, Pin, SinkDescription
+from snapshots.transfer import Import, Pin
+from snapshots.upkeep import Upkeep
 from snapshots.volume import Volume
 
 _log = logging.getLogger(__name__)
 
-_WRITEBACK_SECONDS = 5
 _REVOKE_SECONDS = 30
 
 Progress = Callable[[int, int], None]
@@ -77,9 +77,10 @@ class Catalogue:
         self._merging = Merging(store, self._manifests, self._views, self._commits, self._pins)
         self._sealing = Sealing(store, self._manifests, self._views, self._merging)
         self._listings = Listings(store, self._manifests, self._views)
-        self._imports: dict[str, Import] = {}
+        self._imports = Imports(store, self._manifests)
+        self._upkeep = Upkeep(store, self._manifests, self._views, self._merging)
         self._keys: dict[Handle, str] = {}
-        self._write_backs: asyncio.Task[None] | None = None
+        self._upkeep_task: asyncio.Task[None] | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._closed = False
 
@@ -90,15 +91,13 @@ class Catalogue:
         catalogue = cls(store)
         try:
             await catalogue._manifests.load()
-            await catalogue._merging.drop_condemned()
-            await catalogue._set_strangers_aside()
+            await catalogue._upkeep.start()
         except BaseException:
             catalogue._views.threads.close()
             await store.unlock()
             raise
-        catalogue._write_backs = asyncio.create_task(catalogue._write_back())
-        catalogue._index_sealed()
-        catalogue._merging.resume()
+        catalogue._upkeep.resume()
+        catalogue._upkeep_task = asyncio.create_task(catalogue._upkeep.run())
         return catalogue
 
     async def close(self) -> None:
@@ -107,14 +106,18 @@ class Catalogue:
             return
         self._closed = True
         await self._merging.stop()
-        if self._write_backs is not None:
-            self._write_backs.cancel()
-            await asyncio.gather(self._write_backs, return_exceptions=True)
+        if self._upkeep_task is not None:
+            self._upkeep_task.cancel()
+            await asyncio.gather(self._upkeep_task, return_exceptions=True)
         async with self._commits:
-            await self._views.close()
-            for imported in list(self._imports.values()):
-                await self._store.delete_layer(imported.sink.layer)
-        await self._store.unlock()
+            try:
+                await self._views.close()
+                self._imports.discard_all()
+                # What cannot be deleted now is deleted at the next start.
+                with contextlib.suppress(OSError, StorageError):
+                    await self._merging.drop_condemned()
+            finally:
+                await self._store.unlock()
 
     @contextlib.asynccontextmanager
     async def _turn(self) -> AsyncIterator[None]:
@@ -335,37 +338,9 @@ class Catalogue:
             manifest = self._manifests.get(volume)
             old = _find(manifest, older)
             if newer is None:
-                return await self._diff_now(manifest, old)
+                return await compare_with_now(self._store, self._views, manifest, old)
             new = _find(manifest, newer)
-            blocks = max(old.size, new.size) >> BLOCK_SHIFT
-            layers = layers_between(manifest.parents, old.layer, new.layer)
-            view = await self._views.acquire_snapshot(manifest, new)
-            try:
-                touched = await touched_by(self._store, layers, blocks)
-                try:
-                    return changed_extents(touched, view.owners)
-                finally:
-                    touched.close()
-            finally:
-                await self._views.release(new.id)
-
-    async def _diff_now(self, manifest: Manifest, old: Snapshot) -> list[Extent]:
-        volume = await self._views.acquire_volume(manifest)
-        try:
-            layers = layers_between(manifest.parents, old.layer, manifest.head)
-            blocks = max(old.size, volume.size) >> BLOCK_SHIFT
-            await volume.settle()
-            # Held, so that the journal does not grow while it is read.
-            async with volume.head.lock:
-                touched = await touched_by(self._store, layers, blocks)
-                for first, last, _ in volume.head.pending:
-                    touched.set(first, last, 1)
-                try:
-                    return changed_extents(touched, volume.owners)
-                finally:
-                    touched.close()
-        finally:
-            await self._views.release(manifest.id)
+            return await compare_snapshots(self._store, self._views, manifest, old, new)
 
     # Clients
 
@@ -441,44 +416,20 @@ class Catalogue:
         check_volume_size(size)
         async with self._turn():
             self._check_free(volume)
-            layer = secrets.token_hex(8)
-            await self._store.create_layer(layer)
-            imported = Import(SinkDescription(volume, size, layer), time.time(), _new_id())
-            self._imports[volume] = imported
-            return imported
+            return await self._imports.begin(volume, size)
 
     @_to_its_end
     async def commit_import(self, imported: Import) -> VolumeInfo:
         """Turn a filled layer into the volume."""
         async with self._turn():
-            sink = imported.sink
-            if self._imports.get(sink.volume) is not imported:
-                raise NotFoundError(f"the import of volume {sink.volume} was given up already")
-            holds = OwnerMap(sink.size >> BLOCK_SHIFT)
-            try:
-                await apply_layer(self._store, sink.layer, holds)
-            finally:
-                holds.close()
-            manifest = Manifest(
-                imported.id,
-                sink.volume,
-                sink.size,
-                imported.created,
-                1,
-                sink.layer,
-                {sink.layer: ""},
-            )
-            await self._manifests.commit([manifest])
-            del self._imports[sink.volume]
-            return await self._listings.volume(manifest)
+            return await self._listings.volume(await self._imports.commit(imported))
 
     @_to_its_end
     async def discard_import(self, imported: Import) -> None:
         """Give up an import; nothing is left of it. One that was committed stays."""
         async with self._turn():
-            if self._imports.get(imported.sink.volume) is imported:
-                del self._imports[imported.sink.volume]
-                await self._store.delete_layer(imported.sink.layer)
+            self._imports.discard(imported)
+            await self._merging.drop_condemned()
 
     # Steps; the caller holds ``_commits``
 
@@ -508,22 +459,6 @@ class Catalogue:
             except TimeoutError:
                 raise InUseError(f"volume {manifest.name}: a client does not let go") from None
         await self._views.discard(manifest.id)
-
-    async def _set_strangers_aside(self) -> None:
-        """What to do at the start with layers that nothing lists and nothing condemned.
-
-        Without data, a layer is what an interrupted snapshot or restore left, and goes. With data
-        it may belong to a volume whose manifest was lost: it is kept out of the way.
-        """
-        known = self._manifests.live_layers() | self._merging.in_use()
-        for layer in await self._store.list_layers():
-            if layer in known:
-                continue
-            if await self._store.holds_data(layer):
-                where = await self._store.set_aside_layer(layer)
-                _log.warning("layer %s belongs to no volume; it is kept in %s", layer, where)
-            else:
-                await self._store.delete_layer(layer)
 
     # Checks
 
@@ -579,26 +514,6 @@ class Catalogue:
         task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
-
-    async def _write_back(self) -> None:
-        """Bound what a crash can lose of writes that nobody flushed, and the space they hold."""
-        while True:
-            await asyncio.sleep(_WRITEBACK_SECONDS)
-            for key in self._views.ids():
-                opened = self._views.get(key)
-                if opened is not None:
-                    with contextlib.suppress(OSError):
-                        await opened.view.flush()
-            with contextlib.suppress(OSError):
-                await self._store.keep_reserve()
-            if self._merging.deferred:
-                self._merging.resume()
-
-    def _index_sealed(self) -> None:
-        """Finish what was left when the daemon ended between a snapshot and its index."""
-        heads = {manifest.head for manifest in self._manifests.volumes.values()}
-        for layer in self._manifests.live_layers() - heads:
-            self._merging.index(layer)
 
 
 def _find(manifest: Manifest, name: str) -> Snapshot:

@@ -70,6 +70,7 @@ class ManifestStore:
         self.volumes: dict[str, Manifest] = {}
         self.merges: dict[str, Merge] = {}
         self.condemned: dict[str, frozenset[str]] = {}
+        self.provisional: set[str] = set()
         self.in_doubt: str | None = None
         self._names: dict[str, str] = {}
 
@@ -214,17 +215,26 @@ class ManifestStore:
             if lost and manifest is not None and (volume in new or lost & manifest.parents.keys()):
                 lost.difference_update(manifest.parents)
         if lost:
-            name = secrets.token_hex(8)
-            # Whether a failed one is there does not matter: it touches no layer that is listed.
-            await with_reserve(
-                self._store,
-                lambda: self._store.commit_record(_DELETIONS, name, pack_deletion(lost)),
-            )
-            self.condemned[name] = frozenset(lost)
+            await self._note_deletion(frozenset(lost))
+
+    async def condemn_unless_committed(self, layer: str) -> None:
+        """Note a layer to be made that goes unless a manifest lists it; it is ``provisional``."""
+        self.provisional.add(layer)
+        await self._note_deletion(frozenset((layer,)))
+
+    async def _note_deletion(self, layers: frozenset[str]) -> None:
+        name = secrets.token_hex(8)
+        # Whether a failed one is there does not matter: it touches no layer that is listed.
+        await with_reserve(
+            self._store,
+            lambda: self._store.commit_record(_DELETIONS, name, pack_deletion(layers)),
+        )
+        self.condemned[name] = layers
 
     async def delete_condemned(self, keep: Set[str]) -> None:
         """Delete condemned layers but for those in ``keep``, which live or are still in use."""
         live = self.live_layers()
+        keep = keep | self.provisional
         for name, layers in list(self.condemned.items()):
             waiting = layers & keep - live
             for layer in layers - keep - live:

@@ -13,6 +13,7 @@ from backends.errors import CorruptError
 from backends.local_layers import LocalLayerStore
 from backends.memory_layers import MemoryDataFile, MemoryLayerStore
 from snapshots.catalogue import Catalogue
+from snapshots.sink import open_sink
 
 BLOCK = 4096
 SIZE = 64 * BLOCK
@@ -97,8 +98,8 @@ def test_what_a_deletion_condemned_goes_at_the_next_start() -> None:
         store.delete_layer = dies  # type: ignore[method-assign]
         with pytest.raises(OSError):
             await catalogue.delete_volume("v")
-        del store.delete_layer  # type: ignore[method-assign]
         await catalogue.close()
+        del store.delete_layer  # type: ignore[method-assign]
         assert len(await store.list_layers()) == 1
 
         catalogue = await Catalogue.open(store)
@@ -106,6 +107,36 @@ def test_what_a_deletion_condemned_goes_at_the_next_start() -> None:
         assert await store.list_records("deletions") == []
         assert store.lost == {}
         await catalogue.close()
+
+    asyncio.run(scenario())
+
+
+def test_an_import_that_nobody_finished_goes_at_the_next_start() -> None:
+    """The daemon and the process that restores die together."""
+
+    async def scenario() -> None:
+        store = MemoryLayerStore()
+        catalogue = await Catalogue.open(store)
+        imported = await catalogue.begin_import("v", SIZE)
+        sink = await open_sink(store, imported.sink)
+        sink.write(0, b"\7" * SIZE)
+        await store.unlock()
+
+        again = await Catalogue.open(store)
+        assert await store.list_layers() == []
+        assert store.lost == {}
+        assert again.volume_names() == []
+        imported = await again.begin_import("v", SIZE)
+        sink = await open_sink(store, imported.sink)
+        sink.write(0, b"\7" * SIZE)
+        await sink.finish()
+        await again.commit_import(imported)
+        await again.close()
+
+        again = await Catalogue.open(store)
+        assert await first_byte(again, "v") == 7
+        assert await store.list_records("deletions") == []
+        await again.close()
 
     asyncio.run(scenario())
 

@@ -1,0 +1,71 @@
+"""What a catalogue does without being asked: at its start, and every few seconds."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+
+from backends.errors import StorageError
+from backends.layers import LayerStore
+from snapshots.manifest_store import ManifestStore
+from snapshots.merging import Merging
+from snapshots.open_views import OpenViews
+
+_log = logging.getLogger(__name__)
+
+_WRITE_BACK_SECONDS = 5
+
+
+class Upkeep:
+    """``start``, then ``run`` in a task until it is cancelled."""
+
+    def __init__(
+        self, store: LayerStore, manifests: ManifestStore, views: OpenViews, merging: Merging
+    ) -> None:
+        self._store = store
+        self._manifests = manifests
+        self._views = views
+        self._merging = merging
+
+    async def start(self) -> None:
+        """Finish what a crash left half done; the manifests have all been read."""
+        await self._merging.drop_condemned()
+        await self._set_strangers_aside()
+
+    def resume(self) -> None:
+        """Go on in the background with indexes and merges that were not finished."""
+        heads = {manifest.head for manifest in self._manifests.volumes.values()}
+        for layer in self._manifests.live_layers() - heads:
+            self._merging.index(layer)
+        self._merging.resume()
+
+    async def run(self) -> None:
+        """Bound what a crash can lose of writes that nobody flushed, and the space they hold."""
+        while True:
+            await asyncio.sleep(_WRITE_BACK_SECONDS)
+            for key in self._views.ids():
+                opened = self._views.get(key)
+                if opened is not None:
+                    with contextlib.suppress(OSError, StorageError):
+                        await opened.view.flush()
+            with contextlib.suppress(OSError):
+                await self._store.keep_reserve()
+            if self._merging.deferred:
+                self._merging.resume()
+
+    async def _set_strangers_aside(self) -> None:
+        """Deal with layers that nothing lists and nothing condemned.
+
+        Without data, such a layer is what an interrupted snapshot left, and goes. With data it may
+        belong to a volume whose manifest was lost: it is kept out of the way.
+        """
+        known = self._manifests.live_layers() | self._merging.in_use()
+        for layer in await self._store.list_layers():
+            if layer in known:
+                continue
+            if await self._store.holds_data(layer):
+                where = await self._store.set_aside_layer(layer)
+                _log.warning("layer %s belongs to no volume; it is kept in %s", layer, where)
+            else:
+                await self._store.delete_layer(layer)
