@@ -34,7 +34,7 @@ from backends.local_data import LocalDataFile
 
 _NEW = ".new-"
 # What an empty file system or a killed process may have left.
-_HARMLESS = {"lost+found", "control.sock", "nbd.sock"}
+_HARMLESS = {"lost+found", "control.sock", "control.sock.hidden", "nbd.sock"}
 RESERVE_SIZE = 8 << 20
 RECORD_KINDS = ("volumes", "transactions", "merges", "deletions")
 
