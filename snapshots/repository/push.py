@@ -59,8 +59,8 @@ class PushReport:
 
     ``already_there``: the snapshot had been pushed before, and nothing was done. ``read`` is what
     was read from the source, ``changed`` the plain size of the chunks that differ from the
-    parent's, ``uploaded`` everything put into the store, ``segments`` and ``pages`` how many
-    objects of these kinds.
+    parent's, ``uploaded`` everything put into the store but for the pointer, ``segments`` and
+    ``pages`` how many objects of these kinds.
     """
 
     volume: str
