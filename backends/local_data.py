@@ -23,6 +23,11 @@ from backends.layers import Buffer
 ROW_SHIFT = 40
 ROW_SIZE = 1 << ROW_SHIFT
 _ROW_MASK = ROW_SIZE - 1
+# Longer writes are cut. The page cache keeps what one write brings in folios as large as it can,
+# and ext4 goes through all blocks of a folio at each later write to it: measured on Linux 6.18,
+# 4 KiB over data that came in 1 MiB writes take 7.8 µs, in 128 KiB writes 2.6 µs, and the large
+# writes themselves are three times as slow.
+_PIECE = 128 << 10
 
 _FALLOC_FL_KEEP_SIZE = 0x01
 _FALLOC_FL_PUNCH_HOLE = 0x02
@@ -119,7 +124,7 @@ class LocalDataFile:
         row = offset >> ROW_SHIFT
         position = offset & _ROW_MASK
         length = len(data)
-        if position + length <= ROW_SIZE:
+        if length <= _PIECE and position + length <= ROW_SIZE:
             descriptor = self._rows.get(row)
             if descriptor is None:
                 descriptor = self._row_for_write(row)
@@ -134,7 +139,7 @@ class LocalDataFile:
         while len(view) > 0:
             row = offset >> ROW_SHIFT
             position = offset & _ROW_MASK
-            part = view[: ROW_SIZE - position]
+            part = view[: min(_PIECE, ROW_SIZE - position)]
             written = os.pwrite(self._row_for_write(row), part, position)
             self._dirty.add(row)
             view = view[written:]

@@ -44,7 +44,7 @@ _log = logging.getLogger(__name__)
 
 _BLOCK_MASK = BLOCK_SIZE - 1
 # What is copied into the page cache on the event loop; longer writes go to a thread.
-INLINE_WRITE = 256 << 10
+INLINE_WRITE = 1024 << 10
 # Zeroes are written and locked, and blocks disowned, in pieces of these many bytes.
 _ZERO_PIECE = 32 << 20
 _TRIM_PIECE = 16 << 30

@@ -30,6 +30,7 @@ import asyncio
 import logging
 import socket
 from collections.abc import Coroutine
+from time import perf_counter
 from typing import Any, Final
 
 from nbdserve.protocol.constants import (
@@ -55,6 +56,7 @@ from nbdserve.server.operations import (
     read_reply_size,
 )
 from nbdserve.server.output import BUFFER_SIZE, Output, allocate
+from nbdserve.server.polling import LONGEST, TURN, Polling
 
 INPUT_SIZE: Final = (1 << 20) + (64 << 10)
 """Bytes of the receive buffer: a WRITE of 1 MiB and what follows it."""
@@ -103,6 +105,7 @@ class Transmission:
         self._peer = peer
         self._operations = Operations(export, structured=structured, context=context)
         self._output = Output(sock)
+        self._polling = Polling()
         self._input = allocate(INPUT_SIZE)
         self._view = memoryview(self._input)
         self._start = 0
@@ -156,14 +159,20 @@ class Transmission:
     # Receiving
 
     def _on_readable(self) -> None:
+        self._polling.woken()
+        if self._receive() and self._answered() and self._polling.replied():
+            self._poll()
+
+    def _receive(self) -> bool:
+        """Receive once, and do what can be done with it; False when there was nothing."""
         missing = self._missing
         try:
             received = self._sock.recv_into(missing or self._view[self._end :])
         except _WOULD_BLOCK:
-            return
+            return False
         except OSError as error:
             self._lost(error)
-            return
+            return True
         if not received:
             self._ending = True
             self._settle()
@@ -175,6 +184,35 @@ class Transmission:
         else:
             self._end += received
             self._process()
+        return True
+
+    def _answered(self) -> bool:
+        """Whether all that was received is answered and sent, and more may come."""
+        return (
+            self._reading
+            and self._start == self._end
+            and not (self._tasks or self._stalled or self._missing or self._skip)
+            and self._output.empty
+        )
+
+    def _poll(self) -> None:
+        """Wait a little for the next request without the event loop (see polling.py)."""
+        now = perf_counter()
+        turn_ends = now + TURN
+        give_up = now + LONGEST
+        while now < turn_ends:
+            if self._receive():
+                if not self._answered():
+                    return
+                self._polling.hit()
+                self._polling.replied()
+                now = perf_counter()
+                give_up = now + LONGEST
+            else:
+                now = perf_counter()
+                if now > give_up:
+                    self._polling.missed()
+                    return
 
     def _process(self) -> None:
         """Go through the requests in the receive buffer, then send."""
