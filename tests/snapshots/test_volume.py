@@ -462,7 +462,11 @@ def test_writes_to_one_block_from_many_sides_all_land() -> None:
     run(scenario())
 
 
-def test_a_write_in_a_thread_across_the_gate_is_in_the_snapshot_once() -> None:
+def test_a_write_in_a_thread_across_the_gate_is_in_the_snapshot_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(volume_module, "INLINE_WRITE", 256 << 10)
+
     async def scenario(length: int, owned: bool) -> None:
         store = FaultyStore()
         entered, go = threading.Event(), threading.Event()
