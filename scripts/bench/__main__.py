@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from types import FrameType
 
 from scripts.bench import chart, comparison, report
 from scripts.bench.machine import describe_machine
@@ -30,7 +31,8 @@ def main() -> int:
     """Run the benchmark; the exit status."""
     options = _options()
     for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, lambda number, _: sys.exit(128 + number))
+        if signal.getsignal(number) is not signal.SIG_IGN:  # nohup
+            signal.signal(number, _end)
     os.environ["PATH"] = os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/sbin"])
     try:
         return _run(options)
@@ -40,6 +42,12 @@ def main() -> int:
     except KeyboardInterrupt:
         print("bench: interrupted", file=sys.stderr)
         return 130
+
+
+def _end(number: int, frame: FrameType | None) -> None:
+    """Leave through every ``finally`` and context manager."""
+    print(f"bench: ended by {signal.Signals(number).name}", file=sys.stderr)
+    sys.exit(128 + number)
 
 
 def _options() -> argparse.Namespace:
