@@ -19,6 +19,7 @@ import contextlib
 import hashlib
 import os
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -28,7 +29,14 @@ from scripts.bench import results as names
 from scripts.bench.client import Client
 from scripts.bench.jobs import JOBS, Job, run_fio
 from scripts.bench.layering import assign, build, make_content, pieces_of
-from scripts.bench.process import BenchError, read_cpu_seconds, run, tell
+from scripts.bench.process import (
+    BenchError,
+    read_busy_seconds,
+    read_children_seconds,
+    read_cpu_seconds,
+    run,
+    tell,
+)
 from scripts.bench.results import Results, Sample
 from scripts.bench.scale import BLOCK, MIB, Scale
 from scripts.bench.servers import EXPORT, Nbdserve, Server, nbdkit, qemu_nbd
@@ -69,9 +77,12 @@ def _measure(scale: Scale, contestant: Contestant, job: Job, turn: int) -> Sampl
     os.sync()
     export, server = contestant.export(job), contestant.server
     with Client(server.socket, export):
+        begin, busy, ours = time.monotonic(), read_busy_seconds(), read_children_seconds()
         before = read_cpu_seconds(server.pid)
         load = run_fio(job, server.uri(export), scale.volume, scale.job_milliseconds, turn + 1)
         used = read_cpu_seconds(server.pid) - before
+        busy, ours = read_busy_seconds() - busy, read_children_seconds() - ours
+        others = max(0.0, busy - ours - used) / (time.monotonic() - begin)
     return Sample(
         round=turn,
         job=job.name,
@@ -79,6 +90,7 @@ def _measure(scale: Scale, contestant: Contestant, job: Job, turn: int) -> Sampl
         iops=load.iops,
         p99_microseconds=load.p99_microseconds,
         cpu_microseconds=used / load.operations * 1e6,
+        others=others,
     )
 
 

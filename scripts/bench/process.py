@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import resource
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -96,6 +97,12 @@ def parse_stat(text: str) -> tuple[int, int]:
     return int(fields[1]), sum(int(field) for field in fields[11:15])
 
 
+def parse_busy(text: str) -> int:
+    """Clock ticks in which the machine's processors worked, or were taken away: /proc/stat."""
+    user, nice, system, _idle, _waiting, *others = map(int, text.split("\n", 1)[0].split()[1:9])
+    return user + nice + system + sum(others)
+
+
 def parse_resident(text: str) -> int:
     """Bytes of VmRSS in /proc/PID/status; 0 for a process that is ending."""
     for line in text.splitlines():
@@ -117,6 +124,17 @@ def read_cpu_seconds(root: int) -> float:
     stats = _read_stats()
     parents = {pid: parent for pid, (parent, _) in stats.items()}
     return sum(stats[pid][1] for pid in find_tree(root, parents) if pid in stats) / _TICK
+
+
+def read_busy_seconds() -> float:
+    """Processor time that everything on this machine has used, and its host has taken away."""
+    return parse_busy(Path("/proc/stat").read_text()) / _TICK
+
+
+def read_children_seconds() -> float:
+    """Processor time that programs used which ``run`` has run."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def read_resident_bytes(root: int) -> int:

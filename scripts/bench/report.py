@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Iterable, Sequence
 
@@ -64,8 +65,18 @@ def _format_run(results: Results) -> str:
             f"- {scale.rounds} round(s), {scale.job_milliseconds / 1000:g} s a job,"
             f" volumes of {scale.volume >> 20} MiB"
             + (", quick: the figures mean nothing" if scale.quick else ""),
+            *_format_others(results),
         ]
     )
+
+
+def _format_others(results: Results) -> list[str]:
+    """How much else went on while the jobs ran."""
+    if not results.samples:
+        return []
+    others = sorted(sample.others for sample in results.samples)
+    middle, most = statistics.median(others), others[-1]
+    return [f"- processors busy with something else meanwhile: {middle:.2f} (most: {most:.2f})"]
 
 
 def _format_targets(results: Results, server: str) -> str:

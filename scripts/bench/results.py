@@ -24,7 +24,11 @@ CPU = "cpu_microseconds"
 
 @dataclass(frozen=True)
 class Sample:
-    """One job on one server in one round; latency and CPU time per request in microseconds."""
+    """One job on one server in one round; latency and CPU time per request in microseconds.
+
+    ``others`` is how many processors were busy with neither the server nor fio: the kernel's own
+    threads, and whatever disturbed the job.
+    """
 
     round: int
     job: str
@@ -32,6 +36,7 @@ class Sample:
     iops: float
     p99_microseconds: float
     cpu_microseconds: float
+    others: float
 
     def metric(self, name: str) -> float:
         return float(getattr(self, name))

@@ -41,7 +41,7 @@ IDLE_SIDE = {"iops": 0, "total_ios": 0, "clat_ns": {"min": 0}}
 
 
 def sample(job: str, server: str, turn: int, iops: float, p99: float, cpu: float) -> Sample:
-    return Sample(turn, job, server, iops, p99, cpu)
+    return Sample(turn, job, server, iops, p99, cpu, others=0.25)
 
 
 def results_of(*samples: Sample) -> Results:
@@ -101,6 +101,11 @@ def test_resident_memory() -> None:
     assert process.parse_resident("VmPeak:\t  99 kB\nVmRSS:\t     12 kB\n") == 12 << 10
     assert process.parse_resident("Name:\tzombie\n") == 0
     assert process.read_resident_bytes(os.getpid()) > 1 << 20
+
+
+def test_busy_time_leaves_out_idle_and_waiting_and_counts_guests_once() -> None:
+    assert process.parse_busy("cpu  1 2 4 1000 2000 8 16 32 64 128\ncpu0 9 9 9 9\n") == 63
+    assert process.read_busy_seconds() > 0
 
 
 def test_tree_has_all_descendants_and_nobody_else() -> None:
@@ -228,6 +233,7 @@ def test_report_and_json_have_what_was_missed() -> None:
     )
     results.measurements.append(Measurement("gate", "a stall", 12.5, "ms", 10.0))
     text = report.format_report(results)
+    assert "something else meanwhile: 0.25 (most: 0.25)" in text
     row = next(line for line in text.splitlines() if "÷" not in line and job in line)
     assert [cell.strip() for cell in row.split("|")[1:-1]] == [
         "requests a second", job,
