@@ -17,7 +17,9 @@ def describe_machine(directory: Path, project: Path) -> dict[str, str]:
         "processor": parse_model(Path("/proc/cpuinfo").read_text(errors="replace")),
         "processors": str(os.cpu_count()),
         "memory": f"{memory / (1 << 30):.1f} GiB",
-        "file system": run("stat", "--file-system", "--format=%T", directory).strip(),
+        "file system": run(
+            "findmnt", "--noheadings", "--output=FSTYPE", "--target", directory
+        ).strip(),
         "kernel": platform.release(),
         "Python": platform.python_version(),
         "nbdserve": _revision(project),

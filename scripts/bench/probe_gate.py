@@ -1,9 +1,12 @@
 """How long a snapshot holds up a client that writes without a pause.
 
-A client writes 4 KiB at random places, one request at a time, and notes how long each took.
-Counted is the longest of those under way while a command runs and shortly after: ``snapshot
+A client writes 4 KiB at random places of 1 GiB, one request at a time, and notes how long each
+took. Counted is the longest of those under way while a command runs and shortly after: ``snapshot
 create``, and for comparison ``snapshot list``, which costs the machine as much but takes no
 snapshot. The same through the control socket, with no new process that competes for processors.
+
+On the largest volume once more with writes all over it, where each allocates in another part of
+the file system: what that does to ``snapshot list`` is the file system's.
 """
 
 from __future__ import annotations
@@ -18,32 +21,32 @@ from pathlib import Path
 from scripts.bench.client import Client
 from scripts.bench.process import tell
 from scripts.bench.results import Measurement, Results
-from scripts.bench.scale import BLOCK, Scale
+from scripts.bench.scale import BLOCK, GIB, Scale
 from scripts.bench.servers import Nbdserve
 
 TARGET_MILLISECONDS = 10
+LARGEST = 16 << 40
 _SETTLE = 0.5  # seconds before and after: a snapshot has work left when its command has ended
 
 
 class WriteLoop(threading.Thread):
     """Writes until ``stop``; ``requests`` holds (begin, end) of each in seconds."""
 
-    def __init__(self, where: Path, volume: str, seed: int) -> None:
+    def __init__(self, where: Path, volume: str, places: range, seed: int) -> None:
         super().__init__(daemon=True)
         self.requests: list[tuple[float, float]] = []
         self.failure: Exception | None = None
-        self._where, self._volume = where, volume
+        self._where, self._volume, self._places = where, volume, places
         self._random = random.Random(seed)
         self._stop_asked = False
 
     def run(self) -> None:
         data = self._random.randbytes(BLOCK)
-        clock, requests = time.monotonic, self.requests
+        clock, requests, places = time.monotonic, self.requests, self._places
         try:
             with Client(self._where, self._volume) as client:
-                blocks = client.size // BLOCK
                 while not self._stop_asked:
-                    offset = self._random.randrange(blocks) * BLOCK
+                    offset = self._random.choice(places)
                     begin = clock()
                     client.write(offset, data)
                     requests.append((begin, clock()))
@@ -67,24 +70,26 @@ def measure_gate(scale: Scale, directory: Path, sockets: Path, results: Results)
     """Into ``results``, for each size of volume."""
     ours = Nbdserve(directory / "nbdserve", sockets)
     with ours.serving():
-        for size in scale.gate_sizes:
-            label = f"{size >> 30} GiB" if size < 1 << 40 else f"{size >> 40} TiB"
-            volume = f"gate-{size}"
-            ours.command("volume", "create", volume, "--size", str(size))
-            _measure_volume(scale, ours, volume, label, results)
-            ours.command("volume", "delete", volume, "--with-snapshots")
+        for label, size, places in (
+            ("1 GiB", GIB, range(0, GIB, BLOCK)),
+            ("16 TiB", LARGEST, range(LARGEST // 2, LARGEST // 2 + GIB, BLOCK)),
+            ("16 TiB written all over", LARGEST, range(0, LARGEST, BLOCK)),
+        ):
+            ours.command("volume", "create", "disk", "--size", str(size))
+            _measure_volume(scale, ours, places, label, results)
+            ours.command("volume", "delete", "disk", "--with-snapshots")
 
 
 def _measure_volume(
-    scale: Scale, ours: Nbdserve, volume: str, label: str, results: Results
+    scale: Scale, ours: Nbdserve, places: range, label: str, results: Results
 ) -> None:
     def create(number: int) -> None:
-        ours.command("snapshot", "create", f"{volume}@command-{number}")
+        ours.command("snapshot", "create", f"disk@command-{number}")
 
     def create_by_socket(number: int) -> None:
-        ours.take_snapshot(volume, f"socket-{number}")
+        ours.take_snapshot("disk", f"socket-{number}")
 
-    loop = WriteLoop(ours.socket, volume, seed=3)
+    loop = WriteLoop(ours.socket, "disk", places, seed=3)
     loop.start()
     windows: dict[str, list[tuple[float, float]]] = {}
     actions: tuple[tuple[str, Callable[[int], None], float | None], ...] = (

@@ -21,7 +21,6 @@ class Scale:
     snapshots: int
     """Of the compared volume, whose layers are one more."""
     gate_repetitions: int
-    gate_sizes: tuple[int, ...]
     extents: int
     """Of the volume whose opening is timed: single blocks with a hole after each."""
     layers: int
@@ -50,7 +49,6 @@ FULL = Scale(
     volume=GIB,
     snapshots=8,
     gate_repetitions=10,
-    gate_sizes=(GIB, 16 << 40),
     extents=1_000_000,
     layers=250,
     touched=GIB,
@@ -63,7 +61,6 @@ QUICK = Scale(
     volume=32 * MIB,
     snapshots=2,
     gate_repetitions=1,
-    gate_sizes=(GIB, 16 << 40),
     extents=10_000,
     layers=20,
     touched=16 * MIB,
