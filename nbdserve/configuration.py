@@ -5,6 +5,10 @@ The file's keys are those of :data:`KEYS`, all of them optional::
     data = "/var/lib/nbdserve"
     listen = ["127.0.0.1:10809", "unix:/run/nbdserve/nbd.sock"]
     log_level = "info"
+    tls = "required"
+    tls_certificate = "/etc/nbdserve/server-cert.pem"
+    tls_key = "/etc/nbdserve/server-key.pem"
+    tls_client_ca = "/etc/nbdserve/ca-cert.pem"
 """
 
 import ipaddress
@@ -14,10 +18,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from backends.errors import InvalidError, NotFoundError
+from nbdserve.protocol.handshake import TlsMode
 
 DEFAULT_ADDRESS = "127.0.0.1:10809"
 LOG_LEVELS = ("debug", "info", "warning", "error")
-KEYS = ("data", "listen", "log_level")
+TLS_MODES = tuple(mode.value for mode in TlsMode)
+KEYS = ("data", "listen", "log_level", "tls", "tls_certificate", "tls_key", "tls_client_ca")
 
 
 @dataclass(frozen=True)
@@ -73,21 +79,43 @@ def parse_address(text: str) -> Address:
 
 
 @dataclass(frozen=True)
+class TlsSettings:
+    """One source's say about TLS; ``mode`` is one of TLS_MODES."""
+
+    mode: str | None = None
+    certificate: Path | None = None
+    key: Path | None = None
+    client_ca: Path | None = None
+
+
+@dataclass(frozen=True)
 class Settings:
     """One source's say; None where it says nothing."""
 
     data: Path | None = None
     listen: tuple[str, ...] | None = None
     log_level: str | None = None
+    tls: TlsSettings = TlsSettings()
+
+
+@dataclass(frozen=True)
+class TlsConfiguration:
+    """Files in PEM. Without ``client_ca``, clients are not asked who they are."""
+
+    mode: TlsMode
+    certificate: Path
+    key: Path
+    client_ca: Path | None
 
 
 @dataclass(frozen=True)
 class Configuration:
-    """What the daemon runs with."""
+    """What the daemon runs with; ``tls`` is None when it is off."""
 
     data: Path
     listen: tuple[Address, ...]
     log_level: str
+    tls: TlsConfiguration | None = None
 
 
 def read_file(path: Path) -> Settings:
@@ -110,7 +138,9 @@ def read_file(path: Path) -> Settings:
     level = _text(path, values, "log_level", f"one of {', '.join(LOG_LEVELS)}")
     if level is not None and level not in LOG_LEVELS:
         raise InvalidError(f"{path}: 'log_level' must be one of {', '.join(LOG_LEVELS)}")
-    return Settings(None if data is None else Path(data), _listen(path, values), level)
+    return Settings(
+        None if data is None else Path(data), _listen(path, values), level, _tls(path, values)
+    )
 
 
 def combine(command_line: Settings, file: Settings) -> Configuration:
@@ -130,6 +160,27 @@ def combine(command_line: Settings, file: Settings) -> Configuration:
         data=data,
         listen=addresses or default,
         log_level=command_line.log_level or file.log_level or "info",
+        tls=_combine_tls(command_line.tls, file.tls),
+    )
+
+
+def _combine_tls(command_line: TlsSettings, file: TlsSettings) -> TlsConfiguration | None:
+    mode = command_line.mode or file.mode
+    certificate = command_line.certificate or file.certificate
+    key = command_line.key or file.key
+    client_ca = command_line.client_ca or file.client_ca
+    if mode == TlsMode.OFF.value:
+        return None
+    if certificate is None and key is None:
+        if mode is not None or client_ca is not None:
+            raise InvalidError("TLS needs a certificate: give --tls-certificate and --tls-key")
+        return None
+    if certificate is None or key is None:
+        raise InvalidError(
+            "TLS needs both a certificate and its key: give --tls-certificate and --tls-key"
+        )
+    return TlsConfiguration(
+        TlsMode.REQUIRED if mode is None else TlsMode(mode), certificate, key, client_ca
     )
 
 
@@ -138,6 +189,20 @@ def _text(path: Path, values: dict[str, object], key: str, meaning: str) -> str 
     if value is not None and (not isinstance(value, str) or not value):
         raise InvalidError(f"{path}: {key!r} must be a string: {meaning}")
     return value
+
+
+def _tls(path: Path, values: dict[str, object]) -> TlsSettings:
+    mode = _text(path, values, "tls", f"one of {', '.join(TLS_MODES)}")
+    if mode is not None and mode not in TLS_MODES:
+        raise InvalidError(f"{path}: 'tls' must be one of {', '.join(TLS_MODES)}")
+    files = [
+        None if name is None else Path(name)
+        for name in (
+            _text(path, values, key, "the path of a file in PEM")
+            for key in ("tls_certificate", "tls_key", "tls_client_ca")
+        )
+    ]
+    return TlsSettings(mode, *files)
 
 
 def _listen(path: Path, values: dict[str, object]) -> tuple[str, ...] | None:

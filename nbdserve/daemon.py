@@ -17,13 +17,15 @@ from pathlib import Path
 
 from backends.errors import InUseError, StorageError
 from backends.local_layers import LocalLayerStore
-from nbdserve.configuration import Address, Configuration, UnixAddress
+from nbdserve.configuration import Address, Configuration, TlsConfiguration, UnixAddress
 from nbdserve.control import address
 from nbdserve.control.client import Client, path
 from nbdserve.control.server import ControlServer
 from nbdserve.control.state import Host, State
+from nbdserve.protocol.handshake import TlsMode
 from nbdserve.registry import CatalogueExports
 from nbdserve.server import Server
+from nbdserve.server.tls import load_tls
 from snapshots.catalogue import Catalogue
 
 log = logging.getLogger(__name__)
@@ -40,6 +42,10 @@ async def run(configuration: Configuration, announce: Callable[[str], None]) -> 
 
     Raises StorageError when the directory or an address cannot be used.
     """
+    wanted = configuration.tls
+    tls = None
+    if wanted is not None:
+        tls = load_tls(wanted.mode, wanted.certificate, wanted.key, wanted.client_ca)
     stop = _stop_signal()
     _raise_descriptor_limit()
     store = LocalLayerStore(configuration.data)
@@ -47,7 +53,8 @@ async def run(configuration: Configuration, announce: Callable[[str], None]) -> 
     try:
         host = Host(configuration.data, daemon=True)
         control = ControlServer(State(catalogue, store, host))
-        await _serve(configuration, catalogue, control, announce, stop)
+        server = Server(CatalogueExports(catalogue), tls)
+        await _serve(configuration, server, control, announce, stop)
     finally:
         await catalogue.close()
 
@@ -74,15 +81,14 @@ def _daemon_serves(data: Path) -> bool:
 
 async def _serve(
     configuration: Configuration,
-    catalogue: Catalogue,
+    server: Server,
     control: ControlServer,
     announce: Callable[[str], None],
     stop: asyncio.Event,
 ) -> None:
-    server = Server(CatalogueExports(catalogue))
     try:
         for wanted in configuration.listen:
-            await _listen(server, wanted)
+            await _listen(server, wanted, configuration.tls)
         control.state.host.listening.extend(server.addresses)
         await control.start()
         for listening in server.addresses:
@@ -95,17 +101,24 @@ async def _serve(
         await control.stop()
 
 
-async def _listen(server: Server, wanted: Address) -> None:
+async def _listen(server: Server, wanted: Address, tls: TlsConfiguration | None) -> None:
     if isinstance(wanted, UnixAddress):
         await server.listen_unix(wanted.path)
         return
     await server.listen_tcp(wanted.host, wanted.port)
-    if not wanted.is_loopback:
-        log.warning(
-            "%s is open to the network without encryption or authentication: whoever reaches it"
-            " can read and write every volume",
-            wanted,
-        )
+    if wanted.is_loopback:
+        return
+    if tls is None or tls.mode is not TlsMode.REQUIRED:
+        lacking = "encryption or authentication"
+    elif tls.client_ca is None:
+        lacking = "authentication (--tls-client-ca)"
+    else:
+        return
+    log.warning(
+        "%s is open to the network without %s: whoever reaches it can read and write every volume",
+        wanted,
+        lacking,
+    )
 
 
 def _raise_descriptor_limit() -> None:

@@ -9,7 +9,14 @@ import click
 
 from nbdserve import daemon
 from nbdserve.cli.options import data_option, given_data_directory
-from nbdserve.configuration import LOG_LEVELS, Settings, combine, read_file
+from nbdserve.configuration import (
+    LOG_LEVELS,
+    TLS_MODES,
+    Settings,
+    TlsSettings,
+    combine,
+    read_file,
+)
 
 
 @click.command()
@@ -17,7 +24,7 @@ from nbdserve.configuration import LOG_LEVELS, Settings, combine, read_file
     "--config",
     metavar="FILE",
     type=click.Path(path_type=Path),
-    help="TOML with data, listen and log_level; the command line wins.",
+    help="TOML with the same settings, as in log_level; the command line wins.",
 )
 @click.option(
     "--listen",
@@ -26,15 +33,49 @@ from nbdserve.configuration import LOG_LEVELS, Settings, combine, read_file
     help="Where to serve; may be repeated.  [default: 127.0.0.1:10809 and unix:DIR/nbd.sock]",
 )
 @click.option("--log-level", type=click.Choice(LOG_LEVELS), help="What to write to standard error.")
+@click.option(
+    "--tls-certificate",
+    metavar="FILE",
+    type=click.Path(path_type=Path),
+    help="The server's certificate and those that lead to its CA, in PEM.",
+)
+@click.option(
+    "--tls-key",
+    metavar="FILE",
+    type=click.Path(path_type=Path),
+    help="The certificate's private key, in PEM, not encrypted.",
+)
+@click.option(
+    "--tls-client-ca",
+    metavar="FILE",
+    type=click.Path(path_type=Path),
+    help="Refuse clients without a certificate that this CA signed, in PEM.",
+)
+@click.option(
+    "--tls",
+    type=click.Choice(TLS_MODES),
+    help="Whether connections are encrypted.  [default: required, given a certificate]",
+)
 @data_option
-def serve(config: Path | None, listen: tuple[str, ...], log_level: str | None) -> None:
+def serve(
+    config: Path | None,
+    listen: tuple[str, ...],
+    log_level: str | None,
+    tls_certificate: Path | None,
+    tls_key: Path | None,
+    tls_client_ca: Path | None,
+    tls: str | None,
+) -> None:
     """Serve the volumes over NBD until SIGTERM or SIGINT.
 
     The first signal drains: requests in flight are answered and all data is flushed. A second one
     ends the process at once.
     """
     file = Settings() if config is None else read_file(config)
-    configuration = combine(Settings(given_data_directory(), listen or None, log_level), file)
+    given = TlsSettings(tls, tls_certificate, tls_key, tls_client_ca)
+    configuration = combine(
+        Settings(given_data_directory(), listen or None, log_level, given), file
+    )
     _log(configuration.log_level)
     asyncio.run(daemon.run(configuration, _announce))
 

@@ -7,6 +7,9 @@ States and what leads from one to the next::
          | unknown flags        a wrong|    +--answered, refused-----+  (EXPORT_NAME: CLOSED)
          v                        magic|    ^
        CLOSED <-------ABORT------------+    +--SKIPPING (an option too long to be kept)
+         ^                             |    ^
+         | data behind it              |    +--tls_started--+
+         +----------------------STARTTLS----accepted-->SECURING
 
 Rules (specification, "Newstyle negotiation" and "Fixed newstyle negotiation"):
 
@@ -22,13 +25,23 @@ Rules (specification, "Newstyle negotiation" and "Fixed newstyle negotiation"):
 - SET_META_CONTEXT replaces the earlier choice, even when it fails, and holds for the export that
   it names only. It wants STRUCTURED_REPLY first.
 
+TLS ("TLS support", "NBD_OPT_STARTTLS"):
+
+- Off (the specification's NOTLS): STARTTLS is answered ERR_UNSUP. Optional (SELECTIVETLS, with no
+  export that is TLS-only): the client may. Required (FORCEDTLS): until TLS has started, every
+  option but STARTTLS and ABORT is answered ERR_TLS_REQD, and EXPORT_NAME ends the connection.
+- What was chosen before it is forgotten; only the client flags stay. A second one is refused.
+- The client has to wait for the ACK. What came behind STARTTLS in plain text could have been put
+  there by somebody in between, to be taken for the client's own: it ends the connection.
+
 Use: give what was received to ``receive``; ask ``next_event`` until it returns None (more input
 is needed); answer each question with ``answer_*`` or ``refuse`` before asking again; send what
-``data_to_send`` returns. ``Ended`` is the last event: send, then close. After ``answer_open`` the
-transmission phase has begun: ``trailing_data`` holds what the client sent beyond the handshake.
+``data_to_send`` returns. After ``StartTls`` send, let TLS begin, then call ``tls_started``; from
+then on ``receive`` takes what TLS decrypted. ``Ended`` is the last event: send, then close. After
+``answer_open`` the transmission phase has begun: ``trailing_data`` holds what the client sent
+beyond the handshake.
 
-To add: TLS (STARTTLS is answered ERR_UNSUP; accepting it would return an event for the upgrade
-and reset what was negotiated) and extended headers (likewise one entry in the table of options).
+To add: extended headers, one entry in the table of options.
 """
 
 from collections.abc import Callable, Iterable
@@ -105,13 +118,26 @@ class OpenExport:
 
 
 @dataclass(frozen=True)
+class StartTls:
+    """Send what there is, let TLS begin on the connection, then call ``tls_started``."""
+
+
+@dataclass(frozen=True)
 class Ended:
     """The connection is to be closed once everything is sent; ``reason`` is for the log."""
 
     reason: str
 
 
-Event = ListExports | DescribeExport | OpenExport | Ended
+Event = ListExports | DescribeExport | OpenExport | StartTls | Ended
+
+
+class TlsMode(Enum):
+    """Whether connections are encrypted; the values are what a configuration says."""
+
+    OFF = "off"
+    OPTIONAL = "optional"
+    REQUIRED = "required"
 
 
 class _State(Enum):
@@ -119,6 +145,7 @@ class _State(Enum):
     OPTION = auto()
     SKIPPING = auto()
     QUESTION = auto()
+    SECURING = auto()
     DONE = auto()
     CLOSED = auto()
 
@@ -135,8 +162,10 @@ def transmission_flags(*, read_only: bool, structured_replies: bool) -> int:
 class Handshake:
     """The server's side of one handshake."""
 
-    def __init__(self) -> None:
+    def __init__(self, tls: TlsMode = TlsMode.OFF) -> None:
         self.structured_replies = False
+        self._tls = tls
+        self._secure = False
         self._input = bytearray()
         self._output = bytearray(
             _GREETING.pack(INIT_PASSWD, OPTION_MAGIC, FLAG_FIXED_NEWSTYLE | FLAG_NO_ZEROES)
@@ -186,7 +215,9 @@ class Handshake:
 
     def next_event(self) -> Event | None:
         """Go on with what was received: the next question, or None when more input is needed."""
-        assert self._state not in (_State.QUESTION, _State.DONE), "a question is to be answered"
+        assert self._state not in (_State.QUESTION, _State.SECURING, _State.DONE), (
+            "a question is to be answered"
+        )
         while True:
             event: Event | None = None
             if self._state is _State.CLOSED:
@@ -201,10 +232,7 @@ class Handshake:
                 self._to_skip -= skipped
                 if self._to_skip:
                     return None
-                self._state = _State.OPTION
-                self._error(
-                    OptionReply.ERR_TOO_BIG, f"an option carries at most {MAX_OPTION} bytes"
-                )
+                self._on_skipped()
             else:
                 if not self._option_complete():
                     if self._state is not _State.OPTION:
@@ -251,6 +279,12 @@ class Handshake:
                 self._output += bytes(124)
         self._state = _State.DONE
 
+    def tls_started(self) -> None:
+        """TLS has begun after StartTls: go on with the options, none of which has been chosen."""
+        assert self._state is _State.SECURING
+        self._secure = True
+        self._state = _State.OPTION
+
     def refuse(self, message: str, reply: OptionReply = OptionReply.ERR_UNKNOWN) -> None:
         """Answer a question with an error; after EXPORT_NAME that ends the connection."""
         self._error(reply, message)
@@ -290,6 +324,7 @@ class Handshake:
         del self._input[:end]
         handler = self._handlers.get(self._option)
         try:
+            self._check_secure()
             if handler is None:
                 raise OptionError(
                     OptionReply.ERR_UNSUP, f"this server does not know option {self._option}"
@@ -298,6 +333,26 @@ class Handshake:
         except OptionError as error:
             self._error(error.reply, str(error))
             return None
+
+    def _on_skipped(self) -> None:
+        try:
+            self._check_secure()
+            raise OptionError(
+                OptionReply.ERR_TOO_BIG, f"an option carries at most {MAX_OPTION} bytes"
+            )
+        except OptionError as error:
+            self._error(error.reply, str(error))
+
+    def _check_secure(self) -> None:
+        """Refuse whatever must not be answered before TLS; raises OptionError."""
+        if (
+            self._tls is TlsMode.REQUIRED
+            and not self._secure
+            and self._option not in (Option.STARTTLS, Option.ABORT)
+        ):
+            raise OptionError(
+                OptionReply.ERR_TLS_REQD, "this server wants TLS: NBD_OPT_STARTTLS comes first"
+            )
 
     def _on_export_name(self, data: bytes) -> Event:
         self._request = InfoRequest(decode_string(data, "export name"), frozenset())
@@ -311,9 +366,19 @@ class Handshake:
         parse_nothing(data)
         return self._ask(ListExports())
 
-    def _on_starttls(self, data: bytes) -> None:
+    def _on_starttls(self, data: bytes) -> Event | None:
         parse_nothing(data)
-        raise OptionError(OptionReply.ERR_UNSUP, "this server does not offer TLS")
+        if self._secure:
+            raise OptionError(OptionReply.ERR_INVALID, "TLS has started already")
+        if self._tls is TlsMode.OFF:
+            raise OptionError(OptionReply.ERR_UNSUP, "this server does not offer TLS")
+        if self._input:
+            self._close(f"{len(self._input)} bytes in plain text behind NBD_OPT_STARTTLS")
+            return None
+        self.structured_replies = False
+        self._context_export = None
+        self._acknowledge()
+        return self._ask(StartTls(), _State.SECURING)
 
     def _on_extended_headers(self, data: bytes) -> None:
         parse_nothing(data)
@@ -347,8 +412,8 @@ class Handshake:
             read_only=description.read_only, structured_replies=self.structured_replies
         )
 
-    def _ask(self, question: Event) -> Event:
-        self._state = _State.QUESTION
+    def _ask(self, question: Event, state: _State = _State.QUESTION) -> Event:
+        self._state = state
         return question
 
     def _acknowledge(self) -> None:

@@ -3,11 +3,14 @@
 ::
 
     HANDSHAKE --export opened--> TRANSMISSION --DISC, end, finish--> LINGERING --> CLOSED
-        |                            |                                              ^
-        +---- refused, aborted, -----+---- revoked, wrong magic, socket error ------+
+     |  ^ |                          |                                              ^
+     TLS  +-- refused, aborted, -----+---- revoked, wrong magic, socket error ------+
               timed out
 
-- The handshake has HANDSHAKE_TIMEOUT seconds in all, the registry's answers not counted in.
+- The handshake has HANDSHAKE_TIMEOUT seconds in all, that of TLS included, the registry's answers
+  not counted in.
+- After STARTTLS a relay (see tls_relay.py) owns the client's socket; everything else goes on
+  with the end of a socket pair as if it were that socket.
 - Whatever was opened in the registry is closed there, after the last request on it has ended.
 - Lingering: a socket that is closed while the client's bytes lie unread is reset, and the reset may
   destroy replies on their way. So when the server ends, it sends its end of stream, and reads
@@ -30,9 +33,13 @@ from nbdserve.protocol.handshake import (
     Handshake,
     ListExports,
     OpenExport,
+    StartTls,
+    TlsMode,
 )
 from nbdserve.server.exports import Export, ExportDescription, ExportRegistry
 from nbdserve.server.readiness import Readiness
+from nbdserve.server.tls import Tls, TlsError
+from nbdserve.server.tls_relay import Relay
 from nbdserve.server.transmission import Transmission
 
 HANDSHAKE_TIMEOUT: Final = 30.0
@@ -49,12 +56,16 @@ log = logging.getLogger(__name__)
 class Connection:
     """Serves one client; ``run`` does it all, the other methods end it from outside."""
 
-    def __init__(self, sock: socket.socket, registry: ExportRegistry, peer: str) -> None:
+    def __init__(
+        self, sock: socket.socket, registry: ExportRegistry, peer: str, tls: Tls | None = None
+    ) -> None:
         self.peer = peer
         self._sock = sock
         self._registry = registry
         self._readiness = Readiness(sock)
-        self._handshake = Handshake()
+        self._handshake = Handshake(TlsMode.OFF if tls is None else tls.mode)
+        self._tls = tls
+        self._relay: Relay | None = None
         self._transmission: Transmission | None = None
         self._finishing = False
         self._aborted = False
@@ -69,6 +80,8 @@ class Connection:
             log.info("%s: connection lost: %s", self.peer, error.strerror or error)
         finally:
             self._sock.close()
+            if self._relay is not None:
+                await self._relay.closed
 
     def finish(self) -> None:
         """Answer what was received, then close. A handshake that waits for its client ends now."""
@@ -84,6 +97,8 @@ class Connection:
         if self._transmission is not None:
             self._transmission.abort()
         self._readiness.cancel()
+        if self._relay is not None:
+            self._relay.abort()
 
     @property
     def running(self) -> int:
@@ -105,9 +120,10 @@ class Connection:
 
     async def _negotiate(self) -> Export | None:
         """Carry out the handshake; returns the opened export, None when the connection is over."""
-        handshake, readiness = self._handshake, self._readiness
+        handshake = self._handshake
         deadline = asyncio.get_running_loop().time() + HANDSHAKE_TIMEOUT
         while True:
+            readiness = self._readiness
             await readiness.send(handshake.data_to_send(), deadline)
             event = handshake.next_event()
             if event is None:
@@ -125,6 +141,12 @@ class Connection:
                 with contextlib.suppress(OSError):  # the client may have closed already
                     await readiness.send(handshake.data_to_send(), deadline)
                 return None
+            if isinstance(event, StartTls):
+                await readiness.send(handshake.data_to_send(), deadline)
+                if not await self._start_tls(deadline):
+                    return None
+                handshake.tls_started()
+                continue
             begun = asyncio.get_running_loop().time()
             export = await self._answer(event)
             deadline += asyncio.get_running_loop().time() - begun
@@ -135,6 +157,20 @@ class Connection:
                     await self._registry.close(export)
                     raise
                 return export
+
+    async def _start_tls(self, deadline: float) -> bool:
+        """Let a relay have the socket; False when the connection is over."""
+        assert self._tls is not None
+        try:
+            session = await self._tls.accept(self._readiness, deadline)
+        except TlsError as error:
+            log.info("%s: TLS handshake failed: %s", self.peer, error)
+            await self._read_to_end()  # lest the client never sees the alert
+            return False
+        self._relay = Relay(self._sock, session, self.peer)
+        self._sock = self._relay.inner
+        self._readiness = Readiness(self._sock)
+        return True
 
     async def _answer(self, question: Event) -> Export | None:
         """Answer a question of the handshake from the registry."""

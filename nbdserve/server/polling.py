@@ -9,6 +9,7 @@ these rules:
 - For LONGEST seconds after each reply, and a TURN in a row; then the loop has its turn.
 - Only while nobody else is served: when another connection had a turn since this one's last, the
   loop is busy anyway, and polling would take time from the others.
+- Never behind a TLS relay in the same loop, which has to bring the next request: it disturbs.
 - MISSES in vain, and it is over until the client has shown again that it is quick. An idle or slow
   client costs nothing.
 """
@@ -40,6 +41,11 @@ class Polling:
         self._quick = 0
         self._misses = 0
         self._replied = 0.0
+
+    @staticmethod
+    def disturb() -> None:
+        """Something other than a transmission was served: a relay, which polling would hold up."""
+        Polling._served = None
 
     def woken(self) -> None:
         """The event loop says that there is something to receive."""

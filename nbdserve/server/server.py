@@ -8,15 +8,17 @@ from pathlib import Path
 from nbdserve.server.connection import Connection
 from nbdserve.server.exports import ExportRegistry
 from nbdserve.server.listening import Listener, bind_tcp, bind_unix
+from nbdserve.server.tls import Tls
 
 log = logging.getLogger(__name__)
 
 
 class Server:
-    """Serves a registry's exports; belongs to the event loop that it is used on."""
+    """Serves a registry's exports, with TLS if given; belongs to the event loop it is used on."""
 
-    def __init__(self, registry: ExportRegistry) -> None:
+    def __init__(self, registry: ExportRegistry, tls: Tls | None = None) -> None:
         self._registry = registry
+        self._tls = tls
         self._listeners: list[Listener] = []
         self._connections: dict[asyncio.Task[None], Connection] = {}
 
@@ -75,7 +77,7 @@ class Server:
         return not pending
 
     def _accepted(self, sock: socket.socket, peer: str) -> None:
-        connection = Connection(sock, self._registry, peer)
+        connection = Connection(sock, self._registry, peer, self._tls)
         task = asyncio.get_running_loop().create_task(connection.run())
         self._connections[task] = connection
         task.add_done_callback(self._ended)
