@@ -9,7 +9,7 @@ is no deadlock. Reads take no lock.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
 
@@ -25,6 +25,20 @@ class RangeLock:
     def overlaps(self, first: int, last: int) -> bool:
         """Whether anything of ``first`` to ``last`` (exclusive) is held or waited for."""
         return any(first < end and start < last for start, end, _ in self._entries)
+
+    def bar(self, first: int, last: int) -> Callable[[], None]:
+        """Let whoever asks from now on wait until the returned function is called.
+
+        Unlike a holder, it does not wait for those before it.
+        """
+        entry = (first, last, asyncio.get_running_loop().create_future())
+        self._entries.append(entry)
+
+        def end() -> None:
+            self._entries.remove(entry)
+            entry[2].set_result(None)
+
+        return end
 
     @asynccontextmanager
     async def hold(self, first: int, last: int) -> AsyncIterator[None]:
