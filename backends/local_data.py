@@ -12,6 +12,7 @@ that lacks the flag (EOPNOTSUPP) is read in threads only.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import os
@@ -89,6 +90,18 @@ class LocalDataFile:
             raise
         return descriptor
 
+    def _row_for_read(self, row: int) -> int | None:
+        descriptor = self._rows.get(row)
+        if descriptor is None:
+            with self._making, contextlib.suppress(FileNotFoundError):
+                # A merge in another process may have made it since this was opened.
+                flags = os.O_RDWR if self._writable else os.O_RDONLY
+                descriptor = self._rows.get(row)
+                if descriptor is None:
+                    path = self._directory / f"data-{row:05d}"
+                    descriptor = self._rows[row] = os.open(path, flags | os.O_CLOEXEC)
+        return descriptor
+
     def try_read(self, offset: int, buffer: memoryview) -> bool:
         length = len(buffer)
         row = offset >> ROW_SHIFT
@@ -100,7 +113,7 @@ class LocalDataFile:
         except BlockingIOError:
             return False
         except KeyError:
-            raise OSError(errno.EIO, f"{self._directory}/data-{row:05d} is missing") from None
+            return False  # made by another process since, or missing: see ``read``
         except OSError as error:
             if error.errno == errno.EOPNOTSUPP:
                 return False
@@ -111,7 +124,7 @@ class LocalDataFile:
             row = offset >> ROW_SHIFT
             position = offset & _ROW_MASK
             part = buffer[: ROW_SIZE - position]
-            descriptor = self._rows.get(row)
+            descriptor = self._row_for_read(row)
             got = 0 if descriptor is None else os.preadv(descriptor, (part,), position)
             if got == 0:
                 raise OSError(

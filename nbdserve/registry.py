@@ -31,8 +31,11 @@ class CatalogueExports:
     async def open(self, name: str, revoke: Callable[[], None]) -> Export:
         volume, snapshot = _parse(name)
         if snapshot is None:
-            return await self._catalogue.open_volume(volume, revoke)
-        return await self._catalogue.open_snapshot(volume, snapshot, revoke)
+            lease = await self._catalogue.open_volume(volume, revoke)
+        else:
+            lease = await self._catalogue.open_snapshot(volume, snapshot, revoke)
+        assert isinstance(lease, Handle)
+        return lease
 
     async def close(self, export: Export) -> None:
         assert isinstance(export, Handle)

@@ -29,20 +29,20 @@ from backends.errors import (
 from backends.layers import LayerStore
 from snapshots.comparing import compare_snapshots, compare_with_now
 from snapshots.difference import Extent
-from snapshots.handle import Handle
+from snapshots.handle import Lease
 from snapshots.head import create_head
+from snapshots.host import HostLostError, ViewHost
 from snapshots.imports import Imports
 from snapshots.listings import Listings, SnapshotInfo, VolumeInfo
 from snapshots.manifest import MAX_LAYERS, Manifest, Snapshot
 from snapshots.manifest_store import ManifestStore
 from snapshots.merging import Merging
 from snapshots.names import check_name, check_volume_size
-from snapshots.open_views import OpenViews
+from snapshots.open_views import OpenView, OpenViews
 from snapshots.pins import Pins
 from snapshots.sealing import LOW_WATER, Sealing
 from snapshots.transfer import Import, Pin
 from snapshots.upkeep import Upkeep
-from snapshots.volume import Volume
 
 _log = logging.getLogger(__name__)
 
@@ -68,10 +68,10 @@ def _to_its_end(
 class Catalogue:
     """See the module's text; made by ``open``, ended by ``close``."""
 
-    def __init__(self, store: LayerStore) -> None:
+    def __init__(self, store: LayerStore, hosts: Sequence[ViewHost] = ()) -> None:
         self._store = store
         self._manifests = ManifestStore(store)
-        self._views = OpenViews(store, self._manifests)
+        self._views = OpenViews(store, self._manifests, hosts)
         self._commits = asyncio.Lock()
         self._pins = Pins(self._unpinned)
         self._merging = Merging(store, self._manifests, self._views, self._commits, self._pins)
@@ -79,21 +79,25 @@ class Catalogue:
         self._listings = Listings(store, self._manifests, self._views)
         self._imports = Imports(store, self._manifests)
         self._upkeep = Upkeep(store, self._manifests, self._views, self._merging)
-        self._keys: dict[Handle, str] = {}
+        self._leases: dict[Lease, OpenView] = {}
         self._upkeep_task: asyncio.Task[None] | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._closed = False
 
     @classmethod
-    async def open(cls, store: LayerStore) -> Catalogue:
-        """Own the store and read its manifests; InUseError, CorruptError."""
+    async def open(cls, store: LayerStore, hosts: Sequence[ViewHost] = ()) -> Catalogue:
+        """Own the store and read its manifests; InUseError, CorruptError.
+
+        Volumes are opened on ``hosts``, by default in this process.
+        """
         await store.lock()
-        catalogue = cls(store)
+        catalogue = cls(store, hosts)
         try:
             await catalogue._manifests.load()
             await catalogue._upkeep.start()
+            await catalogue._views.start()
         except BaseException:
-            catalogue._views.threads.close()
+            await catalogue._views.stop()
             await store.unlock()
             raise
         catalogue._upkeep.resume()
@@ -194,8 +198,8 @@ class Catalogue:
                 await self._manifests.commit([manifest.changed(size=size)])
                 opened = self._views.get(manifest.id)
                 if opened is not None:
-                    assert isinstance(opened.view, Volume)
-                    opened.view.grow(size)
+                    with contextlib.suppress(HostLostError):
+                        await opened.host.grow(opened.key, size)
             return await self._listings.volume(self._manifests.get(name))
 
     @_to_its_end
@@ -338,21 +342,21 @@ class Catalogue:
             manifest = self._manifests.get(volume)
             old = _find(manifest, older)
             if newer is None:
-                return await compare_with_now(self._store, self._views, manifest, old)
+                return await compare_with_now(self._views, manifest, old)
             new = _find(manifest, newer)
             return await compare_snapshots(self._store, self._views, manifest, old, new)
 
     # Clients
 
-    async def open_volume(self, name: str, revoke: Callable[[], None]) -> Handle:
+    async def open_volume(self, name: str, revoke: Callable[[], None]) -> Lease:
         """Open a volume for a client; ``revoke`` asks the client to close it. NotFoundError."""
         return await self._opened(self._open_volume(name, revoke))
 
-    async def open_snapshot(self, volume: str, snapshot: str, revoke: Callable[[], None]) -> Handle:
+    async def open_snapshot(self, volume: str, snapshot: str, revoke: Callable[[], None]) -> Lease:
         """Open a snapshot for a client, read-only. NotFoundError."""
         return await self._opened(self._open_snapshot(volume, snapshot, revoke))
 
-    async def _opened(self, opening: Coroutine[Any, Any, Handle]) -> Handle:
+    async def _opened(self, opening: Coroutine[Any, Any, Lease]) -> Lease:
         """What ``opening`` opens; when the caller is cancelled, it is closed again."""
         task = asyncio.create_task(opening)
         try:
@@ -361,38 +365,42 @@ class Catalogue:
             task.add_done_callback(self._close_unclaimed)
             raise
 
-    def _close_unclaimed(self, opening: asyncio.Task[Handle]) -> None:
+    def _close_unclaimed(self, opening: asyncio.Task[Lease]) -> None:
         if not opening.cancelled() and opening.exception() is None:
             self._start(self.close_export(opening.result()))
 
-    async def _open_volume(self, name: str, revoke: Callable[[], None]) -> Handle:
+    async def _open_volume(self, name: str, revoke: Callable[[], None]) -> Lease:
         async with self._turn():
             manifest = self._manifests.get(name)
             view = await self._views.acquire_volume(manifest)
             self._listings.forget(manifest.id)
-            return self._handle(manifest.id, Handle(name, view, revoke))
+            return await self._lease(view, name, manifest.size, False, revoke)
 
-    async def _open_snapshot(
-        self, volume: str, snapshot: str, revoke: Callable[[], None]
-    ) -> Handle:
+    async def _open_snapshot(self, volume: str, snapshot: str, revoke: Callable[[], None]) -> Lease:
         async with self._turn():
             manifest = self._manifests.get(volume)
             found = _find(manifest, snapshot)
             view = await self._views.acquire_snapshot(manifest, found)
-            return self._handle(found.id, Handle(f"{volume}@{snapshot}", view, revoke))
+            return await self._lease(view, f"{volume}@{snapshot}", found.size, True, revoke)
 
     @_to_its_end
-    async def close_export(self, export: Handle) -> None:
+    async def close_export(self, lease: Lease) -> None:
         """A client is done with what it opened."""
-        key = self._keys.pop(export)
+        view = self._leases.pop(lease)
         if self._closed:
             return  # closed with everything else
-        await self._views.close_handle(key, export)
+        await self._views.end_lease(view, lease)
 
-    def _handle(self, key: str, handle: Handle) -> Handle:
-        self._views.add_handle(key, handle)
-        self._keys[handle] = key
-        return handle
+    async def _lease(
+        self, view: OpenView, name: str, size: int, read_only: bool, revoke: Callable[[], None]
+    ) -> Lease:
+        try:
+            lease = self._views.add_lease(view, name, size, read_only, revoke)
+        except BaseException:
+            await self._views.release(view)
+            raise
+        self._leases[lease] = view
+        return lease
 
     # Other processes
 
@@ -451,9 +459,9 @@ class Catalogue:
 
     async def _disconnect(self, manifest: Manifest) -> None:
         opened = self._views.get(manifest.id)
-        if opened is not None and opened.handles:
-            for handle in list(opened.handles):
-                handle.revoke()
+        if opened is not None and opened.leases:
+            for lease in list(opened.leases):
+                lease.revoke()
             try:
                 await asyncio.wait_for(opened.empty.wait(), _REVOKE_SECONDS)
             except TimeoutError:

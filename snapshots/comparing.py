@@ -15,34 +15,21 @@ async def compare_snapshots(
     """What may differ in ``newer`` from ``older``, in order."""
     blocks = max(older.size, newer.size) >> BLOCK_SHIFT
     layers = layers_between(manifest.parents, older.layer, newer.layer)
-    view = await views.acquire_snapshot(manifest, newer)
-    try:
+    async with views.looking_at(manifest, newer) as view:
         touched = await touched_by(store, layers, blocks)
         try:
             return changed_extents(touched, view.owners)
         finally:
             touched.close()
-    finally:
-        await views.release(newer.id)
 
 
-async def compare_with_now(
-    store: LayerStore, views: OpenViews, manifest: Manifest, older: Snapshot
-) -> list[Extent]:
+async def compare_with_now(views: OpenViews, manifest: Manifest, older: Snapshot) -> list[Extent]:
     """What may differ in the volume as it is from ``older``, in order."""
-    volume = await views.acquire_volume(manifest)
+    layers = layers_between(manifest.parents, older.layer, manifest.head)
+    blocks = max(older.size, manifest.size) >> BLOCK_SHIFT
+    view = await views.acquire_volume(manifest)
     try:
-        layers = layers_between(manifest.parents, older.layer, manifest.head)
-        blocks = max(older.size, volume.size) >> BLOCK_SHIFT
-        await volume.settle()
-        # Held, so that the journal does not grow while it is read.
-        async with volume.head.lock:
-            touched = await touched_by(store, layers, blocks)
-            try:
-                for first, last, _ in volume.head.pending:
-                    touched.set(first, last, 1)
-                return changed_extents(touched, volume.owners)
-            finally:
-                touched.close()
+        changed = await view.host.list_changed(view.key, layers, blocks)
+        return [Extent(offset, length, zero) for offset, length, zero in changed]
     finally:
-        await views.release(manifest.id)
+        await views.release(view)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from dataclasses import dataclass
 
 from backends.layers import LayerStore
@@ -85,11 +84,11 @@ class Listings:
         known = self._mapped.get(manifest.id)
         if known is not None and self._views.get(manifest.id) is None:
             return known
-        volume = await self._views.acquire_volume(manifest)
+        view = await self._views.acquire_volume(manifest)
         try:
-            blocks = await asyncio.to_thread(volume.owners.count_owned)
+            blocks = await view.host.count_owned(view.key)
         finally:
-            await self._views.release(manifest.id)
+            await self._views.release(view)
         self._mapped[manifest.id] = blocks << BLOCK_SHIFT
         return blocks << BLOCK_SHIFT
 

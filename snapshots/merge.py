@@ -166,15 +166,9 @@ class Merger:
         async with self._views.stacks:
             await threads.sync(_record, log, sectors)
             self._sequence += len(sectors) // SECTOR
-            waits = []
-            for view in self._views.views():
-                new = view.slot_of(target.name)
-                old = view.slot_of(source.name)
-                if new is not None and old is not None:
-                    for first, last, _ in runs:
-                        view.owners.replace(first, last, old, new)
-                    waits.append(view.reads_before_now())
-        await asyncio.gather(*waits)
+            moved = asyncio.ensure_future(self._views.move(self._merge, runs))
+            await asyncio.sleep(0)  # it begins while nothing is opened or closed
+        await moved
         await threads.sync(_punch, source, target, runs)
 
     async def _finish(self) -> None:
@@ -202,10 +196,7 @@ class Merger:
         async with self._views.stacks:
             users = self._manifests.uses(merge.source)
             await self._manifests.commit([user.merged(merge) for user in users])
-            for view in self._views.views():
-                if view.slot_of(merge.source) is not None:
-                    await view.reads_before_now()
-                    self._views.pool.release(view.drop_layer(merge.source))
+            await self._views.drop_layer(merge.source)
             await self._manifests.end_merge(merge)
 
 

@@ -76,7 +76,7 @@ class Merging:
 
     def in_use(self) -> set[str]:
         """Layers that pins, open views or merges use, listed in a manifest or not."""
-        used = self._pins.layers() | self._views.pool.names()
+        used = self._pins.layers() | self._views.layers()
         for merge in self._manifests.merges.values():
             used.update(_pair(merge))
         return used

@@ -1,221 +1,340 @@
-"""The volumes and snapshots that are open, each once, and the layers under them.
+"""The book of what is open: which view, on which host, under which layers, for whom.
 
-A view is built when its first user comes and closed when the last one leaves: then its owner map's
-memory is free again, and what is on disk is the truth anyway. ``stacks`` is held while a view
-is built or closed and while a merge changes what views must know, so none is built from half
-of a change.
+A view is opened when its first user comes and closed when the last one leaves: then its owner map's
+memory is free again, and what is on disk is the truth anyway. ``stacks`` is held while a view is
+opened or closed and while a merge changes what views must know, so none is built from half of a
+change.
+
+All views of one volume, its snapshots' included, are on one host while any is open; a volume that
+opens goes to the host with the fewest. When a host is lost its views leave the book at once; who
+used them finds out at the next call, and what is opened then is opened anew.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
-from backends.errors import StorageError
+from backends.errors import StorageError, UnavailableError
 from backends.layers import LayerStore
-from snapshots.handle import Handle
-from snapshots.head import Head, create_head, open_head
-from snapshots.layer import LayerPool, apply_merge
+from snapshots.extent_log import Run
+from snapshots.handle import Lease
+from snapshots.head import create_head
+from snapshots.host import HostLostError, MergeNames, ViewHost
+from snapshots.layer import LayerPool
+from snapshots.local_host import LocalHost
 from snapshots.manifest import Manifest, Merge, Snapshot
 from snapshots.manifest_store import ManifestStore
 from snapshots.names import BLOCK_SHIFT
 from snapshots.owner_map import OwnerMap
 from snapshots.threads import Threads
 from snapshots.view import View, load_stack
-from snapshots.volume import Volume
 
 _log = logging.getLogger(__name__)
 
 
-@dataclass
+@dataclass(eq=False)
 class OpenView:
-    """A view, who uses it, and for whom."""
+    """A view by its key, who uses it, and for whom; ``layers`` are those it may touch."""
 
-    view: View
+    key: str
+    volume: str
+    name: str
+    host: ViewHost
+    layers: set[str]
+    ready: bool = False
+    lost: bool = False
     users: int = 0
-    handles: set[Handle] = field(default_factory=set)
+    leases: set[Lease] = field(default_factory=set)
     empty: asyncio.Event = field(default_factory=asyncio.Event)
 
 
 class OpenViews:
-    """Views by the id of their volume or snapshot (see the module's text)."""
+    """Views by the id of their volume or snapshot (see the module's text).
 
-    def __init__(self, store: LayerStore, manifests: ManifestStore) -> None:
+    ``pool`` and ``threads`` are this process's own: for merges, indexes and the host in it.
+    """
+
+    def __init__(
+        self, store: LayerStore, manifests: ManifestStore, hosts: Sequence[ViewHost] = ()
+    ) -> None:
         self.stacks = asyncio.Lock()
         self.threads = Threads()
         self.pool = LayerPool(store, writable=True)
+        self.hosts = list(hosts) or [LocalHost(store, self.threads)]
         self._store = store
         self._manifests = manifests
         self._open: dict[str, OpenView] = {}
         # What is cached of a volume that failed may not be what is on disk, opened again or not.
         self._failures: dict[str, str] = {}
 
+    async def start(self) -> None:
+        """Start the hosts."""
+        for host in self.hosts:
+            await host.start(self)
+
+    # What hosts tell
+
+    def lost(self, host: ViewHost) -> None:
+        """The host's process has ended; nothing of its views is left."""
+        gone = [view for view in self._open.values() if view.host is host]
+        for view in gone:
+            view.lost = True
+            del self._open[view.key]
+        if gone:
+            names = ", ".join(sorted(view.name for view in gone))
+            _log.error("closed with their worker: %s; what was not flushed may be lost", names)
+
+    def failed(self, key: str, why: str) -> None:
+        """A volume stays read-only, however often it is opened again."""
+        self._failures[key] = why
+
+    # Looking up
+
     def get(self, key: str) -> OpenView | None:
         """The open view of a volume's or snapshot's id."""
         return self._open.get(key)
 
-    def ids(self) -> list[str]:
-        """The ids of what is open."""
-        return list(self._open)
-
-    def views(self) -> list[View]:
-        """Every view that is open."""
-        return [found.view for found in self._open.values()]
-
     def clients(self, key: str) -> int:
-        """How many handles of a view are open."""
+        """How many leases of a view are out."""
         found = self._open.get(key)
-        return 0 if found is None else len(found.handles)
+        return 0 if found is None else len(found.leases)
 
-    async def acquire_volume(self, manifest: Manifest) -> Volume:
+    def layers(self) -> set[str]:
+        """Every layer that is open in some process of ours."""
+        return self.pool.names().union(*(view.layers for view in self._open.values()))
+
+    def volumes_on(self, host: ViewHost) -> int:
+        """How many volumes have views on a host."""
+        return len({view.volume for view in self._open.values() if view.host is host})
+
+    # Opening and closing
+
+    async def acquire_volume(self, manifest: Manifest) -> OpenView:
         """Open a volume, or share it; pair of ``release``."""
         async with self.stacks:
             found = self._open.get(manifest.id)
             if found is None:
-                found = OpenView(await self._build_volume(manifest))
-                self._open[manifest.id] = found
+                stack = manifest.stack(manifest.head)
+                found = self._enter(manifest.id, manifest.id, manifest.name, stack)
+                await self._opened(
+                    found,
+                    found.host.open_volume(
+                        manifest.id,
+                        manifest.name,
+                        manifest.size,
+                        stack,
+                        self._merges(stack),
+                        self._failures.get(manifest.id),
+                    ),
+                )
             found.users += 1
-            assert isinstance(found.view, Volume)
-            return found.view
+            return found
 
-    async def acquire_snapshot(self, manifest: Manifest, snapshot: Snapshot) -> View:
+    async def acquire_snapshot(self, manifest: Manifest, snapshot: Snapshot) -> OpenView:
         """Open a snapshot, or share it; pair of ``release``."""
         async with self.stacks:
             found = self._open.get(snapshot.id)
             if found is None:
-                found = OpenView(await self.build_snapshot(manifest, snapshot))
-                self._open[snapshot.id] = found
+                stack = manifest.stack(snapshot.layer)
+                name = f"{manifest.name}@{snapshot.name}"
+                found = self._enter(snapshot.id, manifest.id, name, stack)
+                await self._opened(
+                    found,
+                    found.host.open_snapshot(
+                        snapshot.id, name, snapshot.size, stack, self._merges(stack)
+                    ),
+                )
             found.users += 1
-            return found.view
+            return found
 
-    async def release(self, key: str) -> None:
+    def _enter(self, key: str, volume: str, name: str, stack: list[str]) -> OpenView:
+        """Write a view into the book that is about to be opened: its layers are in use."""
+        view = OpenView(key, volume, name, self._place(volume), set(stack))
+        self._open[key] = view
+        return view
+
+    def _place(self, volume: str) -> ViewHost:
+        views: dict[ViewHost, int] = {host: 0 for host in self.hosts if host.available}
+        for view in self._open.values():
+            if view.volume == volume:
+                return view.host
+            if view.host in views:
+                views[view.host] += 1
+        if not views:
+            raise UnavailableError("the workers that serve volumes have all ended; try again")
+        return min(views, key=lambda host: views[host])
+
+    async def _opened(self, view: OpenView, opening: Coroutine[Any, Any, None]) -> None:
+        try:
+            await opening
+            if view.lost:
+                raise HostLostError(f"{view.name}: its worker has ended; try again")
+        except BaseException:
+            self._forget(view)
+            raise
+        view.ready = True
+
+    def _merges(self, stack: list[str]) -> list[MergeNames]:
+        """The merges under way that a stack must know of."""
+        return [
+            (merge.lower, merge.upper, merge.target)
+            for merge in self._manifests.merges.values()
+            if merge.upper in stack
+        ]
+
+    async def release(self, view: OpenView) -> None:
         """Undo one ``acquire``; the last one flushes and closes the view."""
-        found = self._open[key]
-        found.users -= 1
-        if found.users == 0:
-            await _flush(found.view)
+        view.users -= 1
+        if view.users == 0:
+            await self._flush(view)
             async with self.stacks:
-                if found.users == 0 and self._open.get(key) is found:
-                    await _flush(found.view)
-                    await self.close_view(found.view)
-                    self._note_failure(key, found.view)
-                    del self._open[key]
-
-    def add_handle(self, key: str, handle: Handle) -> None:
-        """Note a client; the caller has acquired the view for it."""
-        self._open[key].handles.add(handle)
-        self._open[key].empty.clear()
-
-    async def close_handle(self, key: str, handle: Handle) -> None:
-        """A client is gone; release what was acquired for it."""
-        found = self._open[key]
-        found.handles.discard(handle)
-        if not found.handles:
-            found.empty.set()
-        await self.release(key)
+                if view.users == 0 and self._open.get(view.key) is view:
+                    await self._flush(view)
+                    await self._close(view)
 
     async def discard(self, key: str) -> None:
         """Close a view that nobody uses without flushing it."""
         async with self.stacks:
-            found = self._open.get(key)
-            if found is not None and found.users == 0:
-                del self._open[key]
-                await self.close_view(found.view)
-                self._note_failure(key, found.view)
+            view = self._open.get(key)
+            if view is not None and view.users == 0:
+                await self._close(view)
 
-    def _note_failure(self, key: str, view: View) -> None:
-        if isinstance(view, Volume) and view.failure:
-            self._failures[key] = view.failure
-
-    async def _build_volume(self, manifest: Manifest) -> Volume:
-        owners = OwnerMap(manifest.size >> BLOCK_SHIFT)
-        volume = Volume(manifest.name, manifest.size, owners, self.threads, self._store)
+    async def _flush(self, view: OpenView) -> None:
+        if view.lost:
+            return
         try:
-            stack = manifest.stack(manifest.head)
-            await load_stack(volume, stack[:-1], self._manifests.merges, self._store, self.pool)
-            volume.head = await self.open_head(volume, manifest.head)
-            volume.failure = self._failures.get(manifest.id)
-        except BaseException:
-            await self.close_view(volume)
-            raise
-        return volume
+            await view.host.flush(view.key)
+        except HostLostError:
+            pass  # ``lost`` has said so
+        except (OSError, StorageError) as error:
+            _log.error("volume %s: what was not flushed before is lost: %s", view.name, error)
 
-    async def build_snapshot(self, manifest: Manifest, snapshot: Snapshot) -> View:
-        """A view of a snapshot that the caller closes; ``stacks`` must be held."""
+    async def _close(self, view: OpenView) -> None:
+        """Close a view; ``stacks`` is held."""
+        if not view.lost:
+            with contextlib.suppress(HostLostError):
+                await view.host.close_view(view.key)
+        self._forget(view)
+
+    def _forget(self, view: OpenView) -> None:
+        if self._open.get(view.key) is view:
+            del self._open[view.key]
+
+    async def flush_all(self) -> None:
+        """Flush every view, those of different hosts at the same time; errors are its clients'."""
+
+        async def flush(host: ViewHost) -> None:
+            for view in list(self._open.values()):
+                if view.host is host and view.ready and not view.lost:
+                    with contextlib.suppress(OSError, StorageError):
+                        await host.flush(view.key)
+
+        await asyncio.gather(*map(flush, self.hosts))
+
+    async def close(self) -> None:
+        """Flush and close every view, then the hosts."""
+        for view in list(self._open.values()):
+            await self._flush(view)
+            async with self.stacks:
+                await self._close(view)
+        await self.stop()
+
+    async def stop(self) -> None:
+        """End the hosts, whatever is open."""
+        await asyncio.gather(*(host.close() for host in self.hosts))
+        self.threads.close()
+
+    @contextlib.asynccontextmanager
+    async def looking_at(self, manifest: Manifest, snapshot: Snapshot) -> AsyncIterator[View]:
+        """A view of a snapshot in this process, for the caller alone, who holds the commits."""
         owners = OwnerMap(snapshot.size >> BLOCK_SHIFT)
         view = View(f"{manifest.name}@{snapshot.name}", snapshot.size, owners, self.threads)
         try:
-            stack = manifest.stack(snapshot.layer)
-            await load_stack(view, stack, self._manifests.merges, self._store, self.pool)
-        except BaseException:
-            await self.close_view(view)
-            raise
-        return view
+            async with self.stacks:
+                stack = manifest.stack(snapshot.layer)
+                await load_stack(view, stack, self._manifests.merges, self._store, self.pool)
+            yield view
+        finally:
+            for _, layer in view.stack:
+                self.pool.release(layer)
+            owners.close()
 
-    async def open_head(self, volume: Volume, layer: str) -> Head:
-        """Open a layer as a head on top of ``volume``'s stack."""
-        slot = volume.push_layer(await self.pool.acquire(layer))
-        opened = volume.stack[-1][1]
-        blocks = volume.size >> BLOCK_SHIFT
-        return await open_head(self._store, opened, slot, volume.owners, blocks)
+    # Clients
 
-    async def add_head(self, volume: Volume, layer: str) -> Head:
+    def add_lease(
+        self, view: OpenView, name: str, size: int, read_only: bool, revoke: Callable[[], None]
+    ) -> Lease:
+        """Let a client have a view that the caller has acquired for it."""
+        if view.lost:
+            raise HostLostError(f"{name}: its worker has ended; try again")
+        lease = view.host.lease(view.key, name, size, read_only, revoke)
+        view.leases.add(lease)
+        view.empty.clear()
+        return lease
+
+    async def end_lease(self, view: OpenView, lease: Lease) -> None:
+        """A client is gone; release what was acquired for it."""
+        view.leases.discard(lease)
+        if not view.leases:
+            view.empty.set()
+        await self.release(view)
+
+    # Snapshots
+
+    async def add_head(self, view: OpenView, layer: str) -> None:
         """Create a layer and open it as the next head; what fails leaves nothing behind."""
+        view.layers.add(layer)
         try:
             await create_head(self._store, layer)
-            return await self.open_head(volume, layer)
+            await view.host.add_head(view.key, layer)
         except BaseException:
-            if volume.slot_of(layer) is not None:
-                self.pool.release(volume.drop_layer(layer))
+            view.layers.discard(layer)
             await self._store.delete_layer(layer)
             raise
 
-    async def remove_head(self, volume: Volume, head: Head) -> None:
-        """Take back a head that never came to be the volume's."""
-        head.close()
-        self.pool.release(volume.drop_layer(head.layer.name))
-        await self._store.delete_layer(head.layer.name)
+    async def remove_head(self, view: OpenView, layer: str) -> None:
+        """Take back a head that never came to be the volume's, or whose host was lost."""
+        if not view.lost:
+            with contextlib.suppress(HostLostError):
+                await view.host.drop_head(view.key)
+        view.layers.discard(layer)
+        await self._store.delete_layer(layer)
 
-    async def close_view(self, view: View) -> None:
-        """Close a view that no client can reach any more."""
-        if isinstance(view, Volume):
-            await view.quiesce()
-            if hasattr(view, "head"):
-                view.head.close()
-        await view.reads_before_now()
-        for _, layer in view.stack:
-            self.pool.release(layer)
-        view.stack.clear()
-        view.owners.close()
+    # Merges
+
+    async def move(self, merge: Merge, runs: Sequence[Run]) -> None:
+        """Blocks moved from a merge's source to its target, says its log already.
+
+        Begun while ``stacks`` is held; returns when nothing reads them in the source any more.
+        """
+        hosts = self._hosts_of(merge.source)
+        await _all_but_lost(host.move(merge.source, merge.target, runs) for host in hosts)
 
     async def follow_merge(self, merge: Merge) -> None:
-        """Make open views know everything that the merge log of a merge says; holds ``stacks``."""
-        for view in self.views():
-            target = view.slot_of(merge.target)
-            source = view.slot_of(merge.source)
-            if target is None or source is None:
-                continue
-            done = OwnerMap(view.size >> BLOCK_SHIFT)
-            try:
-                await apply_merge(self._store, merge.target, done)
-                for first, last in done.owned_runs(0, done.blocks):
-                    view.owners.replace(first, last, source, target)
-            finally:
-                done.close()
+        """Let open views know everything that a merge's log says; holds ``stacks``."""
+        hosts = self._hosts_of(merge.source)
+        await _all_but_lost(host.follow_merge(merge.source, merge.target) for host in hosts)
 
-    async def close(self) -> None:
-        """Flush and close every view."""
-        for key, found in list(self._open.items()):
-            await _flush(found.view)
-            async with self.stacks:
-                if self._open.pop(key, None) is not None:
-                    await self.close_view(found.view)
-        self.threads.close()
+    async def drop_layer(self, layer: str) -> None:
+        """Take a layer that owns no block any more out of all stacks; holds ``stacks``."""
+        await _all_but_lost(host.drop_layer(layer) for host in self._hosts_of(layer))
+        for view in self._open.values():
+            view.layers.discard(layer)
+
+    def _hosts_of(self, layer: str) -> list[ViewHost]:
+        """The hosts that have views with a layer."""
+        views = [view for view in self._open.values() if layer in view.layers]
+        return [host for host in self.hosts if any(view.host is host for view in views)]
 
 
-async def _flush(view: View) -> None:
-    try:
-        await view.flush()
-    except (OSError, StorageError) as error:
-        _log.error("volume %s: what was not flushed before is lost: %s", view.name, error)
+async def _all_but_lost(calls: Iterable[Coroutine[Any, Any, None]]) -> None:
+    """Wait for calls to several hosts; one that was lost has no views left to be told."""
+    results = await asyncio.gather(*calls, return_exceptions=True)
+    for result in results:
+        if isinstance(result, BaseException) and not isinstance(result, HostLostError):
+            raise result

@@ -2,33 +2,52 @@
 
 1. Create the next heads, write the next manifests under temporary names, and sync what is pending
    so that the gate has little to capture. All that needs space is done then.
-2. The gate: swap every volume's head in one step of the event loop (volume.py).
+2. The gate: swap every volume's head. On one host that is one step of its event loop (volume.py).
+   On several, writes are first frozen everywhere, so that none that begins after one swap is on
+   this side of another; reads never wait.
 3. Make the old heads durable, commit the manifests in one commit; FLUSHes wait until then.
 4. Later, turn each sealed layer's journal into its index.
 
 When step 3 fails, writes have gone into the new heads already, which a reopened volume would not
-know: the volumes refuse writes and flushes until then, so nothing is taken for durable.
+know: the volumes refuse writes and flushes until then, so nothing is taken for durable. When it
+fails because a host was lost, the volumes of other hosts had no part in that: they keep their new
+heads, committed under no snapshot's name.
 """
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import logging
 import secrets
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
-from backends.errors import StorageError
+from backends.errors import StorageError, UnavailableError
 from backends.layers import LayerStore
-from snapshots.head import Head
+from snapshots.host import HostLostError, ViewHost
 from snapshots.manifest import Manifest, Snapshot
 from snapshots.manifest_store import ManifestStore, StagedCommit
 from snapshots.merging import Merging
-from snapshots.open_views import OpenViews
-from snapshots.volume import Volume
+from snapshots.open_views import OpenView, OpenViews
 
 _log = logging.getLogger(__name__)
 
 # Below this much free space a snapshot is refused: its new head and the manifest need some of it.
 LOW_WATER = 16 << 20
+
+_GATE_SECONDS = 2.0
+"""How long several hosts may take to agree on the gate: writes wait meanwhile."""
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """A volume whose next head is open beside the old one."""
+
+    manifest: Manifest
+    view: OpenView
+    head: str
 
 
 class Sealing:
@@ -44,60 +63,87 @@ class Sealing:
 
     async def seal(self, manifests: list[Manifest], snapshots: Sequence[Snapshot | None]) -> None:
         """Give each volume a new head, and its old one the name of a snapshot or none."""
-        prepared: list[tuple[Volume, Head]] = []
-        acquired: list[str] = []
+        prepared: list[_Prepared] = []
+        acquired: list[OpenView] = []
         try:
             try:
                 for manifest in manifests:
-                    volume = await self._views.acquire_volume(manifest)
-                    acquired.append(manifest.id)
-                    head = await self._views.add_head(volume, secrets.token_hex(8))
-                    prepared.append((volume, head))
+                    view = await self._views.acquire_volume(manifest)
+                    acquired.append(view)
+                    head = secrets.token_hex(8)
+                    await self._views.add_head(view, head)
+                    prepared.append(_Prepared(manifest, view, head))
                 staged = await self._manifests.stage(
                     [
-                        _sealed(manifest, head.layer.name, snapshot)
-                        for manifest, (_, head), snapshot in zip(
-                            manifests, prepared, snapshots, strict=True
-                        )
+                        _sealed(each.manifest, each.head, snapshot)
+                        for each, snapshot in zip(prepared, snapshots, strict=True)
                     ]
                 )
                 try:
-                    for volume, _ in prepared:
-                        await volume.settle()
+                    for each in prepared:
+                        await each.view.host.settle(each.view.key)
+                    hosts = _by_host(prepared)
+                    if len(hosts) > 1:
+                        await _freeze(hosts)
                 except BaseException:
                     await staged.record.discard()
                     raise
             except BaseException:
-                for volume, head in prepared:
-                    await self._views.remove_head(volume, head)
+                for each in prepared:
+                    await self._views.remove_head(each.view, each.head)
                 raise
-            await self._swap_and_commit(prepared, staged)
-            for manifest in manifests:
-                self._merging.index(manifest.head)
+            await self._swap_and_commit(prepared, hosts, staged)
         finally:
-            for key in acquired:
-                await self._views.release(key)
+            for view in acquired:
+                await self._views.release(view)
 
     async def _swap_and_commit(
-        self, prepared: list[tuple[Volume, Head]], staged: StagedCommit
+        self, prepared: list[_Prepared], hosts: dict[ViewHost, list[str]], staged: StagedCommit
     ) -> None:
-        sealed = []
-        # The gate: no await between the first swap and the last.
-        for volume, head in prepared:
-            volume.commit_begins()
-            sealed.append(volume.swap_head(head))
         try:
-            for (volume, _), (old, runs) in zip(prepared, sealed, strict=True):
-                await volume.finish_seal(old, runs)
+            try:
+                await _swap(hosts)
+                for each in prepared:
+                    await each.view.host.finish_seal(each.view.key)
+            except BaseException:
+                await staged.record.discard()
+                if any(each.view.lost for each in prepared):
+                    await self._keep_the_rest(prepared)
+                raise
             await self._manifests.finish(staged)
+            for each in prepared:
+                self._merging.index(each.manifest.head)
+        except HostLostError as error:
+            raise UnavailableError(f"no snapshot was taken: {error}") from error
         except BaseException as error:
-            for volume, _ in prepared:
-                volume.fail(f"the commit of a snapshot failed: {error}")
+            await _fail(prepared, f"the commit of a snapshot failed: {error}")
             raise
         finally:
-            for (volume, _), (old, _) in zip(prepared, sealed, strict=True):
-                volume.commit_ended()
-                old.close()
+            await _each(prepared, lambda view: view.host.end_commit(view.key))
+
+    async def _keep_the_rest(self, prepared: list[_Prepared]) -> None:
+        """A host was lost behind the gate: its volumes have their old heads, the others the new."""
+        rest: list[_Prepared] = []
+        for each in prepared:
+            try:
+                if not each.view.lost:
+                    await each.view.host.finish_seal(each.view.key)
+                    rest.append(each)
+            except (OSError, StorageError) as error:
+                await _fail([each], f"the commit of a snapshot failed: {error}")
+        for each in prepared:
+            if each.view.lost:
+                await self._views.remove_head(each.view, each.head)
+        rest = [each for each in rest if not each.view.lost]
+        if not rest:
+            return
+        try:
+            await self._manifests.commit([_sealed(each.manifest, each.head, None) for each in rest])
+        except BaseException as error:
+            await _fail(rest, f"the commit of a new head failed: {error}")
+            raise
+        for each in rest:
+            self._merging.index(each.manifest.head)
 
     async def free_head_boundary(self, volume: str, layer: str) -> None:
         """Seal the head when the deleted snapshot's layer lies right below it.
@@ -123,3 +169,71 @@ def _sealed(manifest: Manifest, head: str, snapshot: Snapshot | None) -> Manifes
     taken = manifest.snapshots if snapshot is None else (*manifest.snapshots, snapshot)
     parents = {**manifest.parents, head: manifest.head}
     return manifest.changed(head=head, parents=parents, snapshots=taken)
+
+
+def _by_host(prepared: Sequence[_Prepared]) -> dict[ViewHost, list[str]]:
+    """The keys of the volumes on each host."""
+    hosts: dict[ViewHost, list[str]] = {}
+    for each in prepared:
+        hosts.setdefault(each.view.host, []).append(each.view.key)
+    return hosts
+
+
+async def _freeze(hosts: dict[ViewHost, list[str]]) -> None:
+    """Let new writes wait on all hosts, or on none."""
+    try:
+        async with asyncio.timeout(_GATE_SECONDS):
+            await _together(host.freeze(keys) for host, keys in hosts.items())
+    except BaseException as error:
+        # A host that answers late gets this behind the freeze; one that was lost needs nothing.
+        thawing = [asyncio.ensure_future(host.thaw(keys)) for host, keys in hosts.items()]
+        await asyncio.wait(thawing, timeout=_GATE_SECONDS)
+        for thaw in thawing:
+            thaw.add_done_callback(_seen)
+        if isinstance(error, TimeoutError):
+            raise UnavailableError(
+                f"no snapshot was taken: a worker did not answer within {_GATE_SECONDS:g} s"
+            ) from None
+        raise
+
+
+async def _swap(hosts: dict[ViewHost, list[str]]) -> None:
+    """The gate itself. A host of several that does not answer is ended: then it is known where it
+    stands, and the others go on."""
+    if len(hosts) == 1:
+        ((host, keys),) = hosts.items()
+        await host.swap_heads(keys)
+        return
+
+    async def swap(host: ViewHost, keys: list[str]) -> None:
+        swapping = asyncio.ensure_future(host.swap_heads(keys))
+        done, _ = await asyncio.wait([swapping], timeout=_GATE_SECONDS)
+        if not done:
+            host.kill()
+        await swapping
+
+    await _together(swap(host, keys) for host, keys in hosts.items())
+
+
+async def _together(calls: Iterable[Coroutine[Any, Any, None]]) -> None:
+    """Wait for all calls, then raise the first error."""
+    for result in await asyncio.gather(*calls, return_exceptions=True):
+        if isinstance(result, BaseException):
+            raise result
+
+
+def _seen(task: asyncio.Future[None]) -> None:
+    if not task.cancelled():
+        task.exception()
+
+
+async def _fail(prepared: Sequence[_Prepared], why: str) -> None:
+    await _each(prepared, lambda view: view.host.fail(view.key, why))
+
+
+async def _each(prepared: Sequence[_Prepared], call: Callable[[OpenView], Awaitable[None]]) -> None:
+    """Call for every volume whose host is there."""
+    for each in prepared:
+        if not each.view.lost:
+            with contextlib.suppress(HostLostError):
+                await call(each.view)

@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import logging
 
-from backends.errors import StorageError
 from backends.layers import LayerStore
 from snapshots.manifest_store import ManifestStore
 from snapshots.merging import Merging
@@ -44,11 +43,7 @@ class Upkeep:
         """Bound what a crash can lose of writes that nobody flushed, and the space they hold."""
         while True:
             await asyncio.sleep(_WRITE_BACK_SECONDS)
-            for key in self._views.ids():
-                opened = self._views.get(key)
-                if opened is not None:
-                    with contextlib.suppress(OSError, StorageError):
-                        await opened.view.flush()
+            await self._views.flush_all()
             with contextlib.suppress(OSError):
                 await self._store.keep_reserve()
             if self._merging.deferred:

@@ -27,7 +27,7 @@ import asyncio
 import contextlib
 import errno
 import logging
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from typing import Any
 
 from backends.errors import NoSpaceError, StorageError
@@ -68,6 +68,7 @@ class Volume(View):
         super().__init__(name, size, owners, threads)
         self.head: Head
         self.failure: str | None = None
+        self.on_failure: Callable[[str], None] | None = None
         self._store = store
         self._locks = RangeLock()
         self._current: asyncio.Task[None] | None = None
@@ -348,6 +349,8 @@ class Volume(View):
     def fail(self, why: str) -> None:
         """Refuse writes and flushes from now on."""
         self.failure = why
+        if self.on_failure is not None:
+            self.on_failure(why)
         _log.error("volume %s is read-only from now on: %s", self.name, why)
 
     async def _punch(self, head: Head, runs: list[Run]) -> None:
@@ -368,6 +371,14 @@ class Volume(View):
             await self._sync_head()
             if len(self.head.pending) < SYNC_FROM // 8:
                 return
+
+    def freeze(self) -> Callable[[], None]:
+        """Let writes wait that have not begun, until the returned function is called.
+
+        For a gate over several processes: each freezes its volumes, and when all have, each swaps
+        its heads. So no write that begins after one swap can be on this side of another.
+        """
+        return self._locks.bar(0, self.owners.blocks)
 
     def commit_begins(self) -> None:
         """FLUSHes wait from here until ``commit_ended``."""

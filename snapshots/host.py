@@ -1,0 +1,147 @@
+"""Where views are open: the border between the catalogue and the views that clients use.
+
+The catalogue knows the manifests and decides; a **host** has the open views, each under a key (the
+id of its volume or snapshot): owner maps, heads, journals, threads. All that passes between the two
+is plain data, so a host may be in this process (local_host.py) or in another.
+
+Rules for both sides:
+
+- A key is opened once and then used until ``close_view``, and what changes the layers under open
+  views happens while none is opened or closed: the catalogue sees to both.
+- A call takes effect when it begins, in the order of the calls; what it returns may take longer.
+- A host in another process may be **lost**. Then that process has ended, all its views are gone,
+  ``Watcher.lost`` has been told, and every call that was not answered raises HostLostError.
+- A volume that failed (see volume.py) is told to ``Watcher.failed`` before anybody is answered.
+
+The gate of a snapshot: ``add_head`` puts the next head beside the old one; ``freeze`` lets writes
+wait that have not begun; ``swap_heads`` makes the next heads the heads of all its volumes in one
+step, ends the freeze, and lets FLUSHes wait; ``finish_seal`` makes the old head durable;
+``end_commit`` lets FLUSHes go on. ``freeze`` is for groups over several hosts only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+from backends.errors import UnavailableError
+from snapshots.extent_log import Run
+from snapshots.handle import Lease
+
+MergeNames = tuple[str, str, str]
+"""The lower layer, the upper one and the target of a merge under way."""
+
+
+class HostLostError(UnavailableError):
+    """The host ended before it answered; its views are gone."""
+
+
+class Watcher(Protocol):
+    """Who is told what happens to a host."""
+
+    def lost(self, host: ViewHost) -> None:
+        """The host's process has ended, and all its views with it."""
+
+    def failed(self, key: str, why: str) -> None:
+        """A volume refuses writes and flushes from now on."""
+
+
+class ViewHost(Protocol):
+    """Views that are open in one process (see the module's text); sizes in bytes."""
+
+    @property
+    def available(self) -> bool:
+        """Whether views can be opened now."""
+
+    @property
+    def pid(self) -> int | None:
+        """The process that the views are in; None while there is none."""
+
+    async def start(self, watcher: Watcher) -> None:
+        """Begin; the data directory is locked."""
+
+    async def close(self) -> None:
+        """End; no view is open."""
+
+    def kill(self) -> None:
+        """Lose the host: it does not answer."""
+
+    def lease(
+        self, key: str, name: str, size: int, read_only: bool, revoke: Callable[[], None]
+    ) -> Lease:
+        """What a client gets of an open view; ``revoke`` asks for it back."""
+
+    # Views
+
+    async def open_volume(
+        self,
+        key: str,
+        name: str,
+        size: int,
+        stack: Sequence[str],
+        merges: Sequence[MergeNames],
+        failure: str | None,
+    ) -> None:
+        """Open a volume; ``stack`` from the oldest layer to the head. OSError, StorageError."""
+
+    async def open_snapshot(
+        self, key: str, name: str, size: int, stack: Sequence[str], merges: Sequence[MergeNames]
+    ) -> None:
+        """Open a snapshot. OSError, StorageError."""
+
+    async def close_view(self, key: str) -> None:
+        """Close a view that no client can reach any more, without flushing it."""
+
+    async def flush(self, key: str) -> None:
+        """Make what was written before durable; OSError."""
+
+    async def grow(self, key: str, size: int) -> None:
+        """A volume is larger now."""
+
+    async def count_owned(self, key: str) -> int:
+        """How many blocks hold data."""
+
+    async def list_changed(
+        self, key: str, layers: Sequence[str], blocks: int
+    ) -> Sequence[tuple[int, int, bool]]:
+        """What ``layers`` and pending writes say of a volume: (offset, length, reads as zero)."""
+
+    # Snapshots
+
+    async def settle(self, key: str) -> None:
+        """Sync until so little is pending that the gate takes a moment; OSError."""
+
+    async def add_head(self, key: str, layer: str) -> None:
+        """Open an empty layer as the next head."""
+
+    async def drop_head(self, key: str) -> None:
+        """Close the next head again."""
+
+    async def freeze(self, keys: Sequence[str]) -> None:
+        """Let new writes of these volumes wait; reads go on."""
+
+    async def thaw(self, keys: Sequence[str]) -> None:
+        """Let writes go on."""
+
+    async def swap_heads(self, keys: Sequence[str]) -> None:
+        """The gate, for all of these volumes in one step."""
+
+    async def finish_seal(self, key: str) -> None:
+        """Make the old head durable, with all that was being written to it; OSError."""
+
+    async def fail(self, key: str, why: str) -> None:
+        """Refuse writes and flushes from now on."""
+
+    async def end_commit(self, key: str) -> None:
+        """Let FLUSHes go on, and close the old head."""
+
+    # Merges
+
+    async def move(self, source: str, target: str, runs: Sequence[Run]) -> None:
+        """These blocks are now the target's; returns when no read in the source is under way."""
+
+    async def follow_merge(self, source: str, target: str) -> None:
+        """Take over all that the target's merge log says."""
+
+    async def drop_layer(self, layer: str) -> None:
+        """A layer that owns no block any more is in no stack any more."""

@@ -1,0 +1,258 @@
+"""A host of views in this process (host.py has the rules)."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from backends.layers import LayerStore
+from snapshots.difference import changed_extents, touched_by
+from snapshots.extent_log import Run
+from snapshots.handle import Handle
+from snapshots.head import Head, open_head
+from snapshots.host import HostLostError, MergeNames, Watcher
+from snapshots.layer import LayerPool, apply_merge
+from snapshots.manifest import Merge
+from snapshots.names import BLOCK_SHIFT
+from snapshots.owner_map import OwnerMap
+from snapshots.threads import Threads
+from snapshots.view import View, load_stack
+from snapshots.volume import Volume
+
+
+@dataclass
+class _Writing:
+    """A volume and what a snapshot under way has made of it."""
+
+    volume: Volume
+    next: Head | None = None
+    sealed: tuple[Head, list[Run]] | None = None
+    thaw: Callable[[], None] | None = None
+
+
+class LocalHost:
+    """A ``ViewHost``: all its views share ``threads`` and, where they can, open layers."""
+
+    available = True
+
+    def __init__(self, store: LayerStore, threads: Threads) -> None:
+        self.pid = os.getpid()
+        self._store = store
+        self._threads = threads
+        self._pool = LayerPool(store, writable=True)
+        self._views: dict[str, View] = {}
+        self._volumes: dict[str, _Writing] = {}
+        self._watcher: Watcher | None = None
+
+    async def start(self, watcher: Watcher) -> None:
+        self._watcher = watcher
+
+    async def close(self) -> None:
+        pass
+
+    def kill(self) -> None:
+        raise AssertionError("this process answers as long as it runs")
+
+    def view(self, key: str) -> View:
+        """An open view; HostLostError when the catalogue speaks of one from another life."""
+        try:
+            return self._views[key]
+        except KeyError:
+            raise HostLostError(f"{key} was closed with its worker; open it again") from None
+
+    def _writing(self, key: str) -> _Writing:
+        try:
+            return self._volumes[key]
+        except KeyError:
+            raise HostLostError(f"{key} was closed with its worker; open it again") from None
+
+    def lease(
+        self, key: str, name: str, size: int, read_only: bool, revoke: Callable[[], None]
+    ) -> Handle:
+        return Handle(name, self.view(key), revoke)
+
+    # Views
+
+    async def open_volume(
+        self,
+        key: str,
+        name: str,
+        size: int,
+        stack: Sequence[str],
+        merges: Sequence[MergeNames],
+        failure: str | None,
+    ) -> None:
+        owners = OwnerMap(size >> BLOCK_SHIFT)
+        volume = Volume(name, size, owners, self._threads, self._store)
+        volume.on_failure = functools.partial(self._failed, key)
+        try:
+            await load_stack(volume, list(stack[:-1]), _merges(merges), self._store, self._pool)
+            volume.head = await self._open_head(volume, stack[-1])
+            volume.failure = failure
+        except BaseException:
+            await self._close(volume)
+            raise
+        self._views[key] = volume
+        self._volumes[key] = _Writing(volume)
+
+    async def open_snapshot(
+        self, key: str, name: str, size: int, stack: Sequence[str], merges: Sequence[MergeNames]
+    ) -> None:
+        view = View(name, size, OwnerMap(size >> BLOCK_SHIFT), self._threads)
+        try:
+            await load_stack(view, list(stack), _merges(merges), self._store, self._pool)
+        except BaseException:
+            await self._close(view)
+            raise
+        self._views[key] = view
+
+    async def close_view(self, key: str) -> None:
+        await self._close(self.view(key))
+        del self._views[key]
+        self._volumes.pop(key, None)
+
+    async def _close(self, view: View) -> None:
+        if isinstance(view, Volume):
+            await view.quiesce()
+            if hasattr(view, "head"):
+                view.head.close()
+        await view.reads_before_now()
+        for _, layer in view.stack:
+            self._pool.release(layer)
+        view.stack.clear()
+        view.owners.close()
+
+    async def _open_head(self, volume: Volume, layer: str) -> Head:
+        slot = volume.push_layer(await self._pool.acquire(layer))
+        opened = volume.stack[-1][1]
+        blocks = volume.size >> BLOCK_SHIFT
+        return await open_head(self._store, opened, slot, volume.owners, blocks)
+
+    def _failed(self, key: str, why: str) -> None:
+        if self._watcher is not None:
+            self._watcher.failed(key, why)
+
+    async def flush(self, key: str) -> None:
+        await self.view(key).flush()
+
+    async def grow(self, key: str, size: int) -> None:
+        self._writing(key).volume.grow(size)
+
+    async def count_owned(self, key: str) -> int:
+        return await asyncio.to_thread(self.view(key).owners.count_owned)
+
+    async def list_changed(
+        self, key: str, layers: Sequence[str], blocks: int
+    ) -> list[tuple[int, int, bool]]:
+        volume = self._writing(key).volume
+        await volume.settle()
+        # Held, so that the journal does not grow while it is read.
+        async with volume.head.lock:
+            touched = await touched_by(self._store, layers, blocks)
+            try:
+                for first, last, _ in volume.head.pending:
+                    touched.set(first, last, 1)
+                extents = changed_extents(touched, volume.owners)
+            finally:
+                touched.close()
+        return [(extent.offset, extent.length, extent.zero) for extent in extents]
+
+    # Snapshots
+
+    async def settle(self, key: str) -> None:
+        await self._writing(key).volume.settle()
+
+    async def add_head(self, key: str, layer: str) -> None:
+        writing = self._writing(key)
+        volume = writing.volume
+        try:
+            writing.next = await self._open_head(volume, layer)
+        except BaseException:
+            if volume.slot_of(layer) is not None:
+                self._pool.release(volume.drop_layer(layer))
+            raise
+
+    async def drop_head(self, key: str) -> None:
+        writing = self._writing(key)
+        head, writing.next = writing.next, None
+        if head is not None:
+            head.close()
+            self._pool.release(writing.volume.drop_layer(head.layer.name))
+
+    async def freeze(self, keys: Sequence[str]) -> None:
+        for key in keys:
+            writing = self._writing(key)
+            if writing.thaw is None:
+                writing.thaw = writing.volume.freeze()
+
+    async def thaw(self, keys: Sequence[str]) -> None:
+        for key in keys:
+            self._thaw(self._writing(key))
+
+    def _thaw(self, writing: _Writing) -> None:
+        if writing.thaw is not None:
+            writing.thaw()
+            writing.thaw = None
+
+    async def swap_heads(self, keys: Sequence[str]) -> None:
+        # The gate: no await between the first swap and the last.
+        for key in keys:
+            writing = self._writing(key)
+            assert writing.next is not None
+            writing.volume.commit_begins()
+            writing.sealed = writing.volume.swap_head(writing.next)
+            writing.next = None
+            self._thaw(writing)
+
+    async def finish_seal(self, key: str) -> None:
+        writing = self._writing(key)
+        assert writing.sealed is not None
+        await writing.volume.finish_seal(*writing.sealed)
+
+    async def fail(self, key: str, why: str) -> None:
+        self._writing(key).volume.fail(why)
+
+    async def end_commit(self, key: str) -> None:
+        writing = self._writing(key)
+        writing.volume.commit_ended()
+        if writing.sealed is not None:
+            writing.sealed[0].close()
+            writing.sealed = None
+
+    # Merges
+
+    async def move(self, source: str, target: str, runs: Sequence[Run]) -> None:
+        waits = []
+        for view in self._views.values():
+            new, old = view.slot_of(target), view.slot_of(source)
+            if new is not None and old is not None:
+                for first, last, _ in runs:
+                    view.owners.replace(first, last, old, new)
+                waits.append(view.reads_before_now())
+        await asyncio.gather(*waits)
+
+    async def follow_merge(self, source: str, target: str) -> None:
+        for view in list(self._views.values()):
+            new, old = view.slot_of(target), view.slot_of(source)
+            if new is None or old is None:
+                continue
+            done = OwnerMap(view.size >> BLOCK_SHIFT)
+            try:
+                await apply_merge(self._store, target, done)
+                for first, last in done.owned_runs(0, done.blocks):
+                    view.owners.replace(first, last, old, new)
+            finally:
+                done.close()
+
+    async def drop_layer(self, layer: str) -> None:
+        for view in list(self._views.values()):
+            if view.slot_of(layer) is not None:
+                await view.reads_before_now()
+                self._pool.release(view.drop_layer(layer))
+
+
+def _merges(names: Sequence[MergeNames]) -> dict[str, Merge]:
+    return {target: Merge(lower, upper, target) for lower, upper, target in names}
