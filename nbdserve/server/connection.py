@@ -81,7 +81,7 @@ class Connection:
         finally:
             self._sock.close()
             if self._relay is not None:
-                await self._relay.closed
+                await self._relay.finish()
 
     def finish(self) -> None:
         """Answer what was received, then close. A handshake that waits for its client ends now."""

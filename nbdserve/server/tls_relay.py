@@ -79,15 +79,25 @@ class Relay:
         for end in (self._pair, self.inner):
             end.setblocking(False)
             end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _PAIR_SEND_BUFFER)
+        # Numbers, since looking up a socket that is not registered makes a text of it first.
+        self._sock_number, self._pair_number = sock.fileno(), self._pair.fileno()
         self._undelivered = memoryview(b"")  # decrypted, not yet taken by inner
         self._unsent = memoryview(b"")  # encrypted, not yet taken by the client
         self._client_ended = False
-        self._inner_ended = False
+        self._inner_ended = False  # seen behind all that it sent
+        self._over = False  # it is known to have ended
         self._finished = False  # our end of stream is sent
         self._timer: asyncio.TimerHandle | None = None
         self._receiving = self._writing = self._taking = self._delivering = False
         self._decrypt()  # what came behind the TLS handshake
         self._settle()
+
+    async def finish(self) -> None:
+        """``inner`` is closed: wait until the client has what is left for it, or is given up."""
+        if not self.closed.done():
+            self._over = True
+            self._arm(DELIVERY_TIMEOUT)
+        await self.closed
 
     def abort(self) -> None:
         """Close both sides now."""
@@ -190,7 +200,7 @@ class Relay:
 
     def _end_downstream(self) -> None:
         """``inner`` has ended: close_notify goes behind what it sent."""
-        self._inner_ended = True
+        self._inner_ended = self._over = True
         self._undelivered = memoryview(b"")
         self._arm(DELIVERY_TIMEOUT)
         with contextlib.suppress(ssl.SSLError):
@@ -209,7 +219,7 @@ class Relay:
                 self._lost(error)
                 return
             self._unsent = data[sent:]
-            if self._inner_ended and sent:
+            if self._over and sent:
                 self._arm(DELIVERY_TIMEOUT)
             if self._unsent:
                 return
@@ -238,7 +248,7 @@ class Relay:
             self._close()
             return
         crowded = len(self._unsent) + self._outgoing.pending > MAX_UNSENT
-        loop, sock, pair = self._loop, self._sock, self._pair
+        loop, sock, pair = self._loop, self._sock_number, self._pair_number
         wanted = not (self._client_ended or self._undelivered or crowded)
         if wanted != self._receiving:
             self._receiving = wanted
@@ -296,9 +306,10 @@ class Relay:
             return
         if self._timer is not None:
             self._timer.cancel()
-        for sock in (self._sock, self._pair):
-            self._loop.remove_reader(sock)
-            self._loop.remove_writer(sock)
-            sock.close()
+        for number in (self._sock_number, self._pair_number):
+            self._loop.remove_reader(number)
+            self._loop.remove_writer(number)
+        self._sock.close()
+        self._pair.close()
         self._undelivered = self._unsent = memoryview(b"")
         self.closed.set_result(None)

@@ -28,6 +28,8 @@ from nbdserve.protocol.handshake import (
     Handshake,
     ListExports,
     OpenExport,
+    StartTls,
+    TlsMode,
 )
 from nbdserve.protocol.options import ExportDescription
 
@@ -79,17 +81,18 @@ def replies(data):
 class Peer:
     """Drives a handshake as a server with EXPORTS would."""
 
-    def __init__(self, flags=BOTH_FLAGS):
-        self.handshake = Handshake()
+    def __init__(self, flags=BOTH_FLAGS, tls=TlsMode.OFF):
+        self.handshake = Handshake(tls)
         self.greeting = self.handshake.data_to_send()
         self.opened = None
         self.ended = None
+        self.securing = False
         self.feed(flags)
 
     def feed(self, data):
         """Give data; returns what is sent in answer."""
         self.handshake.receive(data)
-        while self.opened is None and self.ended is None:
+        while self.opened is None and self.ended is None and not self.securing:
             event = self.handshake.next_event()
             if event is None:
                 break
@@ -99,6 +102,8 @@ class Peer:
     def on_event(self, event):
         if isinstance(event, Ended):
             self.ended = event.reason
+        elif isinstance(event, StartTls):
+            self.securing = True
         elif isinstance(event, ListExports):
             self.handshake.answer_list(EXPORTS)
         elif event.name not in EXPORTS:

@@ -16,10 +16,10 @@ TIMEOUT = 20
 class Harness:
     """A server on a Unix socket, its registry, and clients of it."""
 
-    def __init__(self, exports):
+    def __init__(self, exports, tls=None):
         self.registry = MemoryRegistry(*exports)
         self.export = exports[0]
-        self.server = Server(self.registry)
+        self.server = Server(self.registry, tls)
         self.directory = tempfile.TemporaryDirectory()
         self.path = str(Path(self.directory.name) / "nbd.sock")
         self.clients = []
@@ -48,11 +48,11 @@ async def settle(condition=lambda: False):
         await asyncio.sleep(0.001)
 
 
-def serve(test, *exports):
+def serve(test, *exports, tls=None):
     """Run the coroutine function ``test(harness)``; all it opened must be closed after it."""
 
     async def main():
-        harness = Harness(exports or [MemoryExport()])
+        harness = Harness(exports or [MemoryExport()], tls)
         with harness.directory:
             await harness.server.listen_unix(harness.path)
             try:
