@@ -35,6 +35,8 @@ _FALLOC_FL_PUNCH_HOLE = 0x02
 _FALLOC_FL_ZERO_RANGE = 0x10
 _ZEROES = memoryview(bytes(1 << 20))
 
+_NOWAIT = os.RWF_NOWAIT
+
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
 _libc.fallocate.restype = ctypes.c_int
@@ -60,7 +62,6 @@ class LocalDataFile:
         self._rows: dict[int, int] = {}
         self._dirty: set[int] = set()
         self._making = threading.Lock()
-        self._nowait = os.RWF_NOWAIT
         for path in sorted(directory.glob("data-*")):
             self._rows[int(path.name[5:])] = os.open(
                 path, (os.O_RDWR if writable else os.O_RDONLY) | os.O_CLOEXEC
@@ -103,13 +104,10 @@ class LocalDataFile:
         return descriptor
 
     def try_read(self, offset: int, buffer: memoryview) -> bool:
-        length = len(buffer)
         row = offset >> ROW_SHIFT
-        position = offset & _ROW_MASK
-        if position + length > ROW_SIZE:
-            return False
         try:
-            return os.preadv(self._rows[row], (buffer,), position, self._nowait) == length
+            # At the end of a row it is short: that is read in a thread.
+            return os.preadv(self._rows[row], (buffer,), offset & _ROW_MASK, _NOWAIT) == len(buffer)
         except BlockingIOError:
             return False
         except KeyError:

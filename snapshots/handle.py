@@ -52,6 +52,7 @@ class Handle:
         self.block_size = view.block_size
         self.try_read = view.try_read
         self.read = view.read
+        self.is_data = view.is_data
         self.extents = view.extents
         self.try_write = view.try_write
         self.write = view.write

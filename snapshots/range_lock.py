@@ -14,17 +14,14 @@ from contextlib import asynccontextmanager
 
 
 class RangeLock:
-    """Ranges held or waited for; all calls on one event loop."""
+    """``entries`` are the ranges held or waited for; all calls on one event loop."""
 
     def __init__(self) -> None:
-        self._entries: list[tuple[int, int, asyncio.Future[None]]] = []
-
-    def __bool__(self) -> bool:
-        return bool(self._entries)
+        self.entries: list[tuple[int, int, asyncio.Future[None]]] = []
 
     def overlaps(self, first: int, last: int) -> bool:
         """Whether anything of ``first`` to ``last`` (exclusive) is held or waited for."""
-        return any(first < end and start < last for start, end, _ in self._entries)
+        return any(first < end and start < last for start, end, _ in self.entries)
 
     def bar(self, first: int, last: int) -> Callable[[], None]:
         """Let whoever asks from now on wait until the returned function is called.
@@ -43,14 +40,14 @@ class RangeLock:
     @asynccontextmanager
     async def hold(self, first: int, last: int) -> AsyncIterator[None]:
         """Hold ``first`` to ``last`` (exclusive) inside the ``async with``."""
-        earlier = [done for start, end, done in self._entries if first < end and start < last]
+        earlier = [done for start, end, done in self.entries if first < end and start < last]
         entry = (first, last, asyncio.get_running_loop().create_future())
-        self._entries.append(entry)
+        self.entries.append(entry)
         try:
             for done in earlier:
                 # Shielded: the future is the other holder's, whatever becomes of this task.
                 await asyncio.shield(done)
             yield
         finally:
-            self._entries.remove(entry)
+            self.entries.remove(entry)
             entry[2].set_result(None)

@@ -16,6 +16,8 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import re
+from collections.abc import Callable
 
 from backends.errors import CorruptError
 from backends.layers import DataFile, LayerStore
@@ -27,6 +29,7 @@ from snapshots.threads import Threads
 
 _ZEROES = bytes(1 << 20)
 _BLOCK_MASK = BLOCK_SIZE - 1
+_RUNS = re.compile(rb"(.)\1*", re.DOTALL).finditer
 
 
 class View:
@@ -45,6 +48,7 @@ class View:
         self.stack: list[tuple[int, OpenLayer]] = []
         self._raw = owners.raw
         self._files: list[DataFile | None] = [None] * 256
+        self._readers: list[Callable[[int, memoryview], bool]] = [_read_zeroes] * 256
         self._threads = threads
         self._reading: set[asyncio.Future[None]] = set()
 
@@ -60,6 +64,7 @@ class View:
         slot = self.free_slot()
         self.stack.append((slot, layer))
         self._files[slot] = layer.data
+        self._readers[slot] = layer.data.try_read
         return slot
 
     def drop_layer(self, name: str) -> OpenLayer:
@@ -69,6 +74,7 @@ class View:
         )
         _, layer = self.stack.pop(index)
         self._files[slot] = None
+        self._readers[slot] = _read_zeroes
         return layer
 
     def slot_of(self, name: str) -> int | None:
@@ -79,25 +85,30 @@ class View:
 
     def try_read(self, offset: int, buffer: memoryview) -> bool:
         """Fill ``buffer`` now, or return False when that would wait for a disk."""
-        length = len(buffer)
+        end = offset + len(buffer)
         first = offset >> BLOCK_SHIFT
-        last = (offset + length + _BLOCK_MASK) >> BLOCK_SHIFT
+        last = (end + _BLOCK_MASK) >> BLOCK_SHIFT
+        if last - first == 1:
+            return self._readers[self._raw[first]](offset, buffer)
         owners = self._raw[first:last]
         if not owners:
             return True
         owner = owners[0]
         if owners.count(owner) == last - first:
-            file = self._files[owner]
-            if file is not None:
-                return file.try_read(offset, buffer)
-            _fill_zeroes(buffer)
-            return True
-        for start, part, file in self.parts(offset, buffer):
-            if file is None:
-                _fill_zeroes(part)
-            elif not file.try_read(start, part):
+            return self._readers[owner](offset, buffer)
+        position = 0
+        for run in _RUNS(owners):
+            stop = min((first + run.end()) << BLOCK_SHIFT, end) - offset
+            read = self._readers[owners[run.start()]]
+            if not read(offset + position, buffer[position:stop]):
                 return False
+            position = stop
         return True
+
+    def is_data(self, offset: int, length: int) -> bool:
+        """Whether every block of a range holds data, so that no part of it is a hole."""
+        last = (offset + length + _BLOCK_MASK) >> BLOCK_SHIFT
+        return self._raw.find(b"\0", offset >> BLOCK_SHIFT, last) < 0
 
     async def read(self, offset: int, buffer: memoryview) -> None:
         """Fill ``buffer``, in a thread where that waits for a disk; OSError."""
@@ -226,6 +237,12 @@ async def load_stack(
             target = view.slot_of(merge.target)
             if target is not None:
                 await apply_merge(store, merge.target, view.owners, target, 0)
+
+
+def _read_zeroes(offset: int, buffer: memoryview) -> bool:
+    """``try_read`` of the owner 0, nobody."""
+    _fill_zeroes(buffer)
+    return True
 
 
 def _fill_zeroes(buffer: memoryview) -> None:

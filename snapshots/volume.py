@@ -86,11 +86,12 @@ class Volume(View):
         last = (end + _BLOCK_MASK) >> BLOCK_SHIFT
         if self.failure or length > INLINE_WRITE:
             return False
-        if self._locks and self._locks.overlaps(first, last):
+        if self._locks.entries and self._locks.overlaps(first, last):
             return False
         head = self.head
-        owners = self._raw[first:last]
-        if owners.count(head.slot) == last - first:
+        blocks = last - first
+        slot = head.slot
+        if self._raw[first] == slot if blocks == 1 else self._raw[first:last].count(slot) == blocks:
             head.data.write(offset, data)
             head.dirty = True
             return True
@@ -249,7 +250,7 @@ class Volume(View):
         """Zero less than a block, at most across one border; nothing where it is zero already."""
         while offset < end:
             stop = min(end, (offset | _BLOCK_MASK) + 1)
-            if self._raw[offset >> BLOCK_SHIFT] or self._locks:
+            if self._raw[offset >> BLOCK_SHIFT] or self._locks.entries:
                 await self._write(offset, bytes(stop - offset))
             offset = stop
 

@@ -37,6 +37,9 @@ class Export(Protocol):
     async def read(self, offset: int, buffer: memoryview) -> None:
         """Fill ``buffer``, however long it takes."""
 
+    def is_data(self, offset: int, length: int) -> bool:
+        """Whether no part of the range is a hole, so that asking for ``extents`` is for nothing."""
+
     def extents(self, offset: int, length: int, limit: int) -> list[tuple[int, bool]]:
         """Return runs of (length, holds data) from ``offset`` on.
 

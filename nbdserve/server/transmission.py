@@ -30,6 +30,7 @@ import asyncio
 import logging
 import socket
 from collections.abc import Coroutine
+from struct import Struct
 from time import perf_counter
 from typing import Any, Final
 
@@ -69,6 +70,15 @@ MAX_REQUESTS: Final = 256
 
 MAX_BYTES: Final = MAX_PAYLOAD
 """Most bytes of payloads, of replies being made and of unsent replies outside the buffers."""
+
+# What plain requests and their replies begin with, as one number instead of three.
+_PLAIN_REQUEST: Final = Struct(">QQQI")  # magic, flags, command; cookie; offset; length
+_PLAIN_READ: Final = REQUEST_MAGIC << 32 | CMD_READ
+_PLAIN_WRITE: Final = REQUEST_MAGIC << 32 | CMD_WRITE
+_PLAIN_REPLY: Final = Struct(">QQ")  # magic, error; cookie
+_PLAIN_SUCCESS: Final = SIMPLE_REPLY_MAGIC << 32
+_PLAIN_DATA: Final = Struct(">QQIQ")  # magic, flags, type; cookie; length; offset
+_PLAIN_CHUNK: Final = STRUCTURED_REPLY_MAGIC << 32 | REPLY_FLAG_DONE << 16 | REPLY_TYPE_OFFSET_DATA
 
 _REQUEST_SIZE: Final = REQUEST.size
 _SIMPLE_SIZE: Final = SIMPLE_REPLY.size
@@ -223,12 +233,12 @@ class Transmission:
         export = self._export
         source, source_view = self._input, self._view
         target, target_view = output.buffer, output.view
-        try_read, try_write = export.try_read, export.try_write
-        unpack = REQUEST.unpack_from
-        pack_simple, pack_data = SIMPLE_REPLY.pack_into, DATA_CHUNK.pack_into
+        try_read, try_write, is_data = export.try_read, export.try_write, export.is_data
+        unpack = _PLAIN_REQUEST.unpack_from
+        pack_simple, pack_data = _PLAIN_REPLY.pack_into, _PLAIN_DATA.pack_into
         structured = self._structured
         header = DATA_CHUNK.size if structured else _SIMPLE_SIZE
-        longest = MIN_SPARSE_READ - 1 if structured else MAX_IN_PLACE
+        sparse = MIN_SPARSE_READ if structured else MAX_IN_PLACE + 1
         size = export.size
         writable = -1 if export.read_only else size
         flush_at = _FLUSH_AT
@@ -236,55 +246,38 @@ class Transmission:
         for _ in range(_MAX_BATCH):
             if end - start < _REQUEST_SIZE:
                 break
-            magic, flags, command, cookie, offset, length = unpack(source, start)
-            if magic != REQUEST_MAGIC:
-                output.tail = tail
-                self._on_bad_magic(magic)
-                return
+            kind, cookie, offset, length = unpack(source, start)
             # The two branches here are the plain cases of what validate_request lets through.
-            if (
-                command == CMD_READ
-                and not flags
-                and offset + length <= size
-                and (0 < length <= longest)
-            ):
-                stop = tail + header + length
-                if stop > flush_at:
-                    output.tail = tail
-                    flush_at = _FLUSH_AT if self._send() else BUFFER_SIZE
-                    tail = output.tail
+            if kind == _PLAIN_READ and offset + length <= size and (0 < length <= MAX_IN_PLACE):
+                if length < sparse or is_data(offset, length):
                     stop = tail + header + length
-                    if stop > BUFFER_SIZE:
-                        self._stalled = True
+                    if stop > flush_at:
+                        output.tail = tail
+                        flush_at = _FLUSH_AT if self._send() else BUFFER_SIZE
+                        tail = output.tail
+                        stop = tail + header + length
+                        if stop > BUFFER_SIZE:
+                            self._stalled = True
+                            break
+                    try:
+                        done = try_read(offset, target_view[tail + header : stop])
+                    except Exception as error:
+                        output.tail = tail
+                        output.append(self._operations.failed(cookie, error))
+                        tail = output.tail
+                        start += _REQUEST_SIZE
+                        continue
+                    if done:
+                        if structured:
+                            pack_data(target, tail, _PLAIN_CHUNK, cookie, 8 + length, offset)
+                        else:
+                            pack_simple(target, tail, _PLAIN_SUCCESS, cookie)
+                        tail = stop
+                    elif not self._defer(Request(0, CMD_READ, cookie, offset, length), length):
                         break
-                try:
-                    done = try_read(offset, target_view[tail + header : stop])
-                except Exception as error:
-                    output.tail = tail
-                    output.append(self._operations.failed(cookie, error))
-                    tail = output.tail
                     start += _REQUEST_SIZE
                     continue
-                if done:
-                    if structured:
-                        pack_data(
-                            target,
-                            tail,
-                            STRUCTURED_REPLY_MAGIC,
-                            REPLY_FLAG_DONE,
-                            REPLY_TYPE_OFFSET_DATA,
-                            cookie,
-                            8 + length,
-                            offset,
-                        )
-                    else:
-                        pack_simple(target, tail, SIMPLE_REPLY_MAGIC, 0, cookie)
-                    tail = stop
-                elif not self._defer(Request(flags, command, cookie, offset, length), length):
-                    break
-                start += _REQUEST_SIZE
-                continue
-            if command == CMD_WRITE and not flags and offset + length <= writable and length:
+            elif kind == _PLAIN_WRITE and offset + length <= writable and length:
                 payload = start + _REQUEST_SIZE
                 stop = payload + length
                 if stop <= end and tail <= _FULL:
@@ -297,10 +290,10 @@ class Transmission:
                         start = stop
                         continue
                     if done:
-                        pack_simple(target, tail, SIMPLE_REPLY_MAGIC, 0, cookie)
+                        pack_simple(target, tail, _PLAIN_SUCCESS, cookie)
                         tail += _SIMPLE_SIZE
                     elif not self._defer(
-                        Request(flags, command, cookie, offset, length),
+                        Request(0, CMD_WRITE, cookie, offset, length),
                         length,
                         source_view[payload:stop],
                     ):
@@ -308,12 +301,16 @@ class Transmission:
                     start = stop
                     continue
             output.tail = tail
-            taken = self._take(Request(flags, command, cookie, offset, length), start, end)
+            request = REQUEST.unpack_from(source, start)
+            if request[0] != REQUEST_MAGIC:
+                self._on_bad_magic(request[0])
+                return
+            taken = self._take(Request(*request[1:]), start, end)
             tail = output.tail
             if not taken:
                 break
             start += taken
-            if self._ending and command == CMD_DISC:
+            if self._ending and request[2] == CMD_DISC:
                 start = end
         else:  # other connections have their turn
             self._stalled = True

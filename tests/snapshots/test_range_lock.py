@@ -29,13 +29,13 @@ def test_holders_that_overlap_get_their_turn_in_order() -> None:
         await asyncio.sleep(0.01)
         # d overlaps only a, c only b, which waits itself: both wait. e is free.
         assert order == ["a", "e"]
-        assert lock
+        assert lock.entries
         assert lock.overlaps(29, 30) and lock.overlaps(0, 1)
         assert not lock.overlaps(30, 40) and not lock.overlaps(50, 60)
         held.set()
         await asyncio.gather(*tasks)
         assert order.index("b") < order.index("c")
-        assert not lock
+        assert not lock.entries
         assert not lock.overlaps(0, 100)
 
     run(scenario())
@@ -59,7 +59,7 @@ def test_a_cancelled_waiter_neither_blocks_nor_lets_anybody_past() -> None:
             assert order == [], "c got past the holder that b waited for"
         await asyncio.gather(*waiting, return_exceptions=True)
         assert order == ["a", "c"]
-        assert not lock
+        assert not lock.entries
 
     run(scenario())
 
@@ -109,7 +109,7 @@ def test_no_block_ever_has_two_holders_and_all_get_done() -> None:
             result is None or isinstance(result, asyncio.CancelledError) for result in results
         )
         assert done >= 40
-        assert not lock
+        assert not lock.entries
 
     for seed in range(20):
         run(scenario(seed))

@@ -752,7 +752,7 @@ def test_a_cancelled_writer_leaves_a_whole_write() -> None:
                 await handle.read(100, memoryview(buffer))
                 assert len(set(buffer)) == 1
                 assert buffer[0] in (turn, turn + 1, 0) or turn == 0
-            assert not volume_of(handle)._locks
+            assert not volume_of(handle)._locks.entries
 
     run(scenario())
 

@@ -73,6 +73,11 @@ class MemoryExport:
         await self._pass("read", offset, len(buffer))
         self._read(offset, buffer)
 
+    def is_data(self, offset, length):
+        return all(
+            block in self.held for block in range(offset // BLOCK, -(-(offset + length) // BLOCK))
+        )
+
     def extents(self, offset, length, limit):
         self.calls.append(("extents", offset, length))
         self._fail()
