@@ -29,10 +29,10 @@ class RangeLock:
         Unlike a holder, it does not wait for those before it.
         """
         entry = (first, last, asyncio.get_running_loop().create_future())
-        self._entries.append(entry)
+        self.entries.append(entry)
 
         def end() -> None:
-            self._entries.remove(entry)
+            self.entries.remove(entry)
             entry[2].set_result(None)
 
         return end
