@@ -74,12 +74,12 @@ class FileClaim:
     """An flock on a file, gone with the process at the latest."""
 
     def __init__(self, descriptor: int) -> None:
-        self._descriptor = descriptor
+        self.descriptor = descriptor
 
     def release(self) -> None:
-        if self._descriptor >= 0:
-            os.close(self._descriptor)
-            self._descriptor = -1
+        if self.descriptor >= 0:
+            os.close(self.descriptor)
+            self.descriptor = -1
 
 
 class LocalStagedRecord:
@@ -139,6 +139,12 @@ class LocalLayerStore:
         self._lock = FileClaim(descriptor)
         await self._remove_leftovers()
         await self.keep_reserve()
+
+    @property
+    def lock_descriptor(self) -> int:
+        """The locked descriptor: processes that inherit it keep the lock as long as they run."""
+        assert self._lock is not None, "the store is locked"
+        return self._lock.descriptor
 
     async def unlock(self) -> None:
         if self._lock is not None:

@@ -5,6 +5,7 @@ The file's keys are those of :data:`KEYS`, all of them optional::
     data = "/var/lib/nbdserve"
     listen = ["127.0.0.1:10809", "unix:/run/nbdserve/nbd.sock"]
     log_level = "info"
+    workers = 2
     tls = "required"
     tls_certificate = "/etc/nbdserve/server-cert.pem"
     tls_key = "/etc/nbdserve/server-key.pem"
@@ -12,6 +13,7 @@ The file's keys are those of :data:`KEYS`, all of them optional::
 """
 
 import ipaddress
+import os
 import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,7 +25,18 @@ from nbdserve.protocol.handshake import TlsMode
 DEFAULT_ADDRESS = "127.0.0.1:10809"
 LOG_LEVELS = ("debug", "info", "warning", "error")
 TLS_MODES = tuple(mode.value for mode in TlsMode)
-KEYS = ("data", "listen", "log_level", "tls", "tls_certificate", "tls_key", "tls_client_ca")
+KEYS = (
+    "data",
+    "listen",
+    "log_level",
+    "workers",
+    "tls",
+    "tls_certificate",
+    "tls_key",
+    "tls_client_ca",
+)
+MAX_WORKERS = 64
+MOST_BY_DEFAULT = 4
 
 
 @dataclass(frozen=True)
@@ -96,6 +109,7 @@ class Settings:
     listen: tuple[str, ...] | None = None
     log_level: str | None = None
     tls: TlsSettings = TlsSettings()
+    workers: int | None = None
 
 
 @dataclass(frozen=True)
@@ -110,12 +124,16 @@ class TlsConfiguration:
 
 @dataclass(frozen=True)
 class Configuration:
-    """What the daemon runs with; ``tls`` is None when it is off."""
+    """What the daemon runs with; ``tls`` is None when it is off.
+
+    ``workers`` is the number of processes that serve volumes; 1 is the daemon itself.
+    """
 
     data: Path
     listen: tuple[Address, ...]
     log_level: str
     tls: TlsConfiguration | None = None
+    workers: int = 1
 
 
 def read_file(path: Path) -> Settings:
@@ -139,7 +157,11 @@ def read_file(path: Path) -> Settings:
     if level is not None and level not in LOG_LEVELS:
         raise InvalidError(f"{path}: 'log_level' must be one of {', '.join(LOG_LEVELS)}")
     return Settings(
-        None if data is None else Path(data), _listen(path, values), level, _tls(path, values)
+        None if data is None else Path(data),
+        _listen(path, values),
+        level,
+        _tls(path, values),
+        _workers(path, values),
     )
 
 
@@ -161,7 +183,13 @@ def combine(command_line: Settings, file: Settings) -> Configuration:
         listen=addresses or default,
         log_level=command_line.log_level or file.log_level or "info",
         tls=_combine_tls(command_line.tls, file.tls),
+        workers=command_line.workers or file.workers or default_workers(),
     )
+
+
+def default_workers() -> int:
+    """One for each core that this process may use, up to MOST_BY_DEFAULT."""
+    return min(len(os.sched_getaffinity(0)), MOST_BY_DEFAULT)
 
 
 def _combine_tls(command_line: TlsSettings, file: TlsSettings) -> TlsConfiguration | None:
@@ -203,6 +231,15 @@ def _tls(path: Path, values: dict[str, object]) -> TlsSettings:
         )
     ]
     return TlsSettings(mode, *files)
+
+
+def _workers(path: Path, values: dict[str, object]) -> int | None:
+    value = values.get("workers")
+    if value is None:
+        return None
+    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= MAX_WORKERS:
+        raise InvalidError(f"{path}: 'workers' must be a number from 1 to {MAX_WORKERS}")
+    return value
 
 
 def _listen(path: Path, values: dict[str, object]) -> tuple[str, ...] | None:

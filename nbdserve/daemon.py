@@ -4,6 +4,9 @@ Start: lock the directory, open the catalogue (which recovers what a crash left)
 socket, listen for NBD. Stop, at the first SIGTERM or SIGINT: no new connections, requests in
 flight are answered, claims on the control socket end, everything is flushed, the lock is released.
 A second signal ends the process at once, as a crash would.
+
+With more than one worker, volumes are open in processes of their own (see nbdserve/workers); this
+one does the handshakes, serves the control socket and owns the catalogue.
 """
 
 import asyncio
@@ -12,7 +15,7 @@ import logging
 import os
 import resource
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from backends.errors import InUseError, StorageError
@@ -26,6 +29,7 @@ from nbdserve.protocol.handshake import TlsMode
 from nbdserve.registry import CatalogueExports
 from nbdserve.server import Server
 from nbdserve.server.tls import load_tls
+from nbdserve.workers.host import WorkerHost
 from snapshots.catalogue import Catalogue
 
 log = logging.getLogger(__name__)
@@ -46,10 +50,15 @@ async def run(configuration: Configuration, announce: Callable[[str], None]) -> 
     tls = None
     if wanted is not None:
         tls = load_tls(wanted.mode, wanted.certificate, wanted.key, wanted.client_ca)
-    stop = _stop_signal()
-    _raise_descriptor_limit()
     store = LocalLayerStore(configuration.data)
-    catalogue = await _open_catalogue(store, stop)
+    workers = [
+        WorkerHost(configuration.data, configuration.log_level, lambda: store.lock_descriptor)
+        for _ in range(configuration.workers)
+        if configuration.workers > 1
+    ]
+    stop = _stop_signal(workers)
+    _raise_descriptor_limit()
+    catalogue = await _open_catalogue(store, workers, stop)
     try:
         host = Host(configuration.data, daemon=True)
         control = ControlServer(State(catalogue, store, host))
@@ -59,12 +68,14 @@ async def run(configuration: Configuration, announce: Callable[[str], None]) -> 
         await catalogue.close()
 
 
-async def _open_catalogue(store: LocalLayerStore, stop: asyncio.Event) -> Catalogue:
+async def _open_catalogue(
+    store: LocalLayerStore, workers: Sequence[WorkerHost], stop: asyncio.Event
+) -> Catalogue:
     """Open it; a command that happens to have the lock is waited for, another daemon is not."""
     deadline = asyncio.get_running_loop().time() + LOCK_SECONDS
     while True:
         try:
-            return await Catalogue.open(store)
+            return await Catalogue.open(store, workers)
         except InUseError:
             late = asyncio.get_running_loop().time() > deadline
             if late or stop.is_set() or await asyncio.to_thread(_daemon_serves, store.path):
@@ -128,12 +139,14 @@ def _raise_descriptor_limit() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
-def _stop_signal() -> asyncio.Event:
-    """Set by the first SIGTERM or SIGINT; the second ends the process."""
+def _stop_signal(workers: Sequence[WorkerHost]) -> asyncio.Event:
+    """Set by the first SIGTERM or SIGINT; the second ends the process and its workers."""
     stop = asyncio.Event()
 
     def receive(number: int) -> None:
         if stop.is_set():
+            for worker in workers:
+                worker.kill()
             os._exit(128 + number)
         stop.set()
 

@@ -3,7 +3,8 @@
 from collections.abc import Callable
 
 from backends.errors import InvalidError, NotFoundError
-from nbdserve.server.exports import Export, ExportDescription
+from nbdserve.server.exports import Export, ExportDescription, RemoteExport
+from nbdserve.workers.export import WorkerExport
 from snapshots.catalogue import Catalogue
 from snapshots.handle import Handle
 from snapshots.names import BLOCK_SIZE, check_name, parse_snapshot_name
@@ -28,17 +29,17 @@ class CatalogueExports:
                 return ExportDescription(name, taken.size, True, BLOCK_SIZE, "snapshot")
         raise NotFoundError(f"there is no snapshot {name}")
 
-    async def open(self, name: str, revoke: Callable[[], None]) -> Export:
+    async def open(self, name: str, revoke: Callable[[], None]) -> Export | RemoteExport:
         volume, snapshot = _parse(name)
         if snapshot is None:
             lease = await self._catalogue.open_volume(volume, revoke)
         else:
             lease = await self._catalogue.open_snapshot(volume, snapshot, revoke)
-        assert isinstance(lease, Handle)
+        assert isinstance(lease, Handle | WorkerExport)
         return lease
 
-    async def close(self, export: Export) -> None:
-        assert isinstance(export, Handle)
+    async def close(self, export: Export | RemoteExport) -> None:
+        assert isinstance(export, Handle | WorkerExport)
         await self._catalogue.close_export(export)
 
 

@@ -33,7 +33,7 @@ from snapshots.handle import Lease
 from snapshots.head import create_head
 from snapshots.host import HostLostError, ViewHost
 from snapshots.imports import Imports
-from snapshots.listings import Listings, SnapshotInfo, VolumeInfo
+from snapshots.listings import Listings, SnapshotInfo, VolumeInfo, WorkerInfo
 from snapshots.manifest import MAX_LAYERS, Manifest, Snapshot
 from snapshots.manifest_store import ManifestStore
 from snapshots.merging import Merging
@@ -347,6 +347,10 @@ class Catalogue:
             return await compare_snapshots(self._store, self._views, manifest, old, new)
 
     # Clients
+
+    def list_workers(self) -> list[WorkerInfo]:
+        """The processes that serve volumes."""
+        return self._listings.workers()
 
     async def open_volume(self, name: str, revoke: Callable[[], None]) -> Lease:
         """Open a volume for a client; ``revoke`` asks the client to close it. NotFoundError."""

@@ -45,6 +45,14 @@ class SnapshotInfo:
     clients: int
 
 
+@dataclass(frozen=True)
+class WorkerInfo:
+    """A process that serves volumes, and how many it has open; ``pid`` None while it is started."""
+
+    pid: int | None
+    volumes: int
+
+
 class Listings:
     """Puts the facts together; the caller holds the catalogue's commits."""
 
@@ -57,6 +65,10 @@ class Listings:
     def forget(self, volume: str) -> None:
         """What the volume of this id holds is about to change while it is open, or is gone."""
         self._mapped.pop(volume, None)
+
+    def workers(self) -> list[WorkerInfo]:
+        """The processes in which volumes are open."""
+        return [WorkerInfo(host.pid, self._views.volumes_on(host)) for host in self._views.hosts]
 
     async def volume(self, manifest: Manifest) -> VolumeInfo:
         """One volume."""

@@ -1,8 +1,6 @@
 """``nbdserve serve``."""
 
 import asyncio
-import logging
-import time
 from pathlib import Path
 
 import click
@@ -11,12 +9,15 @@ from nbdserve import daemon
 from nbdserve.cli.options import data_option, given_data_directory
 from nbdserve.configuration import (
     LOG_LEVELS,
+    MAX_WORKERS,
+    MOST_BY_DEFAULT,
     TLS_MODES,
     Settings,
     TlsSettings,
     combine,
     read_file,
 )
+from nbdserve.logs import write_logs
 
 
 @click.command()
@@ -31,6 +32,13 @@ from nbdserve.configuration import (
     metavar="HOST:PORT|unix:PATH",
     multiple=True,
     help="Where to serve; may be repeated.  [default: 127.0.0.1:10809 and unix:DIR/nbd.sock]",
+)
+@click.option(
+    "--workers",
+    metavar="N",
+    type=click.IntRange(1, MAX_WORKERS),
+    help="How many processes serve volumes, each its own; with 1 the daemon does it itself."
+    f"  [default: one for each core, at most {MOST_BY_DEFAULT}]",
 )
 @click.option("--log-level", type=click.Choice(LOG_LEVELS), help="What to write to standard error.")
 @click.option(
@@ -60,6 +68,7 @@ from nbdserve.configuration import (
 def serve(
     config: Path | None,
     listen: tuple[str, ...],
+    workers: int | None,
     log_level: str | None,
     tls_certificate: Path | None,
     tls_key: Path | None,
@@ -74,19 +83,11 @@ def serve(
     file = Settings() if config is None else read_file(config)
     given = TlsSettings(tls, tls_certificate, tls_key, tls_client_ca)
     configuration = combine(
-        Settings(given_data_directory(), listen or None, log_level, given), file
+        Settings(given_data_directory(), listen or None, log_level, given, workers), file
     )
-    _log(configuration.log_level)
+    write_logs(configuration.log_level)
     asyncio.run(daemon.run(configuration, _announce))
 
 
 def _announce(address: str) -> None:
     click.echo(f"listening on {address}")  # which flushes
-
-
-def _log(level: str) -> None:
-    formatter = logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%Y-%m-%dT%H:%M:%SZ")
-    formatter.converter = time.gmtime
-    handler = logging.StreamHandler()
-    handler.setFormatter(formatter)
-    logging.basicConfig(level=level.upper(), handlers=[handler], force=True)

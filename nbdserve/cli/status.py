@@ -1,5 +1,7 @@
 """``nbdserve status``."""
 
+from typing import Any
+
 import click
 
 from nbdserve.cli.options import data_directory, data_option, json_option
@@ -22,6 +24,7 @@ def status(as_json: bool) -> None:
     fields = {
         "daemon": daemon,
         "listening": ", ".join(document["listening"]) or "-",
+        "workers": ", ".join(map(_describe_worker, document["workers"])) or "-",
         "data": document["data"],
         "free": f"{format_size(document['free'])} of {format_size(document['total'])}",
         "volumes": str(document["volumes"]),
@@ -31,3 +34,10 @@ def status(as_json: bool) -> None:
         "version": document["version"],
     }
     print_fields(document, as_json, fields)
+
+
+def _describe_worker(worker: dict[str, Any]) -> str:
+    if worker["pid"] is None:
+        return "one that is started"
+    volumes = worker["volumes"]
+    return f"process {worker['pid']} with {volumes} volume{'' if volumes == 1 else 's'}"

@@ -31,6 +31,11 @@ async def status(request: web.Request) -> web.Response:
             "pid": os.getpid(),
             "started": documents.timestamp(state.host.started),
             "listening": state.host.listening,
+            "workers": [
+                {"pid": info.pid, "volumes": info.volumes}
+                for info in state.catalogue.list_workers()
+                if state.host.daemon
+            ],
             "volumes": len(volumes),
             "snapshots": len(snapshots),
             "clients": sum(info.clients for info in volumes)

@@ -12,9 +12,8 @@
 - After STARTTLS a relay (see tls_relay.py) owns the client's socket; everything else goes on
   with the end of a socket pair as if it were that socket.
 - Whatever was opened in the registry is closed there, after the last request on it has ended.
-- Lingering: a socket that is closed while the client's bytes lie unread is reset, and the reset may
-  destroy replies on their way. So when the server ends, it sends its end of stream, and reads
-  what comes until the client's, for LINGER_TIMEOUT seconds at most.
+- An export of another process gets the socket, or the relay's end; what it does then is the same
+  (see session.py for lingering).
 - ``finish`` ends when what was received is answered; ``abort`` at once.
 """
 
@@ -36,17 +35,21 @@ from nbdserve.protocol.handshake import (
     StartTls,
     TlsMode,
 )
-from nbdserve.server.exports import Export, ExportDescription, ExportRegistry
+from nbdserve.server.exports import (
+    Agreement,
+    Export,
+    ExportDescription,
+    ExportRegistry,
+    RemoteExport,
+    Serving,
+)
 from nbdserve.server.readiness import Readiness
+from nbdserve.server.session import Session, read_to_end
 from nbdserve.server.tls import Tls, TlsError
 from nbdserve.server.tls_relay import Relay
-from nbdserve.server.transmission import Transmission
 
 HANDSHAKE_TIMEOUT: Final = 30.0
 """Seconds that a client has for the handshake."""
-
-LINGER_TIMEOUT: Final = 1.0
-"""Seconds that a client has to end its stream after the server has."""
 
 _RECEIVE_SIZE: Final = 64 << 10
 
@@ -66,7 +69,7 @@ class Connection:
         self._handshake = Handshake(TlsMode.OFF if tls is None else tls.mode)
         self._tls = tls
         self._relay: Relay | None = None
-        self._transmission: Transmission | None = None
+        self._serving: Serving | None = None
         self._finishing = False
         self._aborted = False
 
@@ -86,24 +89,19 @@ class Connection:
     def finish(self) -> None:
         """Answer what was received, then close. A handshake that waits for its client ends now."""
         self._finishing = True
-        if self._transmission is not None:
-            self._transmission.finish()
+        if self._serving is not None:
+            self._serving.finish()
         elif self._readiness.waiting:
             self._readiness.cancel()
 
     def abort(self) -> None:
         """Close the connection now."""
         self._aborted = True
-        if self._transmission is not None:
-            self._transmission.abort()
+        if self._serving is not None:
+            self._serving.abort()
         self._readiness.cancel()
         if self._relay is not None:
             self._relay.abort()
-
-    @property
-    def running(self) -> int:
-        """Number of requests that are being carried out by tasks."""
-        return 0 if self._transmission is None else self._transmission.running
 
     async def _serve(self) -> None:
         export = await self._negotiate()
@@ -111,14 +109,16 @@ class Connection:
             return
         try:
             log.info("%s: opened %s", self.peer, export.name)
-            linger = await self._transmit(export)
+            if not self._aborted:
+                self._serving = self._begin(export)
+                await self._serving.transmit()
         finally:
             await self._registry.close(export)
             log.info("%s: closed %s", self.peer, export.name)
-        if linger:
-            await self._read_to_end()
+        if self._serving is not None:
+            await self._serving.linger()
 
-    async def _negotiate(self) -> Export | None:
+    async def _negotiate(self) -> Export | RemoteExport | None:
         """Carry out the handshake; returns the opened export, None when the connection is over."""
         handshake = self._handshake
         deadline = asyncio.get_running_loop().time() + HANDSHAKE_TIMEOUT
@@ -165,14 +165,14 @@ class Connection:
             session = await self._tls.accept(self._readiness, deadline)
         except TlsError as error:
             log.info("%s: TLS handshake failed: %s", self.peer, error)
-            await self._read_to_end()  # lest the client never sees the alert
+            await read_to_end(self._sock, self._readiness)  # lest the client never sees the alert
             return False
         self._relay = Relay(self._sock, session, self.peer)
         self._sock = self._relay.inner
         self._readiness = Readiness(self._sock)
         return True
 
-    async def _answer(self, question: Event) -> Export | None:
+    async def _answer(self, question: Event) -> Export | RemoteExport | None:
         """Answer a question of the handshake from the registry."""
         handshake, registry = self._handshake, self._registry
         if self._finishing:
@@ -203,26 +203,19 @@ class Connection:
             handshake.refuse("internal error of the server")
         return None
 
-    async def _transmit(self, export: Export) -> bool:
-        if self._aborted:
-            return False
+    def _begin(self, export: Export | RemoteExport) -> Serving:
         handshake = self._handshake
-        transmission = Transmission(
-            self._sock,
-            export,
+        agreement = Agreement(
             structured=handshake.structured_replies,
             context=handshake.allocation_context,
             peer=self.peer,
+            received=handshake.trailing_data,
         )
-        self._transmission = transmission
-        transmission.start(handshake.trailing_data)
+        serving: Serving
+        if isinstance(export, RemoteExport):
+            serving = export.serve(self._sock, agreement)
+        else:
+            serving = Session(self._sock, export, agreement)
         if self._finishing:
-            transmission.finish()
-        return await transmission.closed
-
-    async def _read_to_end(self) -> None:
-        deadline = asyncio.get_running_loop().time() + LINGER_TIMEOUT
-        with contextlib.suppress(OSError):
-            self._sock.shutdown(socket.SHUT_WR)
-            while await self._readiness.receive(_RECEIVE_SIZE, deadline):
-                pass
+            serving.finish()
+        return serving

@@ -1,15 +1,57 @@
 """What the server needs of the things that it exports.
 
+An export whose data is in this process is an ``Export``: the server carries out requests on it. One
+that another process has open is a ``RemoteExport``: the server gives the client's socket away
+once the handshake is over, and that process does what follows.
+
 All methods are called on the event loop's thread. Offsets and lengths are in bytes; the server has
 checked that they lie within ``size``. Failures are OSError, whose errno becomes the NBD error.
 """
 
+import socket
 from collections.abc import Callable
-from typing import Protocol
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 from nbdserve.protocol.options import ExportDescription
 
-__all__ = ["Export", "ExportDescription", "ExportRegistry"]
+__all__ = [
+    "Agreement",
+    "Export",
+    "ExportDescription",
+    "ExportRegistry",
+    "RemoteExport",
+    "Serving",
+]
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """What the handshake leads to; ``context`` is the ID of base:allocation when it was chosen.
+
+    ``received`` is what the client sent behind the handshake; ``peer`` names it in the log.
+    """
+
+    structured: bool
+    context: int | None
+    peer: str
+    received: bytes
+
+
+class Serving(Protocol):
+    """The transmission phase of one connection, and its end; it has begun."""
+
+    async def transmit(self) -> None:
+        """Return when the last request has ended: the export is not used any more."""
+
+    async def linger(self) -> None:
+        """Return when the connection can be closed, or is."""
+
+    def finish(self) -> None:
+        """Answer what was received, then end."""
+
+    def abort(self) -> None:
+        """End now."""
 
 
 class Export(Protocol):
@@ -65,6 +107,30 @@ class Export(Protocol):
         """Make everything durable that was written, by any connection, before this was called."""
 
 
+@runtime_checkable
+class RemoteExport(Protocol):
+    """One export that another process has open."""
+
+    @property
+    def name(self) -> str:
+        """Name that clients know it by."""
+
+    @property
+    def size(self) -> int:
+        """Size in bytes."""
+
+    @property
+    def read_only(self) -> bool:
+        """Whether writes are refused."""
+
+    @property
+    def block_size(self) -> int:
+        """Preferred block size in bytes."""
+
+    def serve(self, sock: socket.socket, agreement: Agreement) -> Serving:
+        """Take the socket, which is not to be used here any more, and begin."""
+
+
 class ExportRegistry(Protocol):
     """Finds exports by name. Failures are StorageError, whose line the client gets to see."""
 
@@ -74,8 +140,8 @@ class ExportRegistry(Protocol):
     async def describe(self, name: str) -> ExportDescription:
         """Describe an export; NotFoundError when there is none of that name."""
 
-    async def open(self, name: str, revoke: Callable[[], None]) -> Export:
+    async def open(self, name: str, revoke: Callable[[], None]) -> Export | RemoteExport:
         """Open an export; ``revoke`` may be called later to force the connection closed."""
 
-    async def close(self, export: Export) -> None:
+    async def close(self, export: Export | RemoteExport) -> None:
         """Take back what ``open`` returned; called once for each ``open``."""

@@ -61,9 +61,7 @@ class Server:
             connection.finish()
         if not await self._wait(timeout):
             for connection in self._connections.values():
-                log.warning(
-                    "%s: dropped with %d requests running", connection.peer, connection.running
-                )
+                log.warning("%s: dropped, its requests took too long", connection.peer)
                 connection.abort()
             await self._wait(1.0)
             return False

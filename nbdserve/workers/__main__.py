@@ -1,0 +1,28 @@
+"""A worker process; the daemon starts it: ``DATA LOG_LEVEL DESCRIPTOR``."""
+
+import asyncio
+import signal
+import socket
+import sys
+from pathlib import Path
+
+from nbdserve.logs import write_logs
+from nbdserve.workers.worker import Worker
+
+
+async def _run(data: Path, descriptor: int) -> None:
+    await Worker(socket.socket(fileno=descriptor), data).run()
+
+
+def main() -> None:
+    """Serve the daemon until it says stop."""
+    # Whoever stops the daemon may send the same to all its processes: the daemon decides.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    data, level, descriptor = sys.argv[1:]
+    write_logs(level)
+    asyncio.run(_run(Path(data), int(descriptor)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,296 @@
+"""A host of views in a worker process, as the daemon sees it.
+
+::
+
+    start --> RUNNING --process ends--> LOST --after a pause--> RUNNING
+                 |                        |
+                 +--------- close --------+--> CLOSED
+
+A worker is a fresh program with one end of a channel as its way to the daemon. It has the locked
+descriptor of the data directory too: while any worker of a killed daemon lives, no other process
+can own the directory. Whatever goes wrong with the channel ends the process; that it has ended
+is known from the process itself (a pidfd), and only then are its calls answered (HostLostError),
+its connections ended, and the catalogue told: nothing is written any more.
+
+The pause is 0 the first time, and grows while workers of this place die soon after their start.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Coroutine, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+from backends.errors import UnavailableError
+from nbdserve.workers.channel import Channel
+from nbdserve.workers.export import Connections, WorkerExport
+from snapshots.extent_log import Run
+from snapshots.host import HostLostError, MergeNames, Watcher
+
+LONGEST_PAUSE: Final = 60.0
+"""Seconds, at most, from the end of a worker that does not live long to the next one's start."""
+
+STOP_SECONDS: Final = 30.0
+"""Seconds that a worker has to end when it is told to; all its views are closed."""
+
+_LONG_LIFE: Final = 60.0  # seconds, after which the pause begins anew
+
+log = logging.getLogger(__name__)
+
+
+class _Process:
+    """One worker process from its start to its end."""
+
+    def __init__(self, host: WorkerHost, command: Sequence[str], lock: int) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._host = host
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        with theirs:
+            try:
+                self.process = subprocess.Popen(
+                    [*command, str(theirs.fileno())],
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.DEVNULL,
+                    pass_fds=(theirs.fileno(), lock),
+                    env={**os.environ, "PYTHONPATH": _module_path()},
+                    process_group=0,  # a terminal's Ctrl-C is for the daemon, which tells them
+                )
+            except BaseException:
+                ours.close()
+                raise
+        self.begun = self._loop.time()
+        self.ended: asyncio.Future[int] = self._loop.create_future()
+        self.channel = Channel(ours, self)
+        self.connections = Connections(self.channel)
+        self._pidfd = os.pidfd_open(self.process.pid)
+        self._loop.add_reader(self._pidfd, self._on_end)
+
+    def kill(self) -> None:
+        self.process.kill()
+
+    def _on_end(self) -> None:
+        self._loop.remove_reader(self._pidfd)
+        os.close(self._pidfd)
+        status = self.process.wait()
+        self.channel.close()
+        self._host.process_ended(self, status)
+        self.channel.fail_calls(
+            HostLostError(f"worker process {self.process.pid} has ended; try again")
+        )
+        self.connections.lost()
+        self.ended.set_result(status)
+
+    # What comes from the worker
+
+    def call(self, method: str, arguments: list[Any]) -> Coroutine[Any, Any, Any]:
+        raise ValueError(f"a worker called {method!r}")
+
+    def event(self, name: str, arguments: list[Any], sock: socket.socket | None) -> None:
+        if name == "over":
+            self.connections.over(*arguments)
+        elif name == "gone":
+            self.connections.gone(*arguments)
+        elif name == "failed":
+            self._host.volume_failed(*arguments)
+        else:
+            raise ValueError(f"event {name!r}")
+
+    def closed(self, wrong: str | None) -> None:
+        if wrong is not None:
+            log.error("worker process %d is ended: %s", self.process.pid, wrong)
+        if wrong is not None or not self._host.closing:
+            self.kill()
+
+
+class WorkerHost:
+    """A ``ViewHost`` (see the module's text)."""
+
+    def __init__(self, data: Path, log_level: str, lock: Callable[[], int]) -> None:
+        self._command = (
+            sys.executable,
+            "-P",
+            "-m",
+            "nbdserve.workers",
+            str(data),
+            log_level,
+        )
+        self._lock = lock
+        self._watcher: Watcher | None = None
+        self._process: _Process | None = None
+        self._pause = 0.0
+        self._restart: asyncio.TimerHandle | None = None
+        self.closing = False
+
+    @property
+    def available(self) -> bool:
+        return self._process is not None and self._process.channel.open
+
+    @property
+    def pid(self) -> int | None:
+        return None if self._process is None else self._process.process.pid
+
+    async def start(self, watcher: Watcher) -> None:
+        self._watcher = watcher
+        try:
+            self._process = self._spawn()
+        except OSError as error:
+            raise UnavailableError(f"a worker cannot be started: {error.strerror}") from error
+
+    def _spawn(self) -> _Process:
+        return _Process(self, self._command, self._lock())
+
+    def _start_again(self) -> None:
+        self._restart = None
+        try:
+            self._process = self._spawn()
+        except OSError as error:
+            log.error("a worker cannot be started: %s", error.strerror)
+            self._plan_restart()
+
+    def _plan_restart(self) -> None:
+        loop = asyncio.get_running_loop()
+        self._restart = loop.call_later(self._pause, self._start_again)
+        self._pause = min(2 * self._pause or 1.0, LONGEST_PAUSE)
+
+    def process_ended(self, process: _Process, status: int) -> None:
+        """Called by the process, before anybody else learns of its end."""
+        self._process = None
+        if self.closing:
+            if status:
+                log.warning("worker process %d %s", process.process.pid, _how(status))
+            return
+        log.error("worker process %d %s", process.process.pid, _how(status))
+        assert self._watcher is not None
+        self._watcher.lost(self)
+        if asyncio.get_running_loop().time() - process.begun > _LONG_LIFE:
+            self._pause = 0.0
+        self._plan_restart()
+
+    def volume_failed(self, key: str, why: str) -> None:
+        """Called by the process."""
+        assert self._watcher is not None
+        self._watcher.failed(key, why)
+
+    async def close(self) -> None:
+        self.closing = True
+        if self._restart is not None:
+            self._restart.cancel()
+        process = self._process
+        if process is None:
+            return
+        process.channel.event("stop")
+        try:
+            await asyncio.wait_for(asyncio.shield(process.ended), STOP_SECONDS)
+        except TimeoutError:
+            log.warning("worker process %d does not end by itself", process.process.pid)
+            process.kill()
+            await process.ended
+
+    def kill(self) -> None:
+        if self._process is not None:
+            self._process.kill()
+
+    def lease(
+        self, key: str, name: str, size: int, read_only: bool, revoke: Callable[[], None]
+    ) -> WorkerExport:
+        if self._process is None:
+            raise HostLostError(f"{name}: its worker has ended; try again")
+        return WorkerExport(self._process.connections, key, name, size, read_only, revoke)
+
+    # Calls
+
+    async def _call(self, method: str, *arguments: Any) -> Any:
+        if self._process is None:
+            raise HostLostError("a worker has ended; try again")
+        return await self._process.channel.call(method, *arguments)
+
+    async def open_volume(
+        self,
+        key: str,
+        name: str,
+        size: int,
+        stack: Sequence[str],
+        merges: Sequence[MergeNames],
+        failure: str | None,
+    ) -> None:
+        await self._call("open_volume", key, name, size, stack, merges, failure)
+
+    async def open_snapshot(
+        self, key: str, name: str, size: int, stack: Sequence[str], merges: Sequence[MergeNames]
+    ) -> None:
+        await self._call("open_snapshot", key, name, size, stack, merges)
+
+    async def close_view(self, key: str) -> None:
+        await self._call("close_view", key)
+
+    async def flush(self, key: str) -> None:
+        await self._call("flush", key)
+
+    async def grow(self, key: str, size: int) -> None:
+        await self._call("grow", key, size)
+
+    async def count_owned(self, key: str) -> int:
+        return int(await self._call("count_owned", key))
+
+    async def list_changed(
+        self, key: str, layers: Sequence[str], blocks: int
+    ) -> list[tuple[int, int, bool]]:
+        found = await self._call("list_changed", key, layers, blocks)
+        return [(offset, length, zero) for offset, length, zero in found]
+
+    async def settle(self, key: str) -> None:
+        await self._call("settle", key)
+
+    async def add_head(self, key: str, layer: str) -> None:
+        await self._call("add_head", key, layer)
+
+    async def drop_head(self, key: str) -> None:
+        await self._call("drop_head", key)
+
+    async def freeze(self, keys: Sequence[str]) -> None:
+        await self._call("freeze", keys)
+
+    async def thaw(self, keys: Sequence[str]) -> None:
+        await self._call("thaw", keys)
+
+    async def swap_heads(self, keys: Sequence[str]) -> None:
+        await self._call("swap_heads", keys)
+
+    async def finish_seal(self, key: str) -> None:
+        await self._call("finish_seal", key)
+
+    async def fail(self, key: str, why: str) -> None:
+        await self._call("fail", key, why)
+
+    async def end_commit(self, key: str) -> None:
+        await self._call("end_commit", key)
+
+    async def move(self, source: str, target: str, runs: Sequence[Run]) -> None:
+        await self._call("move", source, target, runs)
+
+    async def follow_merge(self, source: str, target: str) -> None:
+        await self._call("follow_merge", source, target)
+
+    async def drop_layer(self, layer: str) -> None:
+        await self._call("drop_layer", layer)
+
+
+def _module_path() -> str:
+    """Where this process finds modules, for one that shall find the same."""
+    return os.pathsep.join(str(Path(entry).absolute()) for entry in sys.path)
+
+
+def _how(status: int) -> str:
+    if status >= 0:
+        return f"ended with status {status}"
+    with contextlib.suppress(ValueError):
+        return f"was ended by {signal.Signals(-status).name}"
+    return f"was ended by signal {-status}"
