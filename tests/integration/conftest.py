@@ -50,16 +50,16 @@ def data_directory() -> Iterator[Path]:
 
 
 @pytest.fixture
-def start_daemon() -> Iterator[Callable[[Path], Daemon]]:
-    """Yield a function that starts a daemon over a data directory.
+def start_daemon() -> Iterator[Callable[..., Daemon]]:
+    """Yield a function that starts a daemon over a data directory, with more arguments if given.
 
     At the end every one that still runs must stop cleanly, and none may have printed a traceback.
     """
     daemons = []
 
-    def start(data: Path) -> Daemon:
+    def start(data: Path, *arguments: str | Path) -> Daemon:
         data.mkdir(parents=True, exist_ok=True)
-        daemon = Daemon(data)
+        daemon = Daemon(data, *arguments)
         daemons.append(daemon)
         daemon.start()
         return daemon
@@ -87,7 +87,7 @@ def start_daemon() -> Iterator[Callable[[Path], Daemon]]:
 
 
 @pytest.fixture
-def daemon(start_daemon: Callable[[Path], Daemon], data_directory: Path) -> Daemon:
+def daemon(start_daemon: Callable[..., Daemon], data_directory: Path) -> Daemon:
     """Return a running daemon over an empty data directory."""
     return start_daemon(data_directory)
 

@@ -92,11 +92,13 @@ def find_free_port() -> int:
 class Daemon:
     """`nbdserve serve` as a process of its own, over a data directory.
 
-    The directory outlives the process, so that a test can stop or kill it and start it again.
+    The directory outlives the process, so that a test can stop or kill it and start it again;
+    `arguments` go to `nbdserve serve`.
     """
 
-    def __init__(self, data: Path) -> None:
+    def __init__(self, data: Path, *arguments: str | Path) -> None:
         self.data = data
+        self.arguments = arguments
         self.socket = data / "nbd.sock"
         self.port = find_free_port()
         self.process: subprocess.Popen[bytes] | None = None
@@ -109,7 +111,8 @@ class Daemon:
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
                 [*DIE_WITH_PARENT, NBDSERVE, "serve", "--data", self.data,
-                 "--listen", f"127.0.0.1:{self.port}", "--listen", f"unix:{self.socket}"],
+                 "--listen", f"127.0.0.1:{self.port}", "--listen", f"unix:{self.socket}",
+                 *self.arguments],
                 stdin=subprocess.DEVNULL, stdout=log, stderr=log,
             )  # fmt: skip
         deadline = time.monotonic() + 60

@@ -7,7 +7,8 @@ these things are put in place of others, and nothing else is:
 - `make` commands run with --dry-run: make must know the targets, but tests do not run tests.
 - /var/lib/nbdserve and /srv/backups are directories of the test; s3://backups is a new bucket, and
   https://s3.example.com the test's S3 server, whose credentials are in the environment.
-- Port 10809 is a free one, and `nbdserve serve` runs in the background.
+- Port 10809 is a free one; `nbdserve serve` runs in the background, a later one in its place.
+- scripts/ is that of the project.
 - debian.qcow2 is a small image; qemu-system-x86_64 starts with its processors stopped, and quits.
 - A block that names /dev/nbd0 runs under a real kernel in a virtual machine, from which this
   machine's loopback is 10.0.2.2; there, sudo is not needed and the module is loaded already.
@@ -66,10 +67,12 @@ class Sandbox:
 
     def _run_shell(self, block: str) -> None:
         lines = []
-        serve = False
+        serve = None
         for line in block.splitlines():
             if line.split()[:2] == ["nbdserve", "serve"]:
-                serve = True
+                serve = line.split()[2:]
+            elif line.startswith("scripts/"):
+                lines.append(f"{PROJECT}/{line}")
             elif line.startswith("make "):
                 lines.append(line.replace("make ", f"make --dry-run --directory {PROJECT} ", 1))
             elif line.startswith("qemu-system-"):
@@ -79,7 +82,14 @@ class Sandbox:
         variables = self.directory / "variables"
         text = "\n".join(["set -e", *lines, f"export -p >{variables}"])
         run("bash", "-c", f"cd {self.directory}; . {variables}; {text}", env=self.environment)
-        if serve:
+        if serve is not None:
+            if self.daemon.process is not None:
+                assert self.daemon.stop() == 0
+            # The daemon runs elsewhere than the shell.
+            files = [self.directory / word for word in serve]
+            self.daemon.arguments = tuple(
+                file if file.exists() else word for file, word in zip(files, serve, strict=True)
+            )
             self.daemon.start()
 
     def _run_in_machine(self, block: str) -> None:
@@ -114,7 +124,7 @@ def sandbox(
     tmp_path: Path,
 ) -> Iterator[Sandbox]:
     """Yield a directory with what the documents speak of; see the top of this file."""
-    require("bash", "curl", "make", "qemu-img", "qemu-system-x86_64")
+    require("bash", "curl", "make", "nbdinfo", "openssl", "qemu-img", "qemu-system-x86_64")
     data_directory.mkdir()
     daemon = Daemon(data_directory)
     bucket = s3_server.new_bucket()

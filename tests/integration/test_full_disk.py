@@ -29,7 +29,7 @@ def small_file_system(tmp_path: Path) -> Iterator[Path]:
             run("umount", "--lazy", mounted)
 
 
-def test_full_disk(small_file_system: Path, start_daemon: Callable[[Path], Daemon]) -> None:
+def test_full_disk(small_file_system: Path, start_daemon: Callable[..., Daemon]) -> None:
     daemon = start_daemon(small_file_system / "data")
     daemon.command("volume", "create", "disk", "--size", "1G")
     # A first layer that a snapshot holds, so that deleting the snapshot gives space back.
@@ -113,7 +113,7 @@ h.flush()
 
 
 def test_space_that_other_files_took_and_gave_back(
-    small_file_system: Path, start_daemon: Callable[[Path], Daemon]
+    small_file_system: Path, start_daemon: Callable[..., Daemon]
 ) -> None:
     daemon = start_daemon(small_file_system / "data")
     daemon.command("volume", "create", "disk", "--size", "64M")

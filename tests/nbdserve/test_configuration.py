@@ -10,11 +10,14 @@ from nbdserve.configuration import (
     Address,
     Settings,
     TcpAddress,
+    TlsConfiguration,
+    TlsSettings,
     UnixAddress,
     combine,
     parse_address,
     read_file,
 )
+from nbdserve.protocol.handshake import TlsMode
 
 
 @pytest.mark.parametrize(
@@ -81,6 +84,49 @@ def test_defaults() -> None:
         combine(Settings(), Settings())
 
 
+FILES = TlsSettings(certificate=Path("/cert"), key=Path("/key"))
+
+
+def with_tls(command_line: TlsSettings, file: TlsSettings) -> TlsConfiguration | None:
+    return combine(Settings(Path("/data"), tls=command_line), Settings(tls=file)).tls
+
+
+def test_tls_is_required_once_there_is_a_certificate(tmp_path: Path) -> None:
+    nothing = TlsSettings()
+    assert with_tls(nothing, nothing) is None
+    required = TlsConfiguration(TlsMode.REQUIRED, Path("/cert"), Path("/key"), None)
+    assert with_tls(FILES, nothing) == with_tls(nothing, FILES) == required
+    path = tmp_path / "file"
+    path.write_text(
+        'tls = "optional"\ntls_certificate = "/cert"\ntls_key = "/key"\ntls_client_ca = "/ca"\n'
+    )
+    file = read_file(path).tls
+    assert with_tls(nothing, file) == TlsConfiguration(
+        TlsMode.OPTIONAL, Path("/cert"), Path("/key"), Path("/ca")
+    )
+    line = TlsSettings("required", key=Path("/other"))
+    assert with_tls(line, file) == TlsConfiguration(
+        TlsMode.REQUIRED, Path("/cert"), Path("/other"), Path("/ca")
+    )
+    assert with_tls(TlsSettings("off"), file) is None
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        TlsSettings("required"),
+        TlsSettings("optional"),
+        TlsSettings(certificate=Path("/cert")),
+        TlsSettings(key=Path("/key")),
+        TlsSettings(client_ca=Path("/ca")),
+        TlsSettings("required", key=Path("/key"), client_ca=Path("/ca")),
+    ],
+)
+def test_tls_without_a_certificate_or_key_says_what_to_give(settings: TlsSettings) -> None:
+    with pytest.raises(InvalidError, match="--tls-certificate and --tls-key"):
+        with_tls(settings, TlsSettings())
+
+
 @pytest.mark.parametrize(
     ("content", "mentions"),
     [
@@ -92,6 +138,9 @@ def test_defaults() -> None:
         ("listen = [1]", ["'listen'"]),
         ("log_level = true", ["'log_level'", "debug, info, warning, error"]),
         ('log_level = "loud"', ["'log_level'", "debug, info, warning, error"]),
+        ('tls = "yes"', ["'tls'", "off, optional, required"]),
+        ("tls = true", ["'tls'", "off, optional, required"]),
+        ("tls_key = 1", ["'tls_key'", "file"]),
         ("data = ", ["TOML"]),
         ("[data]\nx = 1", ["'data'"]),
     ],

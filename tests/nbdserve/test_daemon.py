@@ -16,6 +16,8 @@ import pytest
 
 Start = Callable[..., subprocess.Popen[str]]
 PROGRAM = [sys.executable, "-m", "nbdserve"]
+PROJECT = Path(__file__).resolve().parents[2]
+MAKE_CERTIFICATES = PROJECT / "scripts" / "make-test-certificates"
 
 
 @pytest.fixture
@@ -213,6 +215,30 @@ def test_a_warning_when_the_network_can_connect(start: Start, data: Path) -> Non
     _, error = process.communicate(timeout=60)
     assert len(error.splitlines()) == 1
     assert "0.0.0.0:0 is open to the network without encryption" in error
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--tls", "optional"], "without encryption or authentication"),
+        ([], "without authentication (--tls-client-ca)"),
+        (["--tls-client-ca", "ca-cert.pem"], ""),
+    ],
+)
+def test_what_tls_leaves_to_warn_of(
+    start: Start, data: Path, tmp_path: Path, options: list[str], said: str
+) -> None:
+    subprocess.run([MAKE_CERTIFICATES, tmp_path], check=True)
+    process = start(
+        "env", "--chdir", tmp_path, "PYTHONPATH=" + str(PROJECT),
+        *PROGRAM, "serve", "--data", data, "--log-level", "warning", "--listen", "0.0.0.0:0",
+        "--tls-certificate", "server-cert.pem", "--tls-key", "server-key.pem", *options,
+    )  # fmt: skip
+    read_addresses(process, 1)
+    process.terminate()
+    _, error = process.communicate(timeout=60)
+    assert len(error.splitlines()) == bool(said)
+    assert said in error
 
 
 def test_it_may_open_as_many_files_as_it_is_allowed(start: Start, data: Path) -> None:
