@@ -59,6 +59,18 @@ class DataFile(Protocol):
     def cache(self, offset: int, length: int) -> None:
         """Ask for the range to be read ahead into the page cache."""
 
+    def prepare(self, offset: int, length: int) -> None:
+        """Do beforehand what the first write to the range would have to do; adds no data."""
+
+    def write_back(self) -> None:
+        """Begin to bring to the disk what was written; it may wait for some of that, not for all.
+
+        It makes nothing durable, and an error here means what one of ``sync`` means.
+        """
+
+    def unwritten(self) -> int | None:
+        """Bytes that wait in memory for the disk; None when that is not known."""
+
     def sync(self) -> None:
         """Make every write and punch that returned before durable."""
 

@@ -2,12 +2,19 @@
 
 A file system ends a file somewhere (ext4 just short of 16 TiB), and a row of smaller files keeps
 every operation on one of them cheap, so a layer's data is cut at each TiB: ``data-00000`` holds
-volume offsets 0 to 1 TiB, ``data-00001`` the next, and so on. A file is made when the first byte
-is written to it; one that is missing holds no blocks.
+volume offsets 0 to 1 TiB, ``data-00001`` the next, and so on. ``prepare`` makes a file, or the first
+write to it; one that is missing holds no blocks. Its directory entry becomes
+durable with the next ``sync``.
 
 ``try_read`` assumes Linux's ``preadv2`` with RWF_NOWAIT: a page that is not in the page cache makes
 it return short or raise BlockingIOError, and the caller then reads in a thread. A file system
 that lacks the flag (EOPNOTSUPP) is read in threads only.
+
+Reading leaves the time of access alone where we may ask for that: after a write, the first read
+would otherwise have to write to the file system's journal, and may wait for a commit of it.
+
+``write_back`` and ``unwritten`` tell the kernel to write early, and ask it how much is left to do:
+sync_file_range(2) and cachestat(2), which Linux has since 6.5.
 """
 
 from __future__ import annotations
@@ -15,6 +22,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import mmap
 import os
 import threading
 from pathlib import Path
@@ -40,6 +48,48 @@ _NOWAIT = os.RWF_NOWAIT
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
 _libc.fallocate.restype = ctypes.c_int
+_libc.sync_file_range.argtypes = [ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint]
+_libc.sync_file_range.restype = ctypes.c_int
+_SYNC_FILE_RANGE_WRITE = 2
+_SYS_CACHESTAT = 451  # the same number on all architectures
+
+
+class _Range(ctypes.Structure):
+    """``struct cachestat_range``; a length of 0 means to the end of the file."""
+
+    _fields_ = (("offset", ctypes.c_uint64), ("length", ctypes.c_uint64))
+
+
+class _Cached(ctypes.Structure):
+    """``struct cachestat``, all in pages."""
+
+    _fields_ = tuple(
+        (name, ctypes.c_uint64)
+        for name in ("cached", "dirty", "writeback", "evicted", "recently_evicted")
+    )
+
+
+def sync_file_range(descriptor: int, offset: int, length: int, flags: int) -> None:
+    """``sync_file_range(2)``; a ``length`` of 0 means to the end of the file."""
+    while _libc.sync_file_range(descriptor, offset, length, flags) != 0:
+        number = ctypes.get_errno()
+        if number != errno.EINTR:
+            raise OSError(number, os.strerror(number))
+
+
+def count_unwritten(descriptor: int) -> int | None:
+    """Bytes of a file that are dirty or being written, by ``cachestat(2)``; None: not known."""
+    whole, found = _Range(0, 0), _Cached()
+    status = _libc.syscall(
+        ctypes.c_long(_SYS_CACHESTAT),
+        ctypes.c_uint(descriptor),
+        ctypes.byref(whole),
+        ctypes.byref(found),
+        ctypes.c_uint(0),
+    )
+    if status != 0:
+        return None
+    return int(found.dirty + found.writeback) * mmap.PAGESIZE
 
 
 def fallocate(descriptor: int, mode: int, offset: int, length: int) -> None:
@@ -61,11 +111,10 @@ class LocalDataFile:
         self._writable = writable
         self._rows: dict[int, int] = {}
         self._dirty: set[int] = set()
+        self._entries_made = False
         self._making = threading.Lock()
         for path in sorted(directory.glob("data-*")):
-            self._rows[int(path.name[5:])] = os.open(
-                path, (os.O_RDWR if writable else os.O_RDONLY) | os.O_CLOEXEC
-            )
+            self._rows[int(path.name[5:])] = _open(path, os.O_RDWR if writable else os.O_RDONLY)
 
     def _row_for_write(self, row: int) -> int:
         descriptor = self._rows.get(row)
@@ -77,18 +126,9 @@ class LocalDataFile:
         return descriptor
 
     def _make_row(self, row: int) -> int:
-        path = self._directory / f"data-{row:05d}"
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        try:
-            # The directory entry must be as durable as the first block that is synced.
-            directory = os.open(self._directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-            try:
-                os.fsync(directory)
-            finally:
-                os.close(directory)
-        except OSError:
-            os.close(descriptor)
-            raise
+        descriptor = _open(self._directory / f"data-{row:05d}", os.O_RDWR | os.O_CREAT)
+        # The directory entry must be as durable as the first block that is synced.
+        self._entries_made = True
         return descriptor
 
     def _row_for_read(self, row: int) -> int | None:
@@ -100,8 +140,12 @@ class LocalDataFile:
                 descriptor = self._rows.get(row)
                 if descriptor is None:
                     path = self._directory / f"data-{row:05d}"
-                    descriptor = self._rows[row] = os.open(path, flags | os.O_CLOEXEC)
+                    descriptor = self._rows[row] = _open(path, flags)
         return descriptor
+
+    def prepare(self, offset: int, length: int) -> None:
+        for row, _, _ in _pieces(offset, length):
+            self._row_for_write(row)
 
     def try_read(self, offset: int, buffer: memoryview) -> bool:
         row = offset >> ROW_SHIFT
@@ -192,10 +236,26 @@ class LocalDataFile:
             if descriptor is not None:
                 os.posix_fadvise(descriptor, position, count, os.POSIX_FADV_WILLNEED)
 
+    def write_back(self) -> None:
+        for descriptor in list(self._rows.values()):
+            sync_file_range(descriptor, 0, 0, _SYNC_FILE_RANGE_WRITE)
+
+    def unwritten(self) -> int | None:
+        counts = [count_unwritten(descriptor) for descriptor in list(self._rows.values())]
+        known = [count for count in counts if count is not None]
+        return sum(known) if len(known) == len(counts) else None
+
     def sync(self) -> None:
         # Rows written from here on are the next sync's; a failed one is never taken as done.
         rows = list(self._dirty)
         self._dirty.difference_update(rows)
+        if self._entries_made:
+            self._entries_made = False
+            try:
+                _sync_directory(self._directory)
+            except OSError:
+                self._entries_made = True
+                raise
         for row in rows:
             os.fdatasync(self._rows[row])
 
@@ -206,6 +266,35 @@ class LocalDataFile:
         for descriptor in self._rows.values():
             os.close(descriptor)
         self._rows.clear()
+
+
+def _open(path: Path, flags: int) -> int:
+    flags |= os.O_CLOEXEC
+    try:
+        return os.open(path, flags | os.O_NOATIME, 0o600)
+    except PermissionError:
+        return os.open(path, flags, 0o600)  # a file of somebody else's
+
+
+def holds_data(path: Path) -> bool:
+    """Whether a sparse file holds anything but holes."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        return os.lseek(descriptor, 0, os.SEEK_DATA) >= 0
+    except OSError as error:
+        if error.errno != errno.ENXIO:
+            raise
+        return False
+    finally:
+        os.close(descriptor)
+
+
+def _sync_directory(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _pieces(offset: int, length: int) -> list[tuple[int, int, int]]:

@@ -30,9 +30,10 @@ import aiofiles.os
 
 from backends.errors import CorruptError, InUseError, InvalidError, NoSpaceError, NotFoundError
 from backends.layers import Buffer, Space
-from backends.local_data import LocalDataFile
+from backends.local_data import LocalDataFile, holds_data
 
 _NEW = ".new-"
+_ZEROES = memoryview(bytes(64 << 10))
 # What an empty file system or a killed process may have left.
 _HARMLESS = {"lost+found", "control.sock", "control.sock.hidden", "nbd.sock"}
 RESERVE_SIZE = 8 << 20
@@ -58,8 +59,13 @@ class LocalLogFile:
 
     def reserve(self, length: int) -> None:
         if self._end + length > self._reserved:
-            os.posix_fallocate(self._descriptor, self._end, length)
-            self._reserved = self._end + length
+            begin, end = max(self._reserved, self._end), self._end + length
+            os.posix_fallocate(self._descriptor, begin, end - begin)
+            # Written, not only allocated: then an append changes no metadata, and its sync need
+            # not wait for a commit of the file system's journal.
+            for position in range(begin, end, len(_ZEROES)):
+                os.pwrite(self._descriptor, _ZEROES[: end - position], position)
+            self._reserved = end
 
     def sync(self) -> None:
         os.fdatasync(self._descriptor)
@@ -212,8 +218,10 @@ class LocalLayerStore:
         await _sync_directory(self.path / "layers")
 
     async def holds_data(self, layer: str) -> bool:
-        names = await aiofiles.os.listdir(self._layer(layer))
-        return any(name.startswith("data-") for name in names)
+        def find() -> bool:
+            return any(holds_data(path) for path in self._layer(layer).glob("data-*"))
+
+        return await asyncio.to_thread(find)
 
     async def set_aside_layer(self, layer: str) -> str:
         lost = self.path / "lost"

@@ -61,6 +61,15 @@ class MemoryDataFile:
     def cache(self, offset: int, length: int) -> None:
         pass
 
+    def prepare(self, offset: int, length: int) -> None:
+        pass
+
+    def write_back(self) -> None:
+        pass
+
+    def unwritten(self) -> int | None:
+        return 0
+
     def sync(self) -> None:
         pass
 

@@ -1,13 +1,13 @@
 """The head: the one writable layer of a volume, and its journal.
 
-What a head has taken since its last sync is **pending**: runs of blocks, in the order of their
-coming, later ones over earlier ones; the owner map tells what each block is by now, the head's
-(data) or nobody's (zero). ``capture``
-turns them into extents for the journal, and ``persist`` makes them durable:
+What a head has taken since its last sync is **pending**: runs of blocks with what they became, data
+or zero, in the order of their coming, later ones over earlier ones. ``capture`` takes them, which
+costs the event loop nothing, and ``persist`` makes them durable, in a thread:
 
-1. fdatasync of the data,
-2. append the extents to the journal,
-3. fdatasync of the journal.
+1. turn them into extents for the journal,
+2. fdatasync of the data,
+3. append the extents to the journal,
+4. fdatasync of the journal.
 
 The other order would, after a power cut, show zeroes or older bytes where the journal claims data.
 
@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+from heapq import heappop, heappush
 
 from backends.layers import LayerStore, LogFile
 from snapshots.extent_log import (
@@ -34,10 +35,12 @@ from snapshots.extent_log import (
     encode_log,
 )
 from snapshots.layer import OpenLayer, apply_layer
-from snapshots.owner_map import DATA, ZERO, OwnerMap
+from snapshots.names import BLOCK_SHIFT
+from snapshots.owner_map import ZERO, OwnerMap
 from snapshots.reserve import with_reserve
 
-JOURNAL_STEP = 256 << 10
+# As much as is pending while a slow disk syncs, with writes of new blocks going on: 46,000 of them.
+JOURNAL_STEP = 1 << 20
 RESERVED = 64 << 10
 _COMPACT_FROM = 8 << 20
 
@@ -66,6 +69,7 @@ class Head:
         self._end = state.end
         self._reserved_end = state.end
         self._compact_at = _COMPACT_FROM
+        self._zeroed = False
         self._captured = 0
         self._idle: asyncio.Future[None] | None = None
         self.write_limit = 0
@@ -91,58 +95,60 @@ class Head:
         else:
             pending.append((first, last, kind))
 
-    def capture(self, owners: OwnerMap) -> list[Run]:
-        """Pending runs as extents in order, by what ``owners`` says now; none is pending then."""
-        runs: list[Run] = []
-        slot = self.slot
-        raw = owners.raw
-        for first, last in _merged(self.pending):
-            if last - first < 4096 and raw[first:last].count(slot) == last - first:
-                runs.append((first, last, DATA))
-                continue
-            position = first
-            for start, end, owner in owners.runs(first, last):
-                assert owner == slot, "a pending block belongs to its head or to nobody"
-                if start > position:
-                    runs.append((position, start, ZERO))
-                runs.append((start, end, DATA))
-                position = end
-            if position < last:
-                runs.append((position, last, ZERO))
+    def take_zeroes(self, first: int, last: int) -> None:
+        """Blocks ``first`` to ``last`` (exclusive) are nobody's any more."""
+        self._zeroed = True
+        self.take(first, last, ZERO)
+
+    def capture(self) -> list[Run]:
+        """Take what is pending, for ``persist``; none is pending then."""
+        runs = self.pending
         self.pending = []
-        self._captured = len(runs)
+        # Runs of data alone are never cut in two (see ``flatten``).
+        self._captured = 2 * len(runs) if self._zeroed else len(runs)
+        self._zeroed = False
         self._set_limits()
         return runs
 
-    def persist(self, runs: list[Run]) -> None:
-        """Sync the data, then record ``runs`` (ascending) durably; blocking, in a thread."""
+    def persist(self, runs: list[Run]) -> list[Run]:
+        """Sync the data, then record captured ``runs`` durably; blocking, in a thread.
+
+        Returns the extents that they are.
+        """
+        extents = flatten(runs)
         self.data.sync()
-        if runs:
-            sectors = b"".join(encode_extents(self.layer.name, runs, self._sequence))
+        if extents:
+            sectors = b"".join(encode_extents(self.layer.name, extents, self._sequence))
             self._journal.append(sectors)
             self._journal.sync()
             self._sequence += len(sectors) // SECTOR
             self._end += len(sectors)
         self._captured = 0
         self.extend()
+        return extents
 
-    def settle(self) -> None:
-        """Make what the journal says durable, and reserve room; blocking.
+    def settle(self, spans: list[tuple[int, int]]) -> None:
+        """Make what the journal says durable, reserve room, be ready for writes; blocking.
 
         A killed process may have appended what never was synced, and what is appended next says
-        that everything before it is durable.
+        that everything before it is durable. ``spans`` of blocks are where writes are likely:
+        none of them shall have to create a file first.
         """
+        for first, last in spans:
+            self.data.prepare(first << BLOCK_SHIFT, (last - first) << BLOCK_SHIFT)
+        if spans:
+            self.data.sync()
         self._journal.sync()
         self.extend()
 
     # Room in the journal
 
     def extend(self) -> None:
-        """Reserve more of the journal when less than half a step is left; blocking.
+        """Reserve more of the journal when a quarter of a step is used up; blocking.
 
         A full disk is no error here: then the limits say how much may still be pending.
         """
-        if self._reserved_end - self._end < JOURNAL_STEP // 2:
+        if self._reserved_end - self._end < JOURNAL_STEP - JOURNAL_STEP // 4:
             try:
                 self._journal.reserve(JOURNAL_STEP)
                 self._reserved_end = self._end + JOURNAL_STEP
@@ -231,20 +237,58 @@ async def open_head(
             await head.compact(store, blocks)
         else:
             head.adopt_reservation(state.size)
-            await asyncio.to_thread(head.settle)
+            await asyncio.to_thread(head.settle, list(owners.touched_spans(0, blocks)))
     except BaseException:
         head.close()
         raise
     return head
 
 
-def _merged(pending: list[Run]) -> list[tuple[int, int]]:
-    """Sorted, and joined where they touch or overlap."""
-    merged: list[tuple[int, int]] = []
-    for first, last, _ in sorted(pending):
-        if merged and first <= merged[-1][1]:
-            if last > merged[-1][1]:
-                merged[-1] = (merged[-1][0], last)
+def flatten(runs: list[Run]) -> list[Run]:
+    """What blocks are in the end, after ``runs`` in the order of their coming: as extents.
+
+    Those are ascending and disjoint; n runs become at most 2n extents, and at most n when all
+    are of one kind.
+    """
+    if len({kind for _, _, kind in runs}) < 2:
+        return _joined(runs)
+    starts = sorted((first, -order, last, kind) for order, (first, last, kind) in enumerate(runs))
+    begun: list[tuple[int, int, int]] = []  # a heap of (order, end, kind), the latest first
+    extents: list[Run] = []
+    position = 0
+    index = 0
+    while True:
+        while begun and begun[0][1] <= position:
+            heappop(begun)
+        if not begun:
+            if index == len(starts):
+                return extents
+            position = max(position, starts[index][0])
+        while index < len(starts) and starts[index][0] <= position:
+            _, order, last, kind = starts[index]
+            heappush(begun, (order, last, kind))
+            index += 1
+        _, last, kind = begun[0]
+        if last <= position:
+            continue
+        if index < len(starts):
+            last = min(last, starts[index][0])
+        if extents and extents[-1][1] == position and extents[-1][2] == kind:
+            extents[-1] = (extents[-1][0], last, kind)
         else:
-            merged.append((first, last))
-    return merged
+            extents.append((position, last, kind))
+        position = last
+
+
+def _joined(runs: list[Run]) -> list[Run]:
+    """Runs of one kind, sorted, and joined where they touch or overlap."""
+    joined: list[Run] = []
+    end = -1
+    for run in sorted(runs):
+        if run[0] > end:
+            joined.append(run)
+            end = run[1]
+        elif run[1] > end:
+            end = run[1]
+            joined[-1] = (joined[-1][0], end, run[2])
+    return joined

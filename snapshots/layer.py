@@ -94,8 +94,10 @@ async def write_index(store: LayerStore, layer: str, holds: OwnerMap) -> None:
 
 
 async def seal_journal(store: LayerStore, layer: str, holds: OwnerMap) -> None:
-    """Turn a sealed layer's journal into its index; ``holds``, empty, gets what it holds."""
+    """Turn a sealed layer's journal into its index; ``holds``, empty, gets what it says is zero."""
     state = await apply_layer(store, layer, holds)
     if state.ragged:
         raise CorruptError(f"{store.describe(layer, JOURNAL)}: unsynced sectors in a sealed layer")
     await write_index(store, layer, holds)
+    # Without the many runs of data, which nobody wants to go through on the event loop.
+    await asyncio.to_thread(holds.replace, 0, holds.blocks, DATA, 0)

@@ -284,7 +284,7 @@ class Volume(View):
                     raise OSError(errno.ENOSPC, "no space left for the journal")
             for start, end in runs:
                 self.owners.set(start, end, 0)
-                head.take(start, end, ZERO)
+                head.take_zeroes(start, end)
             if runs and len(head.pending) >= SYNC_FROM:
                 self._start(self.flush())
 
@@ -321,15 +321,14 @@ class Volume(View):
                     await self._threads.sync(head.extend)
                 return
             head.dirty = False
-            runs = head.capture(self.owners)
-            await self._persist(head, runs)
+            extents = await self._persist(head, head.capture())
             if head.wants_compaction and not head.sealed:
                 await self._compact(head)
-        self._start(self._punch(head, [run for run in runs if run[2] == ZERO]))
+        self._start(self._punch(head, [run for run in extents if run[2] == ZERO]))
 
-    async def _persist(self, head: Head, runs: list[Run]) -> None:
+    async def _persist(self, head: Head, runs: list[Run]) -> list[Run]:
         try:
-            await self._threads.sync(head.persist, runs)
+            return await self._threads.sync(head.persist, runs)
         except OSError as error:
             self.fail(f"a sync failed: {error.strerror or error}")
             raise OSError(errno.EIO, f"volume {self.name}: a sync failed") from error
@@ -367,7 +366,7 @@ class Volume(View):
     # Snapshots
 
     async def settle(self) -> None:
-        """Sync until so little is pending that the gate can capture it in a moment."""
+        """Sync until so little is pending that what follows the gate is short."""
         for _ in range(5):
             await self._sync_head()
             if len(self.head.pending) < SYNC_FROM // 8:
@@ -395,7 +394,7 @@ class Volume(View):
     def swap_head(self, head: Head) -> tuple[Head, list[Run]]:
         """The gate: write into ``head`` from now on. Returns the old head and its last extents."""
         old = self.head
-        runs = old.capture(self.owners)
+        runs = old.capture()
         old.sealed = True
         self.head = head
         return old, runs
@@ -407,7 +406,7 @@ class Volume(View):
             self._check_failure()
             await self._persist(old, runs)
             if old.late:
-                await self._persist(old, sorted(old.late))
+                await self._persist(old, old.late)
 
     def grow(self, size: int) -> None:
         """Make the volume ``size`` bytes long, which is more than it has; the rest is zeroes."""

@@ -5,13 +5,14 @@ from __future__ import annotations
 import errno
 import os
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from backends import local_data
-from backends.local_data import ROW_SIZE, LocalDataFile
+from backends.local_data import ROW_SIZE, LocalDataFile, holds_data
 
 BLOCK = 4096
 
@@ -204,20 +205,83 @@ def test_file_systems_without_fallocate(
         data.punch(0, BLOCK)
 
 
-def test_a_row_whose_directory_entry_cannot_be_made_durable_is_not_used(
+def test_a_sync_makes_the_directory_entries_of_new_files_durable(
     data: LocalDataFile, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    calls: list[str] = []
+    real_fsync, real_fdatasync = os.fsync, os.fdatasync
+
     def refuse(descriptor: int) -> None:
         raise OSError(errno.EIO, "no")
 
-    before = len(list(Path("/proc/self/fd").iterdir()))
+    def fsync(descriptor: int) -> None:
+        calls.append("directory")
+        real_fsync(descriptor)
+
+    def fdatasync(descriptor: int) -> None:
+        calls.append("data")
+        real_fdatasync(descriptor)
+
+    data.write(0, b"x")
     with monkeypatch.context() as patched:
         patched.setattr(os, "fsync", refuse)
         with pytest.raises(OSError):
-            data.write(0, b"x")
-    assert len(list(Path("/proc/self/fd").iterdir())) == before
+            data.sync()
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(os, "fdatasync", fdatasync)
     data.write(0, b"x")
-    assert get(data, 0, 1) == b"x"
+    data.sync()
+    assert calls == ["directory", "data"]
+    data.write(0, b"x")
+    data.sync()
+    assert calls == ["directory", "data", "data"]
+
+
+def test_prepared_files_hold_no_data_and_the_first_write_makes_none(
+    data: LocalDataFile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data.prepare(ROW_SIZE - BLOCK, 2 * BLOCK)
+    data.sync()
+    paths = [tmp_path / "data-00000", tmp_path / "data-00001"]
+    assert sorted(tmp_path.iterdir()) == paths
+    assert not any(map(holds_data, paths))
+
+    def refuse(*arguments: object) -> int:
+        raise AssertionError("a write opened a file")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "open", refuse)
+        data.write(ROW_SIZE, b"x" * BLOCK)
+    assert [holds_data(path) for path in paths] == [False, True]
+
+
+def test_what_is_written_back_waits_no_more(data: LocalDataFile, tmp_path: Path) -> None:
+    if data.unwritten() is None:
+        pytest.skip("cachestat(2) is missing")
+    data.sync()
+    assert data.unwritten() == 0
+    data.write(0, b"x" * (8 * BLOCK))
+    data.write(ROW_SIZE, b"x" * BLOCK)
+    before = data.unwritten()
+    assert before is not None
+    assert before <= 9 * BLOCK
+    data.write_back()
+    for _ in range(10_000):
+        if data.unwritten() == 0:
+            break
+        time.sleep(0.001)
+    assert data.unwritten() == 0
+    data.sync()
+    assert get(data, 0, 8 * BLOCK) == b"x" * (8 * BLOCK)
+
+
+def test_errors_of_writing_back_are_raised(
+    data: LocalDataFile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(OSError) as caught:
+        local_data.sync_file_range(-1, 0, 0, 2)
+    assert caught.value.errno == errno.EBADF
+    assert local_data.count_unwritten(-1) is None
 
 
 def test_a_file_that_another_process_makes_is_found(data: LocalDataFile, tmp_path: Path) -> None:
