@@ -23,7 +23,7 @@ from scripts.bench.results import Results
 from scripts.bench.scale import FULL, QUICK, Scale
 
 PROJECT = Path(__file__).resolve().parents[2]
-PROGRAMS = ("fio", "nbdkit", "qemu-nbd", "qemu-img", "setpriv", "findmnt")
+PROGRAMS = ("fio", "nbdkit", "qemu-nbd", "qemu-img", "openssl", "setpriv", "findmnt")
 QUIET_LOAD = 0.5
 
 

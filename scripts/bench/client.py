@@ -1,11 +1,13 @@
 """A small NBD client: what the benchmark fills volumes and times single requests with.
 
-Blocking, one connection over a Unix socket, simple replies only.
+Blocking, one connection over a Unix socket, simple replies only. With TLS it does not ask who
+serves, as fio does not.
 """
 
 from __future__ import annotations
 
 import socket
+import ssl
 import struct
 from collections.abc import Iterable
 from pathlib import Path
@@ -43,11 +45,15 @@ _TIMEOUT: Final = 120.0
 class Client:
     """An open connection to an export of ``size`` bytes; a context manager."""
 
-    def __init__(self, path: Path, export: str) -> None:
+    def __init__(self, path: Path, export: str, *, tls: bool = False) -> None:
         self._socket = socket.socket(socket.AF_UNIX)
+        self._wait_all = 0 if tls else socket.MSG_WAITALL
         self._socket.settimeout(_TIMEOUT)
         try:
             self._socket.connect(str(path))
+            self._greet()
+            if tls:
+                self._start_tls()
             self.size = self._go(export)
         except BaseException:
             self._socket.close()
@@ -107,14 +113,26 @@ class Client:
         self._socket.sendall(_REQUEST.pack(REQUEST_MAGIC, 0, CMD_FLUSH, 0, 0, 0))
         self._take_reply()
 
-    def _go(self, export: str) -> int:
+    def _greet(self) -> None:
         password, magic, _ = _GREETING.unpack(self._receive(_GREETING.size))
         if (password, magic) != (INIT_PASSWD, OPTION_MAGIC):
             raise BenchError("what listens is no NBD server")
+        self._socket.sendall(struct.pack(">I", FLAG_C_FIXED_NEWSTYLE | FLAG_C_NO_ZEROES))
+
+    def _start_tls(self) -> None:
+        self._socket.sendall(_OPTION.pack(OPTION_MAGIC, Option.STARTTLS, 0))
+        _, _, kind, length = _OPTION_REPLY.unpack(self._receive(_OPTION_REPLY.size))
+        if kind != OptionReply.ACK:
+            raise BenchError(f"no TLS: {self._receive(length).decode(errors='replace')}")
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        context.check_hostname = False
+        context.verify_mode = ssl.CERT_NONE
+        self._socket = context.wrap_socket(self._socket)
+
+    def _go(self, export: str) -> int:
         name = export.encode()
         self._socket.sendall(
-            struct.pack(">I", FLAG_C_FIXED_NEWSTYLE | FLAG_C_NO_ZEROES)
-            + _OPTION.pack(OPTION_MAGIC, Option.GO, 4 + len(name) + 2)
+            _OPTION.pack(OPTION_MAGIC, Option.GO, 4 + len(name) + 2)
             + struct.pack(">I", len(name)) + name + struct.pack(">H", 0)
         )  # fmt: skip
         size = None
@@ -134,9 +152,9 @@ class Client:
             raise BenchError(f"a request failed with NBD error {error}")
 
     def _receive(self, length: int) -> bytes:
-        data = self._socket.recv(length, socket.MSG_WAITALL) if length else b""
+        data = self._socket.recv(length, self._wait_all) if length else b""
         while len(data) < length:
-            more = self._socket.recv(length - len(data), socket.MSG_WAITALL)
+            more = self._socket.recv(length - len(data), self._wait_all)
             if not more:
                 raise BenchError("the server closed the connection")
             data += more

@@ -14,7 +14,8 @@ large folios, which are read faster and, on ext4, written in small pieces severa
 all are filled alike, through the server, by ascending writes of 4 KiB.
 
 Before each job everything is synced, so that no server's jobs pay for the writes of another, and
-each server keeps one more client connected, as a volume in use has one.
+each server keeps one more client connected, as a volume in use has one. Of the peers, one process
+runs at a time, with TLS or without: they cannot do both.
 """
 
 from __future__ import annotations
@@ -42,7 +43,15 @@ from scripts.bench.process import (
 )
 from scripts.bench.results import Results, Sample
 from scripts.bench.scale import BLOCK, MIB, Scale
-from scripts.bench.servers import EXPORT, Nbdserve, Server, nbdkit, qemu_nbd
+from scripts.bench.servers import (
+    EXPORT,
+    Nbdserve,
+    Peer,
+    Server,
+    make_certificates,
+    nbdkit,
+    qemu_nbd,
+)
 
 READ_VOLUME = "layered"
 WRITE_VOLUME = "layered-to-write"
@@ -54,7 +63,7 @@ class Contestant:
     """One server in one set-up; ``prepare`` runs before each of its jobs."""
 
     name: str
-    server: Server
+    server: Callable[[bool], Server]  # with TLS?
     export: Callable[[Job], str]
     prepare: Callable[[Job], None] = lambda job: None
 
@@ -78,11 +87,12 @@ def compare(scale: Scale, directory: Path, sockets: Path, results: Results) -> N
 def _measure(scale: Scale, contestant: Contestant, job: Job, turn: int) -> Sample:
     contestant.prepare(job)
     os.sync()
-    export, server = contestant.export(job), contestant.server
-    with Client(server.socket, export):
+    export, server = contestant.export(job), contestant.server(job.tls)
+    with Client(server.socket, export, tls=job.tls):
         begin, busy, ours = time.monotonic(), read_busy_seconds(), read_children_seconds()
         before = read_cpu_seconds(server.pid)
-        load = run_fio(job, server.uri(export), scale.volume, scale.job_milliseconds, turn + 1)
+        uri = server.uri(export, tls=job.tls)
+        load = run_fio(job, uri, scale.volume, scale.job_milliseconds, turn + 1)
         used = read_cpu_seconds(server.pid) - before
         busy, ours = read_busy_seconds() - busy, read_children_seconds() - ours
         others = max(0.0, busy - ours - used) / (time.monotonic() - begin)
@@ -106,25 +116,29 @@ def _contestants(scale: Scale, directory: Path, sockets: Path) -> Iterator[list[
     for image, image_format in ((raw, "raw"), (qemu_raw, "raw"), (qcow2, "qcow2")):
         run("qemu-img", "create", "-f", image_format, image, str(scale.volume))
     ours = Nbdserve(directory / "nbdserve", sockets)
+    certificates = make_certificates(sockets / "tls")
     with contextlib.ExitStack() as stack:
-        daemon = stack.enter_context(ours.serving())
+        daemon = stack.enter_context(ours.serving(certificates))
         restore = _build_volumes(scale, ours, memoryview(content))
+        starts = {
+            names.NBDKIT: partial(nbdkit, raw, sockets),
+            names.QEMU_RAW: partial(qemu_nbd, qemu_raw, "raw", sockets),
+            names.QEMU_QCOW2: partial(qemu_nbd, qcow2, "qcow2", sockets),
+        }
         peers = {
-            names.NBDKIT: stack.enter_context(nbdkit(raw, sockets)),
-            names.QEMU_RAW: stack.enter_context(qemu_nbd(qemu_raw, "raw", sockets)),
-            names.QEMU_QCOW2: stack.enter_context(qemu_nbd(qcow2, "qcow2", sockets)),
+            name: stack.enter_context(Peer(certificates, start)) for name, start in starts.items()
         }
         for peer in peers.values():
-            _fill(peer.socket, EXPORT, memoryview(content))
+            _fill(peer.serving(False).socket, EXPORT, memoryview(content))
         contestants = [
-            *(Contestant(name, peer, lambda job: EXPORT) for name, peer in peers.items()),
+            *(Contestant(name, peer.serving, lambda job: EXPORT) for name, peer in peers.items()),
             Contestant(
                 names.NBDSERVE,
-                daemon,
+                lambda tls: daemon,
                 lambda job: WRITE_VOLUME if job.writes else READ_VOLUME,
                 prepare=lambda job: restore() if job.writes else None,
             ),
-            Contestant(names.HEAD_ONLY, daemon, lambda job: HEAD_VOLUME),
+            Contestant(names.HEAD_ONLY, lambda tls: daemon, lambda job: HEAD_VOLUME),
         ]
         _check_content(contestants, hashlib.sha256(content).digest())
         del content
@@ -167,7 +181,7 @@ def _check_content(contestants: list[Contestant], expected: bytes) -> None:
     for contestant in contestants:
         for export in {contestant.export(job) for job in JOBS}:
             digest = hashlib.sha256()
-            with Client(contestant.server.socket, export) as client:
+            with Client(contestant.server(False).socket, export) as client:
                 for offset in range(0, client.size, MIB):
                     digest.update(client.read(offset, MIB))
             if digest.digest() != expected:

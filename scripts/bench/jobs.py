@@ -13,17 +13,21 @@ KIB = 1 << 10
 
 @dataclass(frozen=True)
 class Job:
-    """``pattern`` is fio's ``rw``; ``block`` is in bytes; ``depth`` requests are in flight."""
+    """``pattern`` is fio's ``rw``; ``block`` is in bytes; ``depth`` requests are in flight.
+
+    With ``tls`` the connection is encrypted.
+    """
 
     pattern: str
     block: int
     depth: int
+    tls: bool = False
 
     @property
     def name(self) -> str:
-        """As in tables: ``randread 4k qd32``."""
+        """As in tables: ``randread 4k qd32``, ``read 1M qd4 tls``."""
         size = f"{self.block // KIB}k" if self.block < KIB * KIB else f"{self.block >> 20}M"
-        return f"{self.pattern} {size} qd{self.depth}"
+        return f"{self.pattern} {size} qd{self.depth}{' tls' if self.tls else ''}"
 
     @property
     def writes(self) -> bool:
@@ -43,6 +47,10 @@ JOBS = (
     Job("randwrite", 64 * KIB, 32),
     Job("read", 1024 * KIB, 4),
     Job("write", 1024 * KIB, 4),
+    Job("randread", 4 * KIB, 32, tls=True),
+    Job("randwrite", 4 * KIB, 32, tls=True),
+    Job("read", 1024 * KIB, 4, tls=True),
+    Job("write", 1024 * KIB, 4, tls=True),
 )
 
 

@@ -125,7 +125,7 @@ TARGETS = (
     Target("randread 4k qd32", CPU, 0.8, 0.2),
     Target("randwrite 4k qd32", CPU, 0.8, 0.2),
     Target("randrw 4k qd32", CPU, 0.8, 0.2),
-    *(Target(job.name, P99, 0.7, 0.4) for job in JOBS if job.depth == 32),
+    *(Target(job.name, P99, 0.7, 0.4) for job in JOBS if job.depth == 32 and not job.tls),
 )
 
 

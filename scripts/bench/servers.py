@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import socket
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
 from nbdserve.control import address
 from nbdserve.control.client import Client as Control
@@ -15,6 +17,7 @@ from nbdserve.control.client import path
 from scripts.bench.process import read_resident_bytes, run, server
 
 NBDSERVE = Path(sys.executable).with_name("nbdserve")
+MAKE_CERTIFICATES = Path(__file__).resolve().parents[1] / "make-test-certificates"
 EXPORT = "bench"
 
 
@@ -25,8 +28,9 @@ class Server:
     socket: Path
     pid: int
 
-    def uri(self, export: str) -> str:
-        return f"nbd+unix:///{export}?socket={self.socket}"
+    def uri(self, export: str, *, tls: bool = False) -> str:
+        """For libnbd, which does not ask for certificates when the socket is a Unix socket."""
+        return f"nbd{'s' if tls else ''}+unix:///{export}?socket={self.socket}"
 
 
 class Nbdserve:
@@ -39,9 +43,20 @@ class Nbdserve:
         self.pid = 0
 
     @contextlib.contextmanager
-    def serving(self) -> Iterator[Server]:
-        """The daemon, until the block ends."""
-        command = ("serve", "--data", self.data, "--listen", f"unix:{self.socket}")
+    def serving(self, certificates: Path | None = None) -> Iterator[Server]:
+        """The daemon, until the block ends; with certificates, for clients with and without TLS."""
+        command: list[str | Path] = [
+            "serve",
+            "--data",
+            self.data,
+            "--listen",
+            f"unix:{self.socket}",
+        ]
+        if certificates is not None:
+            command += [
+                "--tls", "optional", "--tls-certificate", certificates / "server-cert.pem",
+                "--tls-key", certificates / "server-key.pem",
+            ]  # fmt: skip
         with server(
             NBDSERVE, *command, log=self._log, is_ready=lambda: _accepts(self.socket)
         ) as process:
@@ -62,23 +77,71 @@ class Nbdserve:
         return read_resident_bytes(self.pid)
 
 
+class Peer:
+    """A server that is to have TLS or not when it starts: started again when the other is wanted.
+
+    ``start`` gets the directory of certificates, None for no TLS.
+    """
+
+    def __init__(
+        self, certificates: Path, start: Callable[[Path | None], AbstractContextManager[Server]]
+    ) -> None:
+        self._certificates = certificates
+        self._start = start
+        self._running = contextlib.ExitStack()
+        self._tls = False
+        self._server: Server | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._running.close()
+
+    def serving(self, tls: bool) -> Server:
+        """The server, running as wanted."""
+        if self._server is None or tls != self._tls:
+            self._running.close()
+            self._server = self._running.enter_context(
+                self._start(self._certificates if tls else None)
+            )
+            self._tls = tls
+        return self._server
+
+
+def make_certificates(directory: Path) -> Path:
+    """A CA and a server's certificate; returns the directory."""
+    run(MAKE_CERTIFICATES, directory)
+    return directory
+
+
 @contextlib.contextmanager
-def nbdkit(image: Path, sockets: Path) -> Iterator[Server]:
+def nbdkit(image: Path, sockets: Path, certificates: Path | None = None) -> Iterator[Server]:
     """nbdkit's file plugin on a raw image, as it is without options."""
     where = sockets / "nbdkit.sock"
-    command = ("nbdkit", "--foreground", "--unix", where, "file", image)
+    where.unlink(missing_ok=True)  # which it leaves behind
+    tls: list[str | Path] = (
+        [] if certificates is None else ["--tls=require", f"--tls-certificates={certificates}"]
+    )
+    command = ("nbdkit", "--foreground", *tls, "--unix", where, "file", image)
     log = sockets / "nbdkit.log"
     with server(*command, log=log, is_ready=lambda: _accepts(where)) as process:
         yield Server(where, process.pid)
 
 
 @contextlib.contextmanager
-def qemu_nbd(image: Path, image_format: str, sockets: Path) -> Iterator[Server]:
+def qemu_nbd(
+    image: Path, image_format: str, sockets: Path, certificates: Path | None = None
+) -> Iterator[Server]:
     """qemu-nbd on an image; ``--persistent`` and ``--shared`` only let clients come and go."""
     where = sockets / f"{image_format}.sock"
+    tls: list[str | Path] = [] if certificates is None else [
+        "--object", f"tls-creds-x509,id=tls,dir={certificates},endpoint=server,verify-peer=no",
+        "--tls-creds=tls",
+    ]  # fmt: skip
     command = (
         "qemu-nbd", f"--socket={where}", f"--format={image_format}", f"--export-name={EXPORT}",
-        "--persistent", "--shared=8", image,
+        "--persistent", "--shared=8", *tls, image,
     )  # fmt: skip
     log = sockets / f"{image_format}.log"
     with server(*command, log=log, is_ready=lambda: _accepts(where)) as process:
