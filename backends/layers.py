@@ -47,6 +47,13 @@ class DataFile(Protocol):
     def read(self, offset: int, buffer: memoryview) -> None:
         """Fill ``buffer``; EIO when the layer ends before it is full."""
 
+    def lend(self, offset: int, length: int) -> tuple[int, int] | None:
+        """(descriptor, position) of a file to send the range from, as it can be without a disk.
+
+        None when that is not possible now. What is sent refers to the page cache: whoever punches
+        the range before it has been received changes it on its way.
+        """
+
     def write(self, offset: int, data: Buffer) -> None:
         """Write all of ``data``; on an error any part of it may have been written."""
 

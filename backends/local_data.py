@@ -28,6 +28,7 @@ import threading
 from pathlib import Path
 
 from backends.layers import Buffer
+from backends.page_cache import is_cached
 
 ROW_SHIFT = 40
 ROW_SIZE = 1 << ROW_SHIFT
@@ -160,6 +161,13 @@ class LocalDataFile:
             if error.errno == errno.EOPNOTSUPP:
                 return False
             raise
+
+    def lend(self, offset: int, length: int) -> tuple[int, int] | None:
+        position = offset & _ROW_MASK
+        descriptor = self._rows.get(offset >> ROW_SHIFT)
+        if descriptor is None or position + length > ROW_SIZE:
+            return None
+        return (descriptor, position) if is_cached(descriptor, position, length) else None
 
     def read(self, offset: int, buffer: memoryview) -> None:
         while len(buffer) > 0:

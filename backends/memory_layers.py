@@ -34,6 +34,9 @@ class MemoryDataFile:
             part = bytes(count) if found is None else found[start : start + count]
             buffer[position : position + count] = part
 
+    def lend(self, offset: int, length: int) -> tuple[int, int] | None:
+        return None
+
     def write(self, offset: int, data: Buffer) -> None:
         view = memoryview(data)
         for page, start, position, count in _pieces(offset, len(view)):

@@ -53,6 +53,8 @@ class Handle:
         self.try_read = view.try_read
         self.read = view.read
         self.is_data = view.is_data
+        self.try_lend = view.try_lend
+        self.borrowers = view.borrowers
         self.extents = view.extents
         self.try_write = view.try_write
         self.write = view.write

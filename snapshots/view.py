@@ -18,10 +18,12 @@ import asyncio
 import errno
 import re
 from collections.abc import Callable
+from time import monotonic
 
 from backends.errors import CorruptError
 from backends.layers import DataFile, LayerStore
 from snapshots.layer import LayerPool, OpenLayer, apply_layer, apply_merge
+from snapshots.lending import MIN_LOAN, Borrower, wait_for_loans
 from snapshots.manifest import MAX_LAYERS, Merge
 from snapshots.names import BLOCK_SHIFT, BLOCK_SIZE
 from snapshots.owner_map import OwnerMap
@@ -29,6 +31,8 @@ from snapshots.threads import Threads
 
 _ZEROES = bytes(1 << 20)
 _BLOCK_MASK = BLOCK_SIZE - 1
+# For so long after a read that waited for a disk nothing is lent.
+_COLD_SECONDS = 0.1
 _RUNS = re.compile(rb"(.)\1*", re.DOTALL).finditer
 
 
@@ -49,6 +53,10 @@ class View:
         self._raw = owners.raw
         self._files: list[DataFile | None] = [None] * 256
         self._readers: list[Callable[[int, memoryview], bool]] = [_read_zeroes] * 256
+        self._lenders: list[Callable[[int, int], tuple[int, int] | None]] = [_lend_nothing] * 256
+        self._lent = False
+        self._cold_until = 0.0
+        self.borrowers: set[Borrower] = set()
         self._threads = threads
         self._reading: set[asyncio.Future[None]] = set()
 
@@ -65,6 +73,7 @@ class View:
         self.stack.append((slot, layer))
         self._files[slot] = layer.data
         self._readers[slot] = layer.data.try_read
+        self._lenders[slot] = layer.data.lend
         return slot
 
     def drop_layer(self, name: str) -> OpenLayer:
@@ -75,6 +84,7 @@ class View:
         _, layer = self.stack.pop(index)
         self._files[slot] = None
         self._readers[slot] = _read_zeroes
+        self._lenders[slot] = _lend_nothing
         return layer
 
     def slot_of(self, name: str) -> int | None:
@@ -105,6 +115,44 @@ class View:
             position = stop
         return True
 
+    def try_lend(self, offset: int, length: int) -> list[tuple[int, int, int]] | None:
+        """What to send a range from: pieces (descriptor, position, length), in order.
+
+        None unless every piece is data of at least MIN_LOAN bytes, and in the page cache. The
+        caller is one of the ``borrowers`` (lending.py has what that means).
+        """
+        if monotonic() < self._cold_until:
+            return None
+        end = offset + length
+        first = offset >> BLOCK_SHIFT
+        last = (end + _BLOCK_MASK) >> BLOCK_SHIFT
+        owners = self._raw[first:last]
+        pieces = []
+        position = offset
+        for run in _RUNS(owners):
+            stop = min((first + run.end()) << BLOCK_SHIFT, end)
+            loan = stop - position >= MIN_LOAN and self._lenders[owners[run.start()]](
+                position, stop - position
+            )
+            if not loan:
+                return None
+            pieces.append((*loan, stop - position))
+            position = stop
+        self._lent = True
+        return pieces
+
+    def stop_lending(self, layer: str) -> bool:
+        """Lend nothing of a layer from now on; whether anything may be on loan."""
+        slot = self.slot_of(layer)
+        if slot is None:
+            return False
+        self._lenders[slot] = _lend_nothing
+        return self._lent
+
+    async def wait_for_loans(self) -> bool:
+        """Wait until everything lent is back; False when some client does not take its replies."""
+        return await wait_for_loans(self.borrowers)
+
     def is_data(self, offset: int, length: int) -> bool:
         """Whether every block of a range holds data, so that no part of it is a hole."""
         last = (offset + length + _BLOCK_MASK) >> BLOCK_SHIFT
@@ -119,6 +167,8 @@ class View:
             elif not file.try_read(start, part):
                 waiting.append((file, start, part))
         if waiting:
+            # What is cached may be on its way from the disk, and sending it would wait.
+            self._cold_until = monotonic() + _COLD_SECONDS
             reading = self._threads.transfer(_read_all, waiting)
             self._reading.add(reading)
             reading.add_done_callback(self._reading.discard)
@@ -232,6 +282,8 @@ async def load_stack(
     for name in layers:
         slot = view.push_layer(await pool.acquire(name))
         await apply_layer(store, name, view.owners, slot, 0)
+        if any(merge.source == name for merge in merges.values()):
+            view.stop_lending(name)
         merge = upper.get(name)
         if merge is not None:
             target = view.slot_of(merge.target)
@@ -243,6 +295,11 @@ def _read_zeroes(offset: int, buffer: memoryview) -> bool:
     """``try_read`` of the owner 0, nobody."""
     _fill_zeroes(buffer)
     return True
+
+
+def _lend_nothing(offset: int, length: int) -> tuple[int, int] | None:
+    """``lend`` of the owner 0, and of layers that lend nothing."""
+    return None
 
 
 def _fill_zeroes(buffer: memoryview) -> None:

@@ -54,6 +54,16 @@ class Serving(Protocol):
         """End now."""
 
 
+class Borrower(Protocol):
+    """A connection whose replies refer to what it was lent until the client has received them."""
+
+    def mark(self) -> int:
+        """Where its stream of replies ends now."""
+
+    def has_passed(self, mark: int) -> bool:
+        """Whether the client has received its replies up to ``mark``."""
+
+
 class Export(Protocol):
     """One opened export."""
 
@@ -81,6 +91,16 @@ class Export(Protocol):
 
     def is_data(self, offset: int, length: int) -> bool:
         """Whether no part of the range is a hole, so that asking for ``extents`` is for nothing."""
+
+    def try_lend(self, offset: int, length: int) -> list[tuple[int, int, int]] | None:
+        """Pieces (descriptor, position, length) of files that sendfile can send the range from.
+
+        None when the range has to be read. Only for one of the ``borrowers``.
+        """
+
+    @property
+    def borrowers(self) -> set[Borrower]:
+        """The connections that use ``try_lend``."""
 
     def extents(self, offset: int, length: int, limit: int) -> list[tuple[int, bool]]:
         """Return runs of (length, holds data) from ``offset`` on.

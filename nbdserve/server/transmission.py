@@ -27,8 +27,10 @@ cancelled, for a thread may be writing on their behalf: ``closed`` is done when 
 """
 
 import asyncio
+import fcntl
 import logging
 import socket
+import termios
 from collections.abc import Coroutine
 from struct import Struct
 from time import perf_counter
@@ -65,6 +67,9 @@ INPUT_SIZE: Final = (1 << 20) + (64 << 10)
 MAX_IN_PLACE: Final = 1 << 20
 """Longest READ, in bytes, that is tried in place."""
 
+MIN_LOAN: Final = 32 << 10
+"""Shortest READ, in bytes, that is sent from the page cache without a copy, where that is possible."""
+
 MAX_REQUESTS: Final = 256
 """Most tasks of one connection."""
 
@@ -80,6 +85,7 @@ _PLAIN_SUCCESS: Final = SIMPLE_REPLY_MAGIC << 32
 _PLAIN_DATA: Final = Struct(">QQIQ")  # magic, flags, type; cookie; length; offset
 _PLAIN_CHUNK: Final = STRUCTURED_REPLY_MAGIC << 32 | REPLY_FLAG_DONE << 16 | REPLY_TYPE_OFFSET_DATA
 
+_INT: Final = Struct("i")
 _REQUEST_SIZE: Final = REQUEST.size
 _SIMPLE_SIZE: Final = SIMPLE_REPLY.size
 _MAX_BATCH: Final = 1024  # requests of one turn of the event loop
@@ -113,6 +119,10 @@ class Transmission:
         self._export = export
         self._structured = structured
         self._peer = peer
+        # Elsewhere nobody can tell when the client has received what refers to the page cache.
+        self._loan_from = MIN_LOAN if sock.family == socket.AF_UNIX else MAX_PAYLOAD + 1
+        if sock.family == socket.AF_UNIX:
+            export.borrowers.add(self)
         self._operations = Operations(export, structured=structured, context=context)
         self._output = Output(sock)
         self._polling = Polling()
@@ -160,6 +170,18 @@ class Transmission:
         self._output.discard()
         self._large = None
         self._check_closed()
+
+    def mark(self) -> int:
+        """Where the stream of replies ends now, in bytes."""
+        return self._output.end
+
+    def has_passed(self, mark: int) -> bool:
+        """Whether the client has received its replies up to ``mark``."""
+        if self._gone:
+            return True
+        (unread,) = _INT.unpack(fcntl.ioctl(self._sock, termios.TIOCOUTQ, bytes(_INT.size)))
+        # The kernel counts at least the bytes that are in the queue, and the last ones are there.
+        return bool(self._output.sent - mark >= unread)
 
     @property
     def running(self) -> int:
@@ -239,6 +261,7 @@ class Transmission:
         structured = self._structured
         header = DATA_CHUNK.size if structured else _SIMPLE_SIZE
         sparse = MIN_SPARSE_READ if structured else MAX_IN_PLACE + 1
+        loan_from = self._loan_from
         size = export.size
         writable = -1 if export.read_only else size
         flush_at = _FLUSH_AT
@@ -249,6 +272,10 @@ class Transmission:
             kind, cookie, offset, length = unpack(source, start)
             # The two branches here are the plain cases of what validate_request lets through.
             if kind == _PLAIN_READ and offset + length <= size and (0 < length <= MAX_IN_PLACE):
+                if length >= loan_from and self._lend(cookie, offset, length, tail):
+                    tail = output.tail
+                    start += _REQUEST_SIZE
+                    continue
                 if length < sparse or is_data(offset, length):
                     stop = tail + header + length
                     if stop > flush_at:
@@ -320,6 +347,23 @@ class Transmission:
         self._make_room()
         self._settle()
 
+    def _lend(self, cookie: int, offset: int, length: int, tail: int) -> bool:
+        """Answer a READ from the page cache without a copy; False when that cannot be done."""
+        output = self._output
+        if output.queued >= MAX_BYTES:
+            return False
+        pieces = self._export.try_lend(offset, length)
+        if pieces is None:
+            return False
+        if self._structured:
+            header = _PLAIN_DATA.pack(_PLAIN_CHUNK, cookie, 8 + length, offset)
+        else:
+            header = _PLAIN_REPLY.pack(_PLAIN_SUCCESS, cookie)
+        output.tail = tail
+        output.append_loan(header, pieces)
+        self._send()
+        return True
+
     def _make_room(self) -> None:
         """Let the receive buffer have room for what is to come, moving as little as possible."""
         start, end = self._start, self._end
@@ -375,6 +419,8 @@ class Transmission:
         offset, length, cookie = request.offset, request.length, request.cookie
         if not length:
             output.append(empty_read_reply(cookie, structured=self._structured))
+            return True
+        if length >= self._loan_from and self._lend(cookie, offset, length, output.tail):
             return True
         if length > MAX_IN_PLACE:
             return self._defer(request, length)
@@ -557,3 +603,5 @@ class Transmission:
             self._stop_reading()
             self._stop_writing()
             self.closed.set_result(self._linger)
+        if self._gone:
+            self._export.borrowers.discard(self)

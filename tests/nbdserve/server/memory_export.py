@@ -29,6 +29,7 @@ class MemoryExport:
         self.waiting_bytes = 0
         self.most_waiting_bytes = 0
         self.calls = []
+        self.borrowers = set()
 
     async def _pass(self, what, offset, length):
         self.calls.append((what, offset, length))
@@ -77,6 +78,9 @@ class MemoryExport:
         return all(
             block in self.held for block in range(offset // BLOCK, -(-(offset + length) // BLOCK))
         )
+
+    def try_lend(self, offset, length):
+        return None
 
     def extents(self, offset, length, limit):
         self.calls.append(("extents", offset, length))
