@@ -137,6 +137,12 @@ class ViewHost(Protocol):
 
     # Merges
 
+    async def recall(self, layer: str) -> None:
+        """Lend nothing of a layer from now on; returns when all that was lent is back.
+
+        UnavailableError when a client does not take its replies (lending.py).
+        """
+
     async def move(self, source: str, target: str, runs: Sequence[Run]) -> None:
         """These blocks are now the target's; returns when no read in the source is under way."""
 

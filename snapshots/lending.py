@@ -1,8 +1,8 @@
 """Loans: replies that refer to the page cache until the client has received them.
 
-A long read from the page cache is sent with sendfile(2), which copies nothing: on a Unix socket, what
-lies in the client's receive queue *is* the page cache. So what happens to those bytes of a layer
-meanwhile happens to the reply:
+A long read from the page cache is sent with sendfile(2), which copies nothing: on a Unix socket,
+what lies in the client's receive queue *is* the page cache. So what happens to those bytes of a
+layer meanwhile happens to the reply:
 
 - A client's own write or TRIM: the two requests were under way together, either result is right.
 - Deleting a layer: the pages live on for as long as the reply refers to them.

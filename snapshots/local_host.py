@@ -224,6 +224,10 @@ class LocalHost:
 
     # Merges
 
+    async def recall(self, layer: str) -> None:
+        lenders = [view for view in self._views.values() if view.stop_lending(layer)]
+        await asyncio.gather(*(view.wait_for_loans() for view in lenders))
+
     async def move(self, source: str, target: str, runs: Sequence[Run]) -> None:
         waits = []
         for view in self._views.values():

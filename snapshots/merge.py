@@ -126,6 +126,9 @@ class Merger:
                     await store.create_log(merge.target, MERGE, content[: state.end])
                 # What an interrupted attempt logged may not have reached the views.
                 await self._views.follow_merge(merge)
+                recalled = asyncio.ensure_future(self._views.recall(merge))
+                await asyncio.sleep(0)  # it begins while nothing is opened or closed
+            await recalled
             self._sequence = state.sequence
             await apply_layer(store, merge.source, todo)
             if merge.target == merge.upper:

@@ -307,6 +307,14 @@ class OpenViews:
 
     # Merges
 
+    async def recall(self, merge: Merge) -> None:
+        """Let nothing of a merge's source be lent; begun while ``stacks`` is held.
+
+        Returns when all that was lent is back; UnavailableError.
+        """
+        hosts = self._hosts_of(merge.source)
+        await _all_but_lost(host.recall(merge.source) for host in hosts)
+
     async def move(self, merge: Merge, runs: Sequence[Run]) -> None:
         """Blocks moved from a merge's source to its target, says its log already.
 

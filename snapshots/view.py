@@ -20,7 +20,7 @@ import re
 from collections.abc import Callable
 from time import monotonic
 
-from backends.errors import CorruptError
+from backends.errors import CorruptError, UnavailableError
 from backends.layers import DataFile, LayerStore
 from snapshots.layer import LayerPool, OpenLayer, apply_layer, apply_merge
 from snapshots.lending import MIN_LOAN, Borrower, wait_for_loans
@@ -149,9 +149,13 @@ class View:
         self._lenders[slot] = _lend_nothing
         return self._lent
 
-    async def wait_for_loans(self) -> bool:
-        """Wait until everything lent is back; False when some client does not take its replies."""
-        return await wait_for_loans(self.borrowers)
+    async def wait_for_loans(self) -> None:
+        """Wait until everything lent is back; UnavailableError."""
+        if not await wait_for_loans(self.borrowers):
+            raise UnavailableError(
+                f"a client of {self.name} does not take its replies: layers of deleted snapshots"
+                " are merged once it does"
+            )
 
     def is_data(self, offset: int, length: int) -> bool:
         """Whether every block of a range holds data, so that no part of it is a hole."""

@@ -5,8 +5,8 @@ so that one ``send`` carries many; it is filled from ``tail`` by the transmissio
 ``head``, and starts again at 0 whenever everything is sent. The **queue** takes replies that
 come in memory of their own (large reads, reads that had to wait).
 
-A reply in the queue may be a **loan**: its header, and pieces of files that sendfile(2) sends without
-copying them.
+A reply in the queue may be a **loan**: its header, and pieces of files that sendfile(2) sends
+without copying them.
 
 Every entry of the queue, and the buffer between head and tail, is a row of whole replies. Replies
 may go out in any order, but not inside each other: a piece that was sent in part is finished first.
@@ -31,7 +31,7 @@ def allocate(size: int) -> mmap.mmap:
 
 
 class _Loan:
-    """What is left to send of a reply that was lent: ``header``, then ``pieces``, last one first."""
+    """What is left to send of a loan: ``header``, then ``pieces``, the last one first."""
 
     __slots__ = ("header", "pieces")
 

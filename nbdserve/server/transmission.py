@@ -68,7 +68,7 @@ MAX_IN_PLACE: Final = 1 << 20
 """Longest READ, in bytes, that is tried in place."""
 
 MIN_LOAN: Final = 32 << 10
-"""Shortest READ, in bytes, that is sent from the page cache without a copy, where that is possible."""
+"""Shortest READ, in bytes, that is sent from the page cache without a copy where possible."""
 
 MAX_REQUESTS: Final = 256
 """Most tasks of one connection."""

@@ -273,6 +273,9 @@ class WorkerHost:
     async def end_commit(self, key: str) -> None:
         await self._call("end_commit", key)
 
+    async def recall(self, layer: str) -> None:
+        await self._call("recall", layer)
+
     async def move(self, source: str, target: str, runs: Sequence[Run]) -> None:
         await self._call("move", source, target, runs)
 

@@ -45,6 +45,7 @@ _METHODS: Final = frozenset(
         "finish_seal",
         "fail",
         "end_commit",
+        "recall",
         "move",
         "follow_merge",
         "drop_layer",
