@@ -127,7 +127,10 @@ class ViewHost(Protocol):
         """The gate, for all of these volumes in one step."""
 
     async def finish_seal(self, key: str) -> None:
-        """Make the old head durable, with all that was being written to it; OSError."""
+        """Make the old head durable, with all that was being written to it; OSError.
+
+        Once it is, calling again does nothing.
+        """
 
     async def fail(self, key: str, why: str) -> None:
         """Refuse writes and flushes from now on."""

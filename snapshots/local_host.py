@@ -30,6 +30,7 @@ class _Writing:
     volume: Volume
     next: Head | None = None
     sealed: tuple[Head, list[Run]] | None = None
+    durable: bool = False
     thaw: Callable[[], None] | None = None
 
 
@@ -205,12 +206,15 @@ class LocalHost:
             writing.volume.commit_begins()
             writing.sealed = writing.volume.swap_head(writing.next)
             writing.next = None
+            writing.durable = False
             self._thaw(writing)
 
     async def finish_seal(self, key: str) -> None:
         writing = self._writing(key)
         assert writing.sealed is not None
-        await writing.volume.finish_seal(*writing.sealed)
+        if not writing.durable:
+            await writing.volume.finish_seal(*writing.sealed)
+            writing.durable = True
 
     async def fail(self, key: str, why: str) -> None:
         self._writing(key).volume.fail(why)

@@ -37,8 +37,11 @@ _log = logging.getLogger(__name__)
 # Below this much free space a snapshot is refused: its new head and the manifest need some of it.
 LOW_WATER = 16 << 20
 
-_GATE_SECONDS = 2.0
-"""How long several hosts may take to agree on the gate: writes wait meanwhile."""
+_FREEZE_SECONDS = 2.0
+"""How long several hosts may take until all have frozen; then the snapshot is given up."""
+
+_SWAP_SECONDS = 10.0
+"""How long one of several hosts may take for the gate itself; then it is ended. Writes wait."""
 
 
 @dataclass(frozen=True)
@@ -182,17 +185,17 @@ def _by_host(prepared: Sequence[_Prepared]) -> dict[ViewHost, list[str]]:
 async def _freeze(hosts: dict[ViewHost, list[str]]) -> None:
     """Let new writes wait on all hosts, or on none."""
     try:
-        async with asyncio.timeout(_GATE_SECONDS):
+        async with asyncio.timeout(_FREEZE_SECONDS):
             await _together(host.freeze(keys) for host, keys in hosts.items())
     except BaseException as error:
         # A host that answers late gets this behind the freeze; one that was lost needs nothing.
         thawing = [asyncio.ensure_future(host.thaw(keys)) for host, keys in hosts.items()]
-        await asyncio.wait(thawing, timeout=_GATE_SECONDS)
+        await asyncio.wait(thawing, timeout=_FREEZE_SECONDS)
         for thaw in thawing:
             thaw.add_done_callback(_seen)
         if isinstance(error, TimeoutError):
             raise UnavailableError(
-                f"no snapshot was taken: a worker did not answer within {_GATE_SECONDS:g} s"
+                f"no snapshot was taken: a worker did not answer within {_FREEZE_SECONDS:g} s"
             ) from None
         raise
 
@@ -207,7 +210,7 @@ async def _swap(hosts: dict[ViewHost, list[str]]) -> None:
 
     async def swap(host: ViewHost, keys: list[str]) -> None:
         swapping = asyncio.ensure_future(host.swap_heads(keys))
-        done, _ = await asyncio.wait([swapping], timeout=_GATE_SECONDS)
+        done, _ = await asyncio.wait([swapping], timeout=_SWAP_SECONDS)
         if not done:
             host.kill()
         await swapping

@@ -18,6 +18,7 @@ ends the channel: the other side is another program, or broken.
 
 import array
 import asyncio
+import errno
 import socket
 import struct
 from collections import deque
@@ -153,7 +154,7 @@ class Channel:
                 return
             except OSError as error:
                 self._unsent.clear()
-                self._loop.call_soon(self._end, f"sending failed: {error.strerror}")
+                self._loop.call_soon(self._end, _why(error))
                 break
             if sock is not None:
                 sock.close()
@@ -173,7 +174,7 @@ class Channel:
         except _WOULD_BLOCK:
             return
         except OSError as error:
-            self._end(f"receiving failed: {error.strerror}")
+            self._end(_why(error))
             return
         for level, kind, content in rights:
             if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
@@ -243,3 +244,10 @@ class Channel:
         if self.open:
             self.close()
             self._receiver.closed(wrong)
+
+
+def _why(error: OSError) -> str | None:
+    """What is wrong; nothing when the other side is just gone."""
+    return (
+        None if error.errno in (errno.EPIPE, errno.ECONNRESET) else f"its channel: {error.strerror}"
+    )

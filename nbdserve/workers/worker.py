@@ -5,8 +5,8 @@ to, and is served as it would be in the daemon; ``over`` is told when its last r
 ``gone`` when its socket is closed. The daemon's ``finish`` and ``abort`` end it from outside.
 
 When the daemon is gone so is this process, at once, as if it had crashed with it: another daemon
-may be waiting for the directory. ``stop`` comes after all views are closed; connections that
-linger may still do so.
+may be waiting for the directory. ``stop`` comes after all views are closed: connections that are
+still there are dropped.
 """
 
 import asyncio
@@ -70,6 +70,8 @@ class Worker:
         """Until the daemon says stop."""
         await self._host.start(self)
         await self._stop.wait()
+        for session in self._sessions.values():
+            session.abort()
         if self._tasks:
             await asyncio.wait(self._tasks)
         await self._channel.sent()

@@ -89,11 +89,36 @@ aligned = st.booleans()
 class VolumeModel(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
-        self.store = ReluctantStore()
+        self.store: Any = self.new_store()
         self.runner = asyncio.Runner()
-        self.catalogue = self.run(Catalogue.open(self.store))
+        self.catalogue = self.run(self.open_catalogue())
         self.model: dict[str, Modelled] = {}
         self.names = 0
+
+    # What a model over other parts does its own way
+
+    def new_store(self) -> Any:
+        return ReluctantStore()
+
+    async def open_catalogue(self) -> Catalogue:
+        return await Catalogue.open(self.store)
+
+    async def open_handle(self, name: str, snapshot: str | None = None) -> Any:
+        if snapshot is None:
+            return await self.catalogue.open_volume(name, lambda: None)
+        return await self.catalogue.open_snapshot(name, snapshot, lambda: None)
+
+    async def end_handle(self, handle: Any) -> None:
+        await self.catalogue.close_export(handle)
+
+    async def extents(self, handle: Any) -> list[tuple[int, bool]]:
+        return list(handle.extents(0, handle.size, 1 << 20))
+
+    def abandon(self) -> None:
+        """What a kill leaves behind of this catalogue is the store."""
+        self.catalogue._views.threads.close()
+        self.runner.close()
+        self.store._locked = False
 
     def run(self, operation: Coroutine[Any, Any, T]) -> T:
         counted.append(1)
@@ -110,12 +135,12 @@ class VolumeModel(RuleBasedStateMachine):
     def handle(self, name: str) -> Handle:
         modelled = self.model[name]
         if modelled.handle is None:
-            modelled.handle = self.run(self.catalogue.open_volume(name, lambda: None))
+            modelled.handle = self.run(self.open_handle(name))
         return modelled.handle
 
     def close_handle(self, modelled: Modelled) -> None:
         if modelled.handle is not None:
-            self.run(self.catalogue.close_export(modelled.handle))
+            self.run(self.end_handle(modelled.handle))
             modelled.handle = None
             modelled.durable()
 
@@ -265,7 +290,7 @@ class VolumeModel(RuleBasedStateMachine):
         for modelled in self.model.values():
             self.close_handle(modelled)
         self.run(self.catalogue.close())
-        self.catalogue = self.run(Catalogue.open(self.store))
+        self.catalogue = self.run(self.open_catalogue())
 
     # A crash
 
@@ -295,11 +320,9 @@ class VolumeModel(RuleBasedStateMachine):
             task.add_done_callback(lambda done: done.cancelled() or done.exception())
 
         self.run(some_steps())
-        self.catalogue._views.threads.close()
-        self.runner.close()
+        self.abandon()
         self.runner = asyncio.Runner()
-        self.store._locked = False
-        self.catalogue = self.run(Catalogue.open(self.store))
+        self.catalogue = self.run(self.open_catalogue())
         for each in self.model.values():
             each.handle = None
         if modelled is not None and (may_go or may_come):
@@ -338,7 +361,7 @@ class VolumeModel(RuleBasedStateMachine):
             handle = self.handle(name)
             assert self.run(self.read_all(handle)) == self.model[name].content
             position = 0
-            for length, holds in handle.extents(0, handle.size, 1 << 20):
+            for length, holds in self.run(self.extents(handle)):
                 if not holds:
                     assert not any(self.model[name].content[position : position + length])
                 position += length
@@ -357,9 +380,9 @@ class VolumeModel(RuleBasedStateMachine):
     @rule(name=volumes, snapshot=snapshots)
     def check_snapshot(self, name: str, snapshot: str) -> None:
         if name in self.model and snapshot in self.model[name].snapshots:
-            handle = self.run(self.catalogue.open_snapshot(name, snapshot, lambda: None))
+            handle = self.run(self.open_handle(name, snapshot))
             assert self.run(self.read_all(handle)) == self.model[name].snapshots[snapshot]
-            self.run(self.catalogue.close_export(handle))
+            self.run(self.end_handle(handle))
 
     @rule(name=volumes, older=snapshots, newer=st.one_of(st.none(), snapshots))
     def check_diff(self, name: str, older: str, newer: str | None) -> None:
