@@ -53,24 +53,25 @@ class _Process:
         self._loop = asyncio.get_running_loop()
         self._host = host
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
-        with theirs:
-            try:
-                self.process = subprocess.Popen(
-                    [*command, str(theirs.fileno())],
-                    stdin=subprocess.DEVNULL,
-                    stdout=subprocess.DEVNULL,
-                    pass_fds=(theirs.fileno(), lock),
-                    env={**os.environ, "PYTHONPATH": _module_path()},
-                    process_group=0,  # a terminal's Ctrl-C is for the daemon, which tells them
-                )
-            except BaseException:
-                ours.close()
-                raise
+        try:
+            self.process = subprocess.Popen(
+                [*command, str(theirs.fileno())],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                pass_fds=(theirs.fileno(), lock),
+                env={**os.environ, "PYTHONPATH": _module_path()},
+                process_group=0,  # a terminal's Ctrl-C is for the daemon, which tells them
+            )
+            self._pidfd = os.pidfd_open(self.process.pid)
+        except BaseException:
+            ours.close()  # which ends a process that was started
+            raise
+        finally:
+            theirs.close()
         self.begun = self._loop.time()
         self.ended: asyncio.Future[int] = self._loop.create_future()
         self.channel = Channel(ours, self)
         self.connections = Connections(self.channel)
-        self._pidfd = os.pidfd_open(self.process.pid)
         self._loop.add_reader(self._pidfd, self._on_end)
 
     def kill(self) -> None:

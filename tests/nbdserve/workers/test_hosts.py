@@ -4,6 +4,8 @@ import asyncio
 import errno
 import os
 import signal
+import subprocess
+import sys
 
 import pytest
 
@@ -364,3 +366,11 @@ def test_merges_and_growth_reach_views_of_a_worker(tmp_path):
         assert len(await read(catalogue, "a")) == 2 * MIB
 
     run(tmp_path, scene)
+
+
+def test_a_worker_imports_no_more_than_it_needs():
+    program = "import nbdserve.workers.__main__, sys; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, check=True)
+    loaded = {name.partition(".")[0] for name in done.stdout.decode().split()}
+    assert "snapshots" in loaded
+    assert not loaded & {"aiohttp", "boto3", "botocore", "click", "lz4"}
