@@ -1,5 +1,6 @@
 """The daemon's configuration: addresses, the file, and which source wins."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -91,6 +92,16 @@ def with_tls(command_line: TlsSettings, file: TlsSettings) -> TlsConfiguration |
     return combine(Settings(Path("/data"), tls=command_line), Settings(tls=file)).tls
 
 
+def test_workers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "file"
+    path.write_text('data = "/x"\nworkers = 7\n')
+    assert combine(Settings(), read_file(path)).workers == 7
+    assert combine(Settings(workers=1), read_file(path)).workers == 1
+    for cores, workers in ((1, 1), (2, 2), (4, 4), (64, 4)):
+        monkeypatch.setattr(os, "sched_getaffinity", lambda _, cores=cores: set(range(cores)))
+        assert combine(Settings(Path("/x")), Settings()).workers == workers
+
+
 def test_tls_is_required_once_there_is_a_certificate(tmp_path: Path) -> None:
     nothing = TlsSettings()
     assert with_tls(nothing, nothing) is None
@@ -136,6 +147,10 @@ def test_tls_without_a_certificate_or_key_says_what_to_give(settings: TlsSetting
         ('listen = "127.0.0.1:1"', ["'listen'", "list"]),
         ("listen = []", ["'listen'"]),
         ("listen = [1]", ["'listen'"]),
+        ("workers = 0", ["'workers'", "from 1 to 64"]),
+        ("workers = 65", ["'workers'", "from 1 to 64"]),
+        ("workers = true", ["'workers'", "from 1 to 64"]),
+        ('workers = "2"', ["'workers'", "from 1 to 64"]),
         ("log_level = true", ["'log_level'", "debug, info, warning, error"]),
         ('log_level = "loud"', ["'log_level'", "debug, info, warning, error"]),
         ('tls = "yes"', ["'tls'", "off, optional, required"]),
