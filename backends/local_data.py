@@ -2,9 +2,9 @@
 
 A file system ends a file somewhere (ext4 just short of 16 TiB), and a row of smaller files keeps
 every operation on one of them cheap, so a layer's data is cut at each TiB: ``data-00000`` holds
-volume offsets 0 to 1 TiB, ``data-00001`` the next, and so on. ``prepare`` makes a file, or the first
-write to it; one that is missing holds no blocks. Its directory entry becomes
-durable with the next ``sync``.
+volume offsets 0 to 1 TiB, ``data-00001`` the next, and so on. ``prepare`` makes a file, or the
+first write to it; one that is missing holds no blocks. Its directory entry becomes durable with the
+next ``sync``.
 
 ``try_read`` assumes Linux's ``preadv2`` with RWF_NOWAIT: a page that is not in the page cache makes
 it return short or raise BlockingIOError, and the caller then reads in a thread. A file system

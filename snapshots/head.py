@@ -39,8 +39,9 @@ from snapshots.names import BLOCK_SHIFT
 from snapshots.owner_map import ZERO, OwnerMap
 from snapshots.reserve import with_reserve
 
-# As much as is pending while a slow disk syncs, with writes of new blocks going on: 46,000 of them.
-JOURNAL_STEP = 1 << 20
+JOURNAL_STEP = 256 << 10
+# Where there is space: enough for what becomes pending while a slow disk syncs, 45,000 runs.
+_AMPLE = 1 << 20
 RESERVED = 64 << 10
 _COMPACT_FROM = 8 << 20
 
@@ -58,7 +59,11 @@ class Head:
         self.layer = layer
         self.data = layer.data
         self.slot = slot
-        self.dirty = False
+        # Bytes written to the data so far; how many of them a sync took up, and how many it synced.
+        self.written = 0
+        self._begun = 0
+        self.synced = 0
+        self.check_at = 0
         self.pending: list[Run] = []
         self.late: list[Run] = []
         self.sealed = False
@@ -83,7 +88,6 @@ class Head:
         Only runs of one kind are joined: so n pending runs never become more than 2n extents,
         and the room for them can be counted.
         """
-        self.dirty = True
         if self.sealed:
             # A write that began before the gate: its blocks may have newer owners by the time
             # that pending runs are looked up, so it is noted as what it is.
@@ -100,6 +104,11 @@ class Head:
         self._zeroed = True
         self.take(first, last, ZERO)
 
+    @property
+    def dirty(self) -> bool:
+        """Whether anything came after the last ``capture``."""
+        return self.written != self._begun or bool(self.pending)
+
     def capture(self) -> list[Run]:
         """Take what is pending, for ``persist``; none is pending then."""
         runs = self.pending
@@ -107,6 +116,7 @@ class Head:
         # Runs of data alone are never cut in two (see ``flatten``).
         self._captured = 2 * len(runs) if self._zeroed else len(runs)
         self._zeroed = False
+        self._begun = self.written
         self._set_limits()
         return runs
 
@@ -116,7 +126,9 @@ class Head:
         Returns the extents that they are.
         """
         extents = flatten(runs)
+        begun = self._begun
         self.data.sync()
+        self.synced = begun
         if extents:
             sectors = b"".join(encode_extents(self.layer.name, extents, self._sequence))
             self._journal.append(sectors)
@@ -144,14 +156,16 @@ class Head:
     # Room in the journal
 
     def extend(self) -> None:
-        """Reserve more of the journal when a quarter of a step is used up; blocking.
+        """Reserve more of the journal when there is not ample room any more; blocking.
 
         A full disk is no error here: then the limits say how much may still be pending.
         """
-        if self._reserved_end - self._end < JOURNAL_STEP - JOURNAL_STEP // 4:
+        for wanted in (_AMPLE, JOURNAL_STEP):
+            if self._reserved_end - self._end >= wanted - JOURNAL_STEP // 2:
+                break
             try:
-                self._journal.reserve(JOURNAL_STEP)
-                self._reserved_end = self._end + JOURNAL_STEP
+                self._journal.reserve(wanted)
+                self._reserved_end = self._end + wanted
             except OSError as error:
                 if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
                     raise

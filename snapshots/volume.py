@@ -15,6 +15,9 @@ what is pending and lets the head persist it (head.py). When that fails, the pag
 be written may be gone from the cache, and no later sync could tell: the volume refuses writes
 and flushes from then on.
 
+**Dirty pages** are bounded: a volume that writes faster than its disk has its writes held for a
+while (dirty_pages.py), before the kernel would hold up the event loop.
+
 **The gate** of a snapshot is ``swap_head``: one assignment on the event loop, between two requests.
 Writes in threads that began before it end in the old head, which ``finish_seal`` waits for. Until
 the snapshot is committed the new head does not exist for a reopened volume, so a FLUSH that comes
@@ -32,6 +35,7 @@ from typing import Any
 
 from backends.errors import NoSpaceError, StorageError
 from backends.layers import Buffer, LayerStore
+from snapshots.dirty_pages import Pacing
 from snapshots.extent_log import Run
 from snapshots.head import Head
 from snapshots.names import BLOCK_SHIFT, BLOCK_SIZE
@@ -67,7 +71,8 @@ class Volume(View):
     ) -> None:
         super().__init__(name, size, owners, threads)
         self.head: Head
-        self.failure: str | None = None
+        self._failure: str | None = None
+        self._refusing = False
         self.on_failure: Callable[[str], None] | None = None
         self._store = store
         self._locks = RangeLock()
@@ -75,6 +80,20 @@ class Volume(View):
         self._next: asyncio.Task[None] | None = None
         self._commit: asyncio.Future[None] | None = None
         self._tasks: set[asyncio.Task[Any]] = set()
+        self._sealing: list[Head] = []
+        self._pacing = Pacing(self, threads)
+
+    @property
+    def failure(self) -> str | None:
+        """Why writes and flushes are refused; None: they are not."""
+        return self._failure
+
+    @failure.setter
+    def failure(self, why: str | None) -> None:
+        self._failure = why
+        self._refusing = why is not None
+        if why is not None:
+            self._pacing.stop()
 
     # Writing
 
@@ -84,7 +103,7 @@ class Volume(View):
         end = offset + length
         first = offset >> BLOCK_SHIFT
         last = (end + _BLOCK_MASK) >> BLOCK_SHIFT
-        if self.failure or length > INLINE_WRITE:
+        if self._refusing or length > INLINE_WRITE:
             return False
         if self._locks.entries and self._locks.overlaps(first, last):
             return False
@@ -93,7 +112,9 @@ class Volume(View):
         slot = head.slot
         if self._raw[first] == slot if blocks == 1 else self._raw[first:last].count(slot) == blocks:
             head.data.write(offset, data)
-            head.dirty = True
+            head.written += length
+            if head.written > head.check_at:
+                self._pacing.spent()
             return True
         if len(head.pending) >= head.write_limit:
             return False
@@ -116,6 +137,8 @@ class Volume(View):
         last = (end + _BLOCK_MASK) >> BLOCK_SHIFT
         if first == last:
             return
+        if self._pacing.held:
+            await self._pacing.wait()
         async with self._locks.hold(first, last):
             self._check_writable()
             if self._raw[first:last].count(self.head.slot) != last - first:
@@ -133,7 +156,9 @@ class Volume(View):
                 else:
                     self._put(head, offset, data, first, last)
                 if owned:
-                    head.dirty = True
+                    head.written += len(data)
+                    if head.written > head.check_at:
+                        self._pacing.spent()
                 else:
                     self._take(head, first, last)
             finally:
@@ -203,8 +228,11 @@ class Volume(View):
     def _take(self, head: Head, first: int, last: int) -> None:
         self.owners.set(first, last, head.slot)
         head.take(first, last, DATA)
+        head.written += (last - first) << BLOCK_SHIFT
+        if head.written > head.check_at:
+            self._pacing.spent()
         if len(head.pending) == SYNC_FROM:
-            self._start(self.flush())
+            self.start_task(self.flush())
 
     async def _make_room(self) -> None:
         """Be sure that what the head takes next can be journalled; ENOSPC when it cannot."""
@@ -286,14 +314,14 @@ class Volume(View):
                 self.owners.set(start, end, 0)
                 head.take_zeroes(start, end)
             if runs and len(head.pending) >= SYNC_FROM:
-                self._start(self.flush())
+                self.start_task(self.flush())
 
     # Flushing
 
     async def flush(self) -> None:
         """Make every write that completed before durable; OSError when that is impossible."""
         if self._next is None:
-            self._next = self._start(self._flush_after(self._current))
+            self._next = self.start_task(self._flush_after(self._current))
         await asyncio.shield(self._next)
 
     async def _flush_after(self, previous: asyncio.Task[None] | None) -> None:
@@ -316,15 +344,14 @@ class Volume(View):
             self._check_failure()
             if head.sealed:
                 return
-            if not (head.dirty or head.pending):
+            if not head.dirty:
                 if head.write_limit == 0:
                     await self._threads.sync(head.extend)
                 return
-            head.dirty = False
             extents = await self._persist(head, head.capture())
             if head.wants_compaction and not head.sealed:
                 await self._compact(head)
-        self._start(self._punch(head, [run for run in extents if run[2] == ZERO]))
+        self.start_task(self._punch(head, [run for run in extents if run[2] == ZERO]))
 
     async def _persist(self, head: Head, runs: list[Run]) -> list[Run]:
         try:
@@ -396,17 +423,30 @@ class Volume(View):
         old = self.head
         runs = old.capture()
         old.sealed = True
+        self._sealing.append(old)
+        head.check_at = head.written + max(0, old.check_at - old.written)
         self.head = head
         return old, runs
 
     async def finish_seal(self, old: Head, runs: list[Run]) -> None:
         """Wait for what was being written to the sealed head, and make all of it durable."""
-        await old.idle()
-        async with old.lock:
-            self._check_failure()
-            await self._persist(old, runs)
-            if old.late:
-                await self._persist(old, old.late)
+        try:
+            await old.idle()
+            async with old.lock:
+                self._check_failure()
+                await self._persist(old, runs)
+                if old.late:
+                    await self._persist(old, old.late)
+        finally:
+            self._sealing.remove(old)
+
+    def unsynced_heads(self) -> list[Head]:
+        """The head, and those that were sealed but are not durable yet."""
+        return [self.head, *self._sealing]
+
+    def hold_writes(self, held: bool) -> None:
+        """Let ``try_write`` refuse, or not (see dirty_pages.py)."""
+        self._refusing = held or self._failure is not None
 
     def grow(self, size: int) -> None:
         """Make the volume ``size`` bytes long, which is more than it has; the rest is zeroes."""
@@ -419,6 +459,7 @@ class Volume(View):
 
     async def quiesce(self) -> None:
         """Wait for every operation that was begun; the caller makes sure that none comes after."""
+        self._pacing.stop()
         while self._tasks:
             await asyncio.wait(set(self._tasks))
         await self.reads_before_now()
@@ -431,9 +472,10 @@ class Volume(View):
 
     async def _to_its_end(self, operation: Coroutine[Any, Any, None]) -> None:
         """Run ``operation`` in a task that a cancelled caller leaves behind, not half done."""
-        await asyncio.shield(self._start(operation))
+        await asyncio.shield(self.start_task(operation))
 
-    def _start(self, operation: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+    def start_task(self, operation: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        """Run ``operation`` in a task that ``quiesce`` waits for."""
         task = asyncio.get_running_loop().create_task(operation)
         self._tasks.add(task)
         task.add_done_callback(self._finished)

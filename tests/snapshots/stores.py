@@ -52,6 +52,8 @@ class FaultyStore(MemoryLayerStore):
         self.cold = False
         self.on_read: Callable[[str], None] = lambda layer: None
         self.peak = 0
+        # What the data files say waits for the disk, in bytes; None: they do not know.
+        self.backlog: int | None = 0
         self.durable_data: dict[str, dict[int, bytes]] = {}
         self.durable_logs: dict[tuple[str, str], bytes] = {}
         self.guard = threading.RLock()
@@ -174,6 +176,12 @@ class FaultyDataFile(MemoryDataFile):
         self.faulty.note("write", self.layer, (offset, len(data)))
         with self.faulty.guard:
             super().write(offset, data)
+
+    def write_back(self) -> None:
+        self.faulty.note("write_back", self.layer)
+
+    def unwritten(self) -> int | None:
+        return self.faulty.backlog
 
     def punch(self, offset: int, length: int) -> None:
         self.faulty.note("punch", self.layer, (offset, length))

@@ -110,7 +110,7 @@ def test_flushes_that_wait_share_the_next_sync() -> None:
             first = asyncio.ensure_future(handle.flush())
             await until(entered.is_set)
             # The hook waits inside the store's guard, so writes go around the store here.
-            volume_of(handle).head.dirty = True
+            volume_of(handle).head.written += 1
             others = [asyncio.ensure_future(handle.flush()) for _ in range(20)]
             await asyncio.sleep(0.01)
             assert not first.done()
