@@ -1,0 +1,449 @@
+"""The request loop and its slow twin agree on a million random requests, byte for byte.
+
+The real ``Transmission`` over a real volume is one side, ``twin.Twin`` the other. Requests are
+random, valid and not; they come in batches, cut anywhere, and snapshots are taken and deleted
+meanwhile, so that reads cross layers. The server may carry out what it has in any order: within one
+batch nothing overlaps what is written. Every reply is compared, in the end every byte, before and
+after the volume is opened anew.
+
+Deterministic but for the timing of threads: a failure names the seed and the request.
+"""
+
+import asyncio
+import contextlib
+import random
+import socket
+import struct
+import time
+
+import pytest
+
+from backends.local_layers import LocalLayerStore
+from backends.memory_layers import MemoryDataFile, MemoryLayerStore
+from nbdserve.server.transmission import Transmission
+from snapshots.catalogue import Catalogue
+
+from .twin import (
+    BLOCK,
+    BLOCK_STATUS,
+    CACHE,
+    CHUNK,
+    CHUNK_MAGIC,
+    CONTEXT,
+    DISC,
+    FLUSH,
+    NO_HOLE,
+    READ,
+    SIMPLE,
+    SIMPLE_MAGIC,
+    TRIM,
+    WRITE,
+    WRITE_ZEROES,
+    Twin,
+)
+
+REQUEST = struct.Struct(">IHHQQI")
+MAGIC = 0x25609513
+SIZE = 40 << 20
+GRANULE = 512
+MIB = 1 << 20
+SNAPSHOT_EVERY = 3000  # requests
+MOST_SNAPSHOTS = 6
+PATIENCE = 60.0  # seconds without a byte from the server
+
+PLAIN, FLAGGED, LARGE, HUGE, ZEROES, ODD_ZEROES, ASK, SYNC, WRONG, NOTHING = range(10)
+# In 1000 requests of each mode; the rest is plain.
+SHARES = {
+    FLAGGED: 40, LARGE: 12, ZEROES: 14, ODD_ZEROES: 3, ASK: 30, SYNC: 3, WRONG: 25, NOTHING: 12,
+}  # fmt: skip
+WINDOW = 32 << 10  # where all of a batch is, now and then: many requests meet in one block
+LENGTHS = (512, 1024, 2048, 4096, 4096, 4096, 4096, 8192)
+
+
+class ColdDataFile(MemoryDataFile):
+    """Refuses most reads on the event loop, as a page cache that has little of the data."""
+
+    chance = random.Random(5)
+
+    def try_read(self, offset, buffer):
+        if self.chance.random() < 0.6:
+            buffer[:] = b"\xee" * len(buffer)
+            return False
+        return super().try_read(offset, buffer)
+
+
+class ColdStore(MemoryLayerStore):
+    async def open_data(self, layer, *, writable):
+        found = await super().open_data(layer, writable=writable)
+        return ColdDataFile(self, found._pages)
+
+
+class Dice(random.Random):
+    """Random choices in a third of the time that the standard ones take."""
+
+    def pick(self, choices):
+        return choices[int(self.random() * len(choices))]
+
+    def below(self, bound):
+        return int(self.random() * bound)
+
+
+class Generator:
+    """Random requests in batches; remembers which granules a batch reads and writes."""
+
+    def __init__(self, seed):
+        self.dice = Dice(seed)
+        self.pool = self.dice.randbytes(4 * MIB)
+        self.kinds = [kind for kind, share in SHARES.items() for _ in range(share)]
+        self.kinds += [PLAIN] * (1000 - len(self.kinds))
+        self.touched = bytearray(SIZE // GRANULE + 1)
+        self.window = (0, SIZE)
+        self.cookie = 0
+
+    def batch(self, most):
+        """[(flags, command, cookie, offset, length, payload)], at most that many."""
+        pick, below = self.dice.pick, self.dice.below
+        self.touched = bytearray(SIZE // GRANULE + 1)
+        wanted = min(most, pick((1, 2, 10, 100, 300, 300, 600)))
+        found = []
+        self.window = (0, SIZE)
+        if not below(4):
+            self.window = (below(SIZE // WINDOW) * WINDOW, WINDOW)
+        elif not below(8):  # first, while there is room for it
+            request = self._make(HUGE)
+            self._claim(*request[:4])
+            found.append(self._number(request))
+        for _ in range(wanted - len(found)):
+            kind = pick(self.kinds)
+            if kind == ODD_ZEROES:
+                # Whether its edges come to hold data depends on what else is going on: not in
+                # one batch with requests that could tell.
+                if found:
+                    continue
+                return [self._number(self._odd_zeroes())]
+            request = self._make(kind)
+            if self._claim(*request[:4]):
+                found.append(self._number(request))
+        return found
+
+    def _number(self, request):
+        """The cookie is random above, a counter below, so that none comes twice."""
+        self.cookie += 1
+        flags, command, offset, length, payload = request
+        cookie = self.dice.getrandbits(32) << 32 | self.cookie
+        return flags, command, cookie, offset, length, payload
+
+    def _claim(self, flags, command, offset, length):
+        """Whether the request may be under way with the others of its batch."""
+        if offset + length > SIZE or not length:
+            return True
+        first, last = offset // GRANULE, (offset + length - 1) // GRANULE + 1
+        if command in (WRITE, TRIM, WRITE_ZEROES) or length >= 16384 or command == BLOCK_STATUS:
+            if length >= 16384 or command not in (READ, WRITE):
+                # These look at whole blocks.
+                first &= -8
+                last = (last + 7) & -8
+            if command in (READ, BLOCK_STATUS):
+                return self._claim_read(first, last)
+            if self.touched.find(1, first, last) >= 0 or self.touched.find(2, first, last) >= 0:
+                return False
+            self.touched[first:last] = b"\2" * (last - first)
+            return True
+        return command == CACHE or self._claim_read(first, last)
+
+    def _claim_read(self, first, last):
+        if self.touched.find(2, first, last) >= 0:
+            return False
+        self.touched[first:last] = b"\1" * (last - first)
+        return True
+
+    def _place(self, length):
+        """An offset: of blocks, sectors or bytes."""
+        align = self.dice.pick((BLOCK, BLOCK, 512, 1))
+        start, size = self.window if length <= WINDOW else (0, SIZE)
+        return start + self.dice.below((size - length) // align + 1) * align
+
+    def _payload(self, length):
+        start = self.dice.below(len(self.pool) - length + 1)
+        return memoryview(self.pool)[start : start + length]
+
+    def _data(self, flags, command, length):
+        payload = self._payload(length) if command == WRITE else b""
+        return flags, command, self._place(length), length, payload
+
+    def _make(self, kind):
+        pick, below = self.dice.pick, self.dice.below
+        if kind == PLAIN:
+            length = pick(LENGTHS) if self.dice.random() < 0.8 else 1 + below(8192)
+            return self._data(0, pick((READ, WRITE)), length)
+        if kind == FLAGGED:
+            # FUA, DF (no flag of a simple READ), some that are none.
+            flags = pick((1, 1, 4, 4, 5, 2, 8, 16, 0x8000))
+            command = pick((READ, READ, READ, READ, READ, READ, READ, WRITE))
+            return self._data(flags, command, pick((*LENGTHS, 16384, 70000)))
+        if kind == LARGE:
+            length = pick((16383, 16384, 32768, 65536, 100_000, 262144))
+            return self._data(0, pick((READ, READ, WRITE)), length)
+        if kind == HUGE:
+            length = pick((MIB - 28, MIB, MIB + 1, 5 * MIB // 4, 9 * MIB // 4))
+            return self._data(pick((0, 0, 4)), pick((READ, WRITE)), length)
+        if kind == ZEROES:
+            blocks = pick((1, 2, 5, 16, 100))
+            command, flags = pick(
+                ((TRIM, 0), (TRIM, 0), (WRITE_ZEROES, 0), (WRITE_ZEROES, NO_HOLE))
+            )
+            offset = below(SIZE // BLOCK - blocks + 1) * BLOCK
+            return flags, command, offset, blocks * BLOCK, b""
+        if kind == ASK:
+            command = pick((BLOCK_STATUS, BLOCK_STATUS, CACHE))
+            flags = pick((0, 0, 8)) if command == BLOCK_STATUS else 0
+            length = pick((1, 512, BLOCK, 65536, MIB, 4 * MIB))
+            return flags, command, self._place(length), length, b""
+        if kind == SYNC:
+            return pick((0, 0, 1)), FLUSH, 0, 0, b""
+        if kind == NOTHING:
+            command = pick((READ, WRITE, TRIM, WRITE_ZEROES, CACHE, BLOCK_STATUS))
+            return pick((0, 0, 1)), command, self._place(0), 0, b""
+        return self._wrong()
+
+    def _odd_zeroes(self):
+        command = self.dice.pick((TRIM, WRITE_ZEROES))
+        flags = NO_HOLE if command == WRITE_ZEROES and self.dice.random() < 0.3 else 0
+        length = self.dice.pick((1, 100, 5000, 20000, 300_000))
+        return flags, command, self._place(length), length, b""
+
+    def _wrong(self):
+        """Out of range, too large, unknown, flags that the command does not take."""
+        pick, below = self.dice.pick, self.dice.below
+        command = pick((READ, WRITE, TRIM, CACHE, WRITE_ZEROES, BLOCK_STATUS))
+        which = below(5)
+        length = pick((1, 512, 4096, 50_000))
+        if which == 0:
+            offset = SIZE - length + 1 + below(2 * length)
+        elif which == 1:
+            offset = pick((1 << 63, (1 << 64) - length, (1 << 64) - 1))
+        elif which == 2:
+            command, offset, length = READ, 0, pick((33 * MIB, (1 << 32) - 1))
+        elif which == 3:
+            command, offset = pick((8, 9, 255, 0xFFFF)), self._place(0)
+            length = self.dice.getrandbits(32)
+        else:
+            return pick((0, 1, 2)), FLUSH, pick((0, 1)), 1, b""
+        payload = self._payload(length) if command == WRITE else b""
+        return pick((0, 0, 0, 1)), command, offset, length, payload
+
+
+class Wire:
+    """The client's end: sends batches in pieces, takes the replies apart."""
+
+    def __init__(self, sock, dice):
+        self.sock = sock
+        self.dice = dice
+
+    async def exchange(self, message, size):
+        """Send ``message``, receive ``size`` bytes; returns what came, which may be less."""
+        rest = memoryview(message)
+        # Most in one piece; some byte by byte around the borders of requests.
+        cuts = self.dice.pick((1 << 30, 1 << 30, 1 << 16, 5000, 100))
+        cuts = max(cuts, len(message) // 50)
+        received = bytearray()
+        deadline = time.monotonic() + PATIENCE
+        while rest or len(received) < size:
+            moved = 0
+            if rest:
+                try:
+                    moved = self.sock.send(rest[: 1 + self.dice.below(cuts)])
+                    rest = rest[moved:]
+                except BlockingIOError:
+                    pass
+            try:
+                piece = self.sock.recv(1 << 20)
+                if not piece:
+                    break
+                received += piece
+                moved += len(piece)
+            except BlockingIOError:
+                pass
+            if moved:
+                deadline = time.monotonic() + PATIENCE
+            elif time.monotonic() > deadline:
+                break
+            await asyncio.sleep(0)
+        return received
+
+
+def take_apart(stream, lengths):
+    """{cookie: whole reply}; ``lengths`` are those of the data of simple replies, by cookie."""
+    found = {}
+    at = 0
+    while at < len(stream):
+        start = at
+        (magic,) = struct.unpack_from(">I", stream, at)
+        if magic == SIMPLE_MAGIC:
+            _, error, cookie = SIMPLE.unpack_from(stream, at)
+            at += SIMPLE.size + (0 if error else lengths.get(cookie, 0))
+        else:
+            while True:
+                magic, flags, _, cookie, size = CHUNK.unpack_from(stream, at)
+                assert magic == CHUNK_MAGIC, f"no reply begins at byte {at} of the batch"
+                at += CHUNK.size + size
+                if flags & 1:
+                    break
+        assert cookie not in found, f"two replies to {cookie:#x}"
+        found[cookie] = bytes(stream[start:at])
+    return found
+
+
+def explain(seed, number, batch, expected, stream, lengths):
+    """Which request of a batch was answered otherwise."""
+    lines = [f"seed {seed}, batch {number} of {len(batch)} requests:"]
+    try:
+        found = take_apart(stream, lengths)
+    except (AssertionError, struct.error) as error:
+        found = {}
+        lines.append(f"the replies make no sense: {error}")
+    for (flags, command, cookie, offset, length, _), reply in zip(batch, expected, strict=True):
+        other = found.get(cookie)
+        if other != reply:
+            lines.append(
+                f"command {command} flags {flags:#x} offset {offset} length {length}:"
+                f" expected {len(reply)} bytes, {reply[:64].hex()}…,"
+                f" got {'nothing' if other is None else f'{len(other)} bytes, {other[:64].hex()}…'}"
+            )
+            if other is not None and len(other) == len(reply):
+                differing = next(i for i in range(len(reply)) if reply[i] != other[i])
+                lines.append(f"first different byte: {differing}")
+    return "\n".join(lines[:20])
+
+
+async def compare(export, twin, generator, seed, amount, between=None):
+    """Drive a Transmission over ``export`` and the twin with ``amount`` requests."""
+    ours, theirs = socket.socketpair()
+    ours.setblocking(False)
+    theirs.setblocking(False)
+    transmission = Transmission(
+        theirs,
+        export,
+        structured=twin.structured,
+        context=CONTEXT if twin.structured else None,
+        peer="twin",
+    )
+    transmission.start(b"")
+    wire = Wire(ours, generator.dice)
+    done = number = 0
+    while done < amount:
+        batch = generator.batch(amount - done)
+        expected = [twin.answer(*request) for request in batch]
+        message = b"".join(
+            [
+                part
+                for flags, command, cookie, offset, length, payload in batch
+                for part in (REQUEST.pack(MAGIC, flags, command, cookie, offset, length), payload)
+            ]
+        )
+        lengths = {}
+        if not twin.structured:
+            sizes = map(len, expected)
+            lengths = {
+                request[2]: size - SIMPLE.size for request, size in zip(batch, sizes, strict=True)
+            }
+        stream = await wire.exchange(message, sum(map(len, expected)))
+        agreed = stream == b"".join(expected)
+        if not agreed:  # another order, as tasks have it
+            wanted = {request[2]: reply for request, reply in zip(batch, expected, strict=True)}
+            with contextlib.suppress(AssertionError, struct.error):
+                agreed = take_apart(stream, lengths) == wanted
+        if not agreed:
+            pytest.fail(explain(seed, number, batch, expected, stream, lengths))
+        for block in twin.unsure:
+            ((_, twin.mapped[block]),) = export.extents(block * BLOCK, BLOCK, 1)
+        twin.unsure.clear()
+        number += 1
+        done += len(batch)
+        if between is not None:
+            await between(done)
+    ours.send(REQUEST.pack(MAGIC, 0, DISC, 0, 0, 0))
+    assert await asyncio.wait_for(transmission.closed, 20) is False
+    with pytest.raises(BlockingIOError):
+        ours.recv(1)
+    ours.close()
+    theirs.close()
+
+
+class Snapshots:
+    """Takes one now and then while requests run, and deletes old ones."""
+
+    def __init__(self, catalogue):
+        self.catalogue = catalogue
+        self.next = SNAPSHOT_EVERY
+        self.names = []
+        self.task = None
+
+    async def __call__(self, done):
+        if done >= self.next:
+            self.next = done + SNAPSHOT_EVERY
+            await self.settle()
+            self.task = asyncio.create_task(self._turn(f"s{done}"))
+
+    async def settle(self):
+        if self.task is not None:
+            await self.task
+            self.task = None
+
+    async def _turn(self, name):
+        await self.catalogue.create_snapshots([("disk", name)])
+        self.names.append(name)
+        if len(self.names) > MOST_SNAPSHOTS:
+            await self.catalogue.delete_snapshot("disk", self.names.pop(0))
+
+
+async def check_all(export, twin, seed):
+    """Every byte, and which blocks hold data."""
+    content = bytearray(SIZE)
+    for offset in range(0, SIZE, MIB):
+        await export.read(offset, memoryview(content)[offset : offset + MIB])
+    if content != twin.content:
+        where = next(i for i in range(SIZE) if content[i] != twin.content[i])
+        pytest.fail(f"seed {seed}: byte {where} of the volume differs in the end")
+    assert export.extents(0, SIZE, 1 << 20) == twin.runs(0, SIZE), f"seed {seed}"
+
+
+async def run(store, seed, amount, *, structured):
+    catalogue = await Catalogue.open(store)
+    await catalogue.create_volume("disk", SIZE)
+    twin = Twin(SIZE, structured=structured)
+    generator = Generator(seed)
+    export = await catalogue.open_volume("disk", lambda: None)
+    snapshots = Snapshots(catalogue)
+    await compare(export, twin, generator, seed, amount * 9 // 10, snapshots)
+    await snapshots.settle()
+    # A snapshot, read while the volume goes on.
+    await catalogue.create_snapshots([("disk", "read")])
+    snapshot = await catalogue.open_snapshot("disk", "read", lambda: None)
+    frozen = twin.frozen(structured=structured)
+    await compare(export, twin, generator, seed, amount // 20)
+    await compare(snapshot, frozen, generator, seed, amount - amount * 9 // 10 - amount // 20)
+    await check_all(export, twin, seed)
+    await check_all(snapshot, frozen, seed)
+    for lease in (export, snapshot):
+        await catalogue.close_export(lease)
+    export = await catalogue.open_volume("disk", lambda: None)
+    await check_all(export, twin, seed)
+    await catalogue.close_export(export)
+    await catalogue.close()
+
+
+@pytest.mark.parametrize(
+    ("store", "structured", "amount", "seed"),
+    [
+        (MemoryLayerStore, True, 450_000, 1),
+        (MemoryLayerStore, False, 400_000, 2),
+        (ColdStore, True, 50_000, 3),
+        (ColdStore, False, 50_000, 4),
+        (LocalLayerStore, True, 30_000, 5),
+        (LocalLayerStore, False, 20_000, 6),
+    ],
+)
+def test_twin(store, structured, amount, seed, tmp_path):
+    made = store(tmp_path / "data") if store is LocalLayerStore else store()
+    asyncio.run(run(made, seed, amount, structured=structured))
