@@ -11,9 +11,10 @@ One ``recv_into`` takes as many requests as the client has sent; a loop goes thr
   header in the output buffer, ``try_write`` takes a view of the receive buffer. No copy, no task.
 - What ``try_*`` refuses, and whatever may take long, becomes a task with memory of its own; its
   reply is sent when it is ready, so replies overtake each other and nothing waits for a slow disk.
-- A WRITE larger than the receive buffer is received directly into memory of its own. A refused
-  WRITE's payload is read past, and only then is the refusal sent: clients do not expect a reply
-  to what they have not yet sent.
+- A long WRITE is **streamed**: what has come of it is written in pieces of PIECE bytes while the rest
+  is on its way, and still in the processor's cache. What ``try_write`` refuses of it is received
+  into memory of its own, for a task. A refused WRITE's payload is read past, and only then is the
+  refusal sent: clients do not expect a reply to what they have not yet sent.
 
 Bounds. At most MAX_REQUESTS tasks and about MAX_BYTES of their memory and of unsent replies, beside
 the two buffers. A connection at a bound is **stalled**: it keeps what it has received, reads no
@@ -63,6 +64,9 @@ from nbdserve.server.polling import LONGEST, TURN, Polling
 
 INPUT_SIZE: Final = (1 << 20) + (64 << 10)
 """Bytes of the receive buffer: a WRITE of 1 MiB and what follows it."""
+
+PIECE: Final = 128 << 10
+"""Bytes that a longer WRITE is cut into, at multiples of it, unless all of it has come at once."""
 
 MAX_IN_PLACE: Final = 1 << 20
 """Longest READ, in bytes, that is tried in place."""
@@ -130,6 +134,8 @@ class Transmission:
         self._view = memoryview(self._input)
         self._start = 0
         self._end = 0
+        # A WRITE that is being streamed: what is left to be written of it.
+        self._stream: Request | None = None
         # A WRITE on its way into memory of its own: the request, its memory, what is missing.
         self._large: tuple[Request, bytearray] | None = None
         self._missing = self._view[:0]
@@ -168,7 +174,7 @@ class Transmission:
         self._stop_writing()
         self._sock.close()
         self._output.discard()
-        self._large = None
+        self._large = self._stream = None
         self._check_closed()
 
     def mark(self) -> int:
@@ -192,8 +198,11 @@ class Transmission:
 
     def _on_readable(self) -> None:
         self._polling.woken()
-        if self._receive() and self._answered() and self._polling.replied():
-            self._poll()
+        if self._receive():
+            if self._is_amid():
+                self._receive_rest()
+            if self._answered() and self._polling.replied():
+                self._poll()
 
     def _receive(self) -> bool:
         """Receive once, and do what can be done with it; False when there was nothing."""
@@ -223,9 +232,28 @@ class Transmission:
         return (
             self._reading
             and self._start == self._end
-            and not (self._tasks or self._stalled or self._missing or self._skip)
+            and not (self._tasks or self._stalled or self._is_amid())
             and self._output.empty
         )
+
+    def _is_amid(self) -> bool:
+        """Whether more of a request must come."""
+        return bool(
+            self._missing or self._skip or self._stream is not None or self._start != self._end
+        )
+
+    def _receive_rest(self) -> None:
+        """Wait a little for the rest of a request: it is being sent right now."""
+        now = perf_counter()
+        turn_ends = now + TURN
+        give_up = now + LONGEST
+        while self._reading and not self._stalled and self._is_amid():
+            received = self._receive()
+            now = perf_counter()
+            if received:
+                give_up = now + LONGEST
+            if now > turn_ends or now > give_up:
+                return
 
     def _poll(self) -> None:
         """Wait a little for the next request without the event loop (see polling.py)."""
@@ -251,6 +279,10 @@ class Transmission:
         if self._skip:
             self._skip_payload()
         self._stalled = False
+        if self._stream is not None and not self._write_stream():
+            self._make_room()
+            self._settle()
+            return
         output = self._output
         export = self._export
         source, source_view = self._input, self._view
@@ -337,6 +369,8 @@ class Transmission:
             if not taken:
                 break
             start += taken
+            if self._stream is not None:  # what follows is its payload
+                break
             if self._ending and request[2] == CMD_DISC:
                 start = end
         else:  # other connections have their turn
@@ -456,14 +490,12 @@ class Transmission:
             self._output.append(success_reply(request.cookie))
             return total
         if end - start < total:
-            if total <= INPUT_SIZE or not self._may_start(length):
+            if length <= PIECE:
                 return 0
-            memory = bytearray(length)
-            memory[: len(payload)] = payload
-            self._large = (request, memory)
-            self._missing = memoryview(memory)[len(payload) :]
-            self._bytes += length
-            return end - start
+            self._stream = request
+            self._start = start + _REQUEST_SIZE
+            self._write_stream()
+            return self._start - start
         if not self._may_start(length):
             return 0
         try:
@@ -478,6 +510,57 @@ class Transmission:
         else:
             self._output.append(success_reply(request.cookie))
         return total
+
+    def _write_stream(self) -> bool:
+        """Write what has come of a streamed WRITE; whether what follows it can be looked at."""
+        request = self._stream
+        assert request is not None
+        flags, command, cookie = request.flags, request.command, request.cookie
+        offset, left = request.offset, request.length
+        while left:
+            piece = min(left, PIECE - offset % PIECE)
+            if self._end - self._start < piece:
+                break
+            try:
+                done = self._export.try_write(offset, self._view[self._start : self._start + piece])
+            except Exception as error:
+                self._stream = None
+                self._skip, self._skip_reply = left, self._operations.failed(cookie, error)
+                self._skip_payload()
+                return not self._skip
+            if not done:
+                return self._receive_large(Request(flags, command, cookie, offset, left))
+            self._start += piece
+            offset += piece
+            left -= piece
+        if left:
+            self._stream = Request(flags, command, cookie, offset, left)
+            return False
+        self._stream = None
+        if flags & CMD_FLAG_FUA:
+            self._launch(self._operations.flush(request), 0)
+        else:
+            self._output.append(success_reply(cookie))
+        return True
+
+    def _receive_large(self, request: Request) -> bool:
+        """Have a task write what is left of a stream; False while its payload is not all there."""
+        self._stream = request
+        length = request.length
+        if not self._may_start(length):
+            return False
+        self._stream = None
+        memory = bytearray(length)
+        payload = self._view[self._start : min(self._start + length, self._end)]
+        memory[: len(payload)] = payload
+        self._start += len(payload)
+        self._large = (request, memory)
+        self._missing = memoryview(memory)[len(payload) :]
+        self._bytes += length
+        if self._missing:
+            return False
+        self._launch_large()
+        return True
 
     # Tasks
 
