@@ -11,8 +11,8 @@ One ``recv_into`` takes as many requests as the client has sent; a loop goes thr
   header in the output buffer, ``try_write`` takes a view of the receive buffer. No copy, no task.
 - What ``try_*`` refuses, and whatever may take long, becomes a task with memory of its own; its
   reply is sent when it is ready, so replies overtake each other and nothing waits for a slow disk.
-- A long WRITE is **streamed**: what has come of it is written in pieces of PIECE bytes while the rest
-  is on its way, and still in the processor's cache. What ``try_write`` refuses of it is received
+- A long WRITE is **streamed**: what has come of it is written in pieces of PIECE bytes while the
+  rest is on its way, still in the processor's cache. What ``try_write`` refuses of it is received
   into memory of its own, for a task. A refused WRITE's payload is read past, and only then is the
   refusal sent: clients do not expect a reply to what they have not yet sent.
 
