@@ -64,3 +64,11 @@ def test_another_client_ends_it(clock: Clock) -> None:
     assert clock.serve(one, SOON, times=20)
     assert not clock.serve(other, SOON)
     assert not clock.serve(one, SOON)
+
+
+def test_nobody_is_polled_behind_a_relay(clock: Clock) -> None:
+    client = Polling()
+    for _ in range(50):
+        Polling.disturb()
+        assert not clock.serve(client, SOON)
+    assert clock.serve(client, SOON, times=20)
