@@ -108,19 +108,20 @@ class Sealing:
                 await _swap(hosts)
                 for each in prepared:
                     await each.view.host.finish_seal(each.view.key)
-            except BaseException:
+            except BaseException as error:
                 await staged.record.discard()
-                if any(each.view.lost for each in prepared):
-                    await self._keep_the_rest(prepared)
+                if not any(each.view.lost for each in prepared):
+                    await _fail(prepared, f"the commit of a snapshot failed: {error}")
+                    raise
+                await self._keep_the_rest(prepared)
+                raise UnavailableError(f"no snapshot was taken: {error}") from error
+            try:
+                await self._manifests.finish(staged)
+            except BaseException as error:
+                await _fail(prepared, f"the commit of a snapshot failed: {error}")
                 raise
-            await self._manifests.finish(staged)
             for each in prepared:
                 self._merging.index(each.manifest.head)
-        except HostLostError as error:
-            raise UnavailableError(f"no snapshot was taken: {error}") from error
-        except BaseException as error:
-            await _fail(prepared, f"the commit of a snapshot failed: {error}")
-            raise
         finally:
             await _each(prepared, lambda view: view.host.end_commit(view.key))
 
