@@ -8,7 +8,9 @@ socket, and may hand it to another process. The relay has the client's socket an
 
 TLS records are small (a request of 28 bytes has one of its own, 16 KiB are the most), so each
 wake-up receives up to CHUNK bytes, takes all the records in them, and sends the result with one
-call. Records are read from memory, not from the socket: that would take two system calls for each.
+call. In the middle of something long it tries to receive again first: the client encrypts about as
+fast as we decrypt, and would have us pass on every record by itself. Records are read from memory,
+not from the socket: that would take two system calls for each.
 
 Back-pressure: upstream receives nothing while the pair takes no more; downstream encrypts nothing
 while the client takes no more. So each way holds one chunk, besides what the kernel's buffers hold.
@@ -50,13 +52,14 @@ DELIVERY_TIMEOUT: Final = 30.0
 LINGER_TIMEOUT: Final = 1.0
 """Seconds that a client has to end its stream after the server has."""
 
+_BULK: Final = 8 << 10  # received at once, after which more is on its way
 _RECORD: Final = 17 << 10  # more than the longest record, of which OpenSSL may hold a part
 _PAIR_SEND_BUFFER: Final = 1 << 20  # as for other Unix sockets: a reply of 1 MiB at once
 _WOULD_BLOCK: Final = (BlockingIOError, InterruptedError)
 
 # Used within one callback each, hence shared by all relays: there is one event loop.
 _received = memoryview(bytearray(CHUNK))
-_decrypted = memoryview(bytearray(CHUNK + _RECORD))
+_decrypted = memoryview(bytearray(2 * CHUNK + _RECORD))
 _replies = memoryview(bytearray(CHUNK))
 
 log = logging.getLogger(__name__)
@@ -89,7 +92,7 @@ class Relay:
         self._finished = False  # our end of stream is sent
         self._timer: asyncio.TimerHandle | None = None
         self._receiving = self._writing = self._taking = self._delivering = False
-        self._decrypt()  # what came behind the TLS handshake
+        self._pass_on(self._decrypt(0))  # what came behind the TLS handshake
         self._settle()
 
     async def finish(self) -> None:
@@ -107,46 +110,52 @@ class Relay:
 
     def _on_client_readable(self) -> None:
         Polling.disturb()
-        try:
-            received = self._sock.recv_into(_received)
-        except _WOULD_BLOCK:
-            return
-        except OSError as error:
-            self._lost(error)
-            return
-        if received:
-            if not self._inner_ended:
+        filled = 0
+        while filled < CHUNK // 2 and not self._client_ended:
+            try:
+                received = self._sock.recv_into(_received)
+            except _WOULD_BLOCK:
+                break
+            except OSError as error:
+                self._lost(error)
+                return
+            if not received:
+                self._client_ended = True
+            elif self._inner_ended:
+                break
+            else:
                 self._incoming.write(_received[:received])
-                self._decrypt()
-        elif self._inner_ended:
-            self._client_ended = True
-        else:
-            self._end_upstream()
+                filled = self._decrypt(filled)
+                if received < _BULK:
+                    break
+        self._pass_on(filled)
         self._settle()
 
-    def _decrypt(self) -> None:
-        """Take all whole records that were received, and pass on what is in them."""
+    def _pass_on(self, filled: int) -> None:
+        """Let ``inner`` have what was decrypted, and see the client's end behind it."""
+        if filled:
+            self._deliver(_decrypted[:filled])
+        if self._client_ended:
+            self._end_upstream()
+
+    def _decrypt(self, filled: int) -> int:
+        """Take all whole records that were received; returns how far ``_decrypted`` is filled."""
         incoming, read, target = self._incoming, self._read, _decrypted
-        filled = 0
-        ended = False
         try:
             while incoming.pending:
                 count = read(CHUNK, target[filled:])
                 if not count:
-                    ended = True
+                    self._client_ended = True
                     break
                 filled += count
         except ssl.SSLWantReadError:
             pass
         except ssl.SSLZeroReturnError:
-            ended = True
+            self._client_ended = True
         except ssl.SSLError as error:
             self._fail(error)
-            return
-        if filled:
-            self._deliver(target[:filled])
-        if ended:
-            self._end_upstream()
+            self._client_ended = True
+        return filled
 
     def _deliver(self, data: memoryview) -> None:
         """Send decrypted bytes to ``inner``; keeps what it does not take."""
@@ -162,13 +171,12 @@ class Relay:
     def _on_pair_writable(self) -> None:
         data, self._undelivered = self._undelivered, memoryview(b"")
         self._deliver(data)
-        if self._client_ended and not self._undelivered:
+        if self._client_ended:
             self._end_upstream()
         self._settle()
 
     def _end_upstream(self) -> None:
-        """The client has ended its stream; ``inner`` sees that behind what was received."""
-        self._client_ended = True
+        """Pass on the end of the client's stream, once what came before is delivered."""
         if not self._undelivered:
             with contextlib.suppress(OSError):
                 self._pair.shutdown(socket.SHUT_WR)
