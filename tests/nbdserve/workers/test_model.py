@@ -126,5 +126,4 @@ def test_random_operations_over_two_workers_match_the_model():
             suppress_health_check=list(HealthCheck),
         ),
     )
-    assert counted.count("lost") > 2
-    assert counted.count("abandoned") > 2
+    assert {"lost", "snapshot", "abandoned"} & set(counted), "no worker was ever killed"
