@@ -52,11 +52,12 @@ MOST_SNAPSHOTS = 6
 PATIENCE = 60.0  # seconds without a byte from the server
 
 PLAIN, FLAGGED, LARGE, HUGE, ZEROES, ODD_ZEROES, ASK, SYNC, WRONG, NOTHING = range(10)
-# In 1000 requests of each mode; the rest is plain.
+# Of 1000 requests; the rest is plain.
 SHARES = {
     FLAGGED: 40, LARGE: 12, ZEROES: 14, ODD_ZEROES: 3, ASK: 30, SYNC: 3, WRONG: 25, NOTHING: 12,
 }  # fmt: skip
 WINDOW = 32 << 10  # where all of a batch is, now and then: many requests meet in one block
+LONG_SHARES = {FLAGGED: 40, LARGE: 850, ZEROES: 20, ODD_ZEROES: 3, ASK: 30, SYNC: 3}
 LENGTHS = (512, 1024, 2048, 4096, 4096, 4096, 4096, 8192)
 
 
@@ -91,10 +92,12 @@ class Dice(random.Random):
 class Generator:
     """Random requests in batches; remembers which granules a batch reads and writes."""
 
-    def __init__(self, seed):
+    def __init__(self, seed, *, long=False):
         self.dice = Dice(seed)
         self.pool = self.dice.randbytes(4 * MIB)
-        self.kinds = [kind for kind, share in SHARES.items() for _ in range(share)]
+        self.long = long
+        shares = LONG_SHARES if long else SHARES
+        self.kinds = [kind for kind, share in shares.items() for _ in range(share)]
         self.kinds += [PLAIN] * (1000 - len(self.kinds))
         self.touched = bytearray(SIZE // GRANULE + 1)
         self.window = (0, SIZE)
@@ -104,12 +107,12 @@ class Generator:
         """[(flags, command, cookie, offset, length, payload)], at most that many."""
         pick, below = self.dice.pick, self.dice.below
         self.touched = bytearray(SIZE // GRANULE + 1)
-        wanted = min(most, pick((1, 2, 10, 100, 300, 300, 600)))
+        wanted = min(most, pick((1, 5, 20, 40) if self.long else (1, 2, 10, 100, 300, 300, 600)))
         found = []
         self.window = (0, SIZE)
         if not below(4):
             self.window = (below(SIZE // WINDOW) * WINDOW, WINDOW)
-        elif not below(8):  # first, while there is room for it
+        elif not below(2 if self.long else 8):  # first, while there is room for it
             request = self._make(HUGE)
             self._claim(*request[:4])
             found.append(self._number(request))
@@ -182,7 +185,7 @@ class Generator:
             command = pick((READ, READ, READ, READ, READ, READ, READ, WRITE))
             return self._data(flags, command, pick((*LENGTHS, 16384, 70000)))
         if kind == LARGE:
-            length = pick((16383, 16384, 32768, 65536, 100_000, 262144))
+            length = pick((16383, 16384, 32768, 65536, 100_000, 262144, 262144))
             return self._data(0, pick((READ, READ, WRITE)), length)
         if kind == HUGE:
             length = pick((MIB - 28, MIB, MIB + 1, 5 * MIB // 4, 9 * MIB // 4))
@@ -408,11 +411,11 @@ async def check_all(export, twin, seed):
     assert export.extents(0, SIZE, 1 << 20) == twin.runs(0, SIZE), f"seed {seed}"
 
 
-async def run(store, seed, amount, *, structured):
+async def run(store, seed, amount, *, structured, long=False):
     catalogue = await Catalogue.open(store)
     await catalogue.create_volume("disk", SIZE)
     twin = Twin(SIZE, structured=structured)
-    generator = Generator(seed)
+    generator = Generator(seed, long=long)
     export = await catalogue.open_volume("disk", lambda: None)
     snapshots = Snapshots(catalogue)
     await compare(export, twin, generator, seed, amount * 9 // 10, snapshots)
@@ -437,7 +440,7 @@ async def run(store, seed, amount, *, structured):
     ("store", "structured", "amount", "seed"),
     [
         (MemoryLayerStore, True, 450_000, 1),
-        (MemoryLayerStore, False, 400_000, 2),
+        (MemoryLayerStore, False, 390_000, 2),
         (ColdStore, True, 50_000, 3),
         (ColdStore, False, 50_000, 4),
         (LocalLayerStore, True, 30_000, 5),
@@ -447,3 +450,10 @@ async def run(store, seed, amount, *, structured):
 def test_twin(store, structured, amount, seed, tmp_path):
     made = store(tmp_path / "data") if store is LocalLayerStore else store()
     asyncio.run(run(made, seed, amount, structured=structured))
+
+
+@pytest.mark.parametrize(("structured", "seed"), [(True, 7), (False, 8)])
+def test_long_requests(structured, seed, tmp_path):
+    """Ten thousand, most of them long: streamed writes, replies lent by the page cache."""
+    store = LocalLayerStore(tmp_path / "data")
+    asyncio.run(run(store, seed, 5000, structured=structured, long=True))
