@@ -1,13 +1,15 @@
 """The interleaved comparison: every server on the same job, one right after the other.
 
-All serve the same random bytes, all of them in the page cache. nbdserve serves three volumes:
+All serve the same random bytes, all of them in the page cache. nbdserve serves volumes of as many
+layers, 8 snapshots and the head above them, in three states:
 
-* for jobs that only read, one whose blocks are spread at random over the layers of 8 snapshots and
-  the head above them, and which is never written again;
-* for jobs that write, another one like it, brought back to that state before each job (rolled
-  back to the newest snapshot, the head's share written anew): writing moves blocks to the head;
-* for all jobs once more, one with as many layers whose head holds every block, the state that
-  writing ends in.
+* "nbdserve": each piece of 64 KiB, qcow2's unit, is in a layer chosen at random;
+* "4k pieces": the same with 4 KiB, the worst that can be;
+* "head only": the head holds every block, the state that writing ends in.
+
+Jobs that only read have volumes that are never written again. For jobs that write there are others
+like them, brought back to their state before each job (rolled back to the newest snapshot, the
+head's share written anew): writing moves blocks to the head.
 
 How a file came into the page cache decides what it costs later: written in large pieces, it lies in
 large folios, which are read faster and, on ext4, written in small pieces several times slower. So
@@ -53,8 +55,9 @@ from scripts.bench.servers import (
     qemu_nbd,
 )
 
-READ_VOLUME = "layered"
-WRITE_VOLUME = "layered-to-write"
+SPREADS = {names.NBDSERVE: 16, names.FINE: 1}
+"""How many neighbouring blocks are in the same layer."""
+
 HEAD_VOLUME = "head-only"
 
 
@@ -66,6 +69,7 @@ class Contestant:
     server: Callable[[bool], Server]  # with TLS?
     export: Callable[[Job], str]
     prepare: Callable[[Job], None] = lambda job: None
+    tls: bool = True
 
 
 def compare(scale: Scale, directory: Path, sockets: Path, results: Results) -> None:
@@ -78,6 +82,8 @@ def compare(scale: Scale, directory: Path, sockets: Path, results: Results) -> N
                 for place in range(len(contestants)):
                     # Who goes first changes, lest one always follows another's leftovers.
                     contestant = contestants[(place + turn + number) % len(contestants)]
+                    if job.tls and not contestant.tls:
+                        continue
                     sample = _measure(scale, contestant, job, turn)
                     results.samples.append(sample)
                     line.append(f"{contestant.name} {sample.iops:,.0f}")
@@ -119,7 +125,7 @@ def _contestants(scale: Scale, directory: Path, sockets: Path) -> Iterator[list[
     certificates = make_certificates(sockets / "tls")
     with contextlib.ExitStack() as stack:
         daemon = stack.enter_context(ours.serving(certificates))
-        restore = _build_volumes(scale, ours, memoryview(content))
+        spread = _build_volumes(scale, ours, memoryview(content))
         starts = {
             names.NBDKIT: partial(nbdkit, raw, sockets),
             names.QEMU_RAW: partial(qemu_nbd, qemu_raw, "raw", sockets),
@@ -132,11 +138,9 @@ def _contestants(scale: Scale, directory: Path, sockets: Path) -> Iterator[list[
             _fill(peer.serving(False).socket, EXPORT, memoryview(content))
         contestants = [
             *(Contestant(name, peer.serving, lambda job: EXPORT) for name, peer in peers.items()),
-            Contestant(
-                names.NBDSERVE,
-                lambda tls: daemon,
-                lambda job: WRITE_VOLUME if job.writes else READ_VOLUME,
-                prepare=lambda job: restore() if job.writes else None,
+            *(
+                Contestant(name, lambda tls: daemon, of.export, of.prepare, tls=name != names.FINE)
+                for name, of in spread.items()
             ),
             Contestant(names.HEAD_ONLY, lambda tls: daemon, lambda job: HEAD_VOLUME),
         ]
@@ -145,25 +149,43 @@ def _contestants(scale: Scale, directory: Path, sockets: Path) -> Iterator[list[
         yield contestants
 
 
-def _build_volumes(scale: Scale, ours: Nbdserve, content: memoryview) -> Callable[[], None]:
-    """Make nbdserve's volumes; what brings the one for writing back to its first state."""
-    assignment = assign(scale.volume // BLOCK, scale.snapshots + 1, seed=2)
-    for volume in (READ_VOLUME, WRITE_VOLUME, HEAD_VOLUME):
-        ours.command("volume", "create", volume, "--size", str(scale.volume))
-        build(ours.socket, volume, assignment, content, partial(_take_snapshot, ours, volume))
+class _Spread:
+    """Two volumes whose pieces of ``together`` blocks are spread over all layers."""
+
+    def __init__(self, scale: Scale, ours: Nbdserve, content: memoryview, together: int) -> None:
+        self._ours = ours
+        self._names = (f"spread-{together}", f"spread-{together}-to-write")
+        self._newest = scale.snapshots - 1
+        blocks = scale.volume // BLOCK
+        assignment = assign(blocks, scale.snapshots + 1, seed=2, together=together)
+        self._share = [
+            (offset, bytes(data))
+            for offset, data in pieces_of(scale.snapshots, assignment, content)
+        ]
+        for volume in self._names:
+            ours.command("volume", "create", volume, "--size", str(scale.volume))
+            build(ours.socket, volume, assignment, content, partial(_take_snapshot, ours, volume))
+
+    def export(self, job: Job) -> str:
+        return self._names[job.writes]
+
+    def prepare(self, job: Job) -> None:
+        """Bring the volume to write back to its first state."""
+        if job.writes:
+            self._ours.command("snapshot", "rollback", f"{self.export(job)}@s{self._newest}")
+            with Client(self._ours.socket, self.export(job)) as client:
+                client.write_many(self._share)
+                client.flush()
+
+
+def _build_volumes(scale: Scale, ours: Nbdserve, content: memoryview) -> dict[str, _Spread]:
+    """Make nbdserve's volumes."""
+    spread = {name: _Spread(scale, ours, content, together) for name, together in SPREADS.items()}
+    ours.command("volume", "create", HEAD_VOLUME, "--size", str(scale.volume))
+    for layer in range(scale.snapshots):
+        _take_snapshot(ours, HEAD_VOLUME, layer)
     _fill(ours.socket, HEAD_VOLUME, content)
-    newest = f"{WRITE_VOLUME}@s{scale.snapshots - 1}"
-    share = [
-        (offset, bytes(data)) for offset, data in pieces_of(scale.snapshots, assignment, content)
-    ]
-
-    def restore() -> None:
-        ours.command("snapshot", "rollback", newest)
-        with Client(ours.socket, WRITE_VOLUME) as client:
-            client.write_many(share)
-            client.flush()
-
-    return restore
+    return spread
 
 
 def _take_snapshot(ours: Nbdserve, volume: str, layer: int) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 
 from scripts.bench.results import (
     CPU,
+    FINE,
     HEAD_ONLY,
     IOPS,
     NBDKIT,
@@ -46,6 +47,8 @@ def format_report(results: Results) -> str:
             _format_run(results),
             "### Targets",
             _format_targets(results, NBDSERVE),
+            f"### The same for “{FINE}”",
+            _format_targets(results, FINE),
             f"### The same for “{HEAD_ONLY}”",
             _format_targets(results, HEAD_ONLY),
             *(part for metric in METRICS for part in _format_metric(results, metric)),

@@ -11,11 +11,12 @@ from scripts.bench.jobs import JOBS
 from scripts.bench.scale import Scale
 
 NBDSERVE = "nbdserve"
+FINE = "nbdserve, 4k pieces"
 HEAD_ONLY = "nbdserve, head only"
 NBDKIT = "nbdkit file, raw"
 QEMU_RAW = "qemu-nbd raw"
 QEMU_QCOW2 = "qemu-nbd qcow2"
-SERVERS = (NBDKIT, QEMU_RAW, QEMU_QCOW2, NBDSERVE, HEAD_ONLY)
+SERVERS = (NBDKIT, QEMU_RAW, QEMU_QCOW2, NBDSERVE, FINE, HEAD_ONLY)
 
 IOPS = "iops"
 P99 = "p99_microseconds"

@@ -39,7 +39,7 @@ class Scale:
     @property
     def disk_bytes(self) -> int:
         """Room that the hungriest part needs."""
-        return max(10 * self.volume, 2 * self.extents * BLOCK, 3 * self.touched) + GIB
+        return max(16 * self.volume, 2 * self.extents * BLOCK, 3 * self.touched) + GIB
 
 
 FULL = Scale(
