@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 import platform
 import struct
-import timeit
 import subprocess
+import timeit
 from pathlib import Path
 
 from scripts.bench.process import run
