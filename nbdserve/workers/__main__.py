@@ -17,7 +17,8 @@ async def _run(data: Path, descriptor: int) -> None:
 def main() -> None:
     """Serve the daemon until it says stop."""
     # Whoever stops the daemon may send the same to all its processes: the daemon decides.
-    for number in (signal.SIGINT, signal.SIGTERM):
+    # And a log line on a terminal that stops background processes for it must not stop us.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGTTOU):
         signal.signal(number, signal.SIG_IGN)
     data, level, descriptor = sys.argv[1:]
     write_logs(level)
