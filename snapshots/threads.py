@@ -16,6 +16,8 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import ParamSpec, TypeVar
 
+from snapshots.cold_reads import ColdReads
+
 P = ParamSpec("P")
 T = TypeVar("T")
 
@@ -34,6 +36,7 @@ class Threads:
         sys.setswitchinterval(_SWITCH_INTERVAL)
         self._transfers = ThreadPoolExecutor(_TRANSFERS, "nbdserve-transfer")
         self._syncs = ThreadPoolExecutor(_SYNCS, "nbdserve-sync")
+        self.cold_reads = ColdReads(self._transfers.submit)
 
     def transfer(
         self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs

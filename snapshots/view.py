@@ -22,6 +22,7 @@ from time import monotonic
 
 from backends.errors import CorruptError, UnavailableError
 from backends.layers import DataFile, LayerStore
+from snapshots.cold_reads import Part
 from snapshots.layer import LayerPool, OpenLayer, apply_layer, apply_merge
 from snapshots.lending import MIN_LOAN, Borrower, wait_for_loans
 from snapshots.manifest import MAX_LAYERS, Merge
@@ -164,16 +165,16 @@ class View:
 
     async def read(self, offset: int, buffer: memoryview) -> None:
         """Fill ``buffer``, in a thread where that waits for a disk; OSError."""
-        waiting: list[tuple[DataFile, int, memoryview]] = []
+        waiting: list[Part] = []
         for start, part, file in self.parts(offset, buffer):
             if file is None:
                 _fill_zeroes(part)
-            elif not file.try_read(start, part):
+            else:
                 waiting.append((file, start, part))
         if waiting:
             # What is cached may be on its way from the disk, and sending it would wait.
             self._cold_until = monotonic() + _COLD_SECONDS
-            reading = self._threads.transfer(_read_all, waiting)
+            reading = self._threads.cold_reads.read(waiting)
             self._reading.add(reading)
             reading.add_done_callback(self._reading.discard)
             await asyncio.shield(reading)
@@ -314,8 +315,3 @@ def _fill_zeroes(buffer: memoryview) -> None:
     for start in range(0, length, len(_ZEROES)):
         part = buffer[start : start + len(_ZEROES)]
         part[:] = _ZEROES[: len(part)]
-
-
-def _read_all(parts: list[tuple[DataFile, int, memoryview]]) -> None:
-    for file, offset, buffer in parts:
-        file.read(offset, buffer)
