@@ -120,6 +120,7 @@ class Transmission:
         self._loop = asyncio.get_running_loop()
         self.closed: asyncio.Future[bool] = self._loop.create_future()
         self._sock = sock
+        self._descriptor = sock.fileno()  # the loop looks up a socket by asking for its addresses
         self._export = export
         self._structured = structured
         self._peer = peer
@@ -188,11 +189,6 @@ class Transmission:
         (unread,) = _INT.unpack(fcntl.ioctl(self._sock, termios.TIOCOUTQ, bytes(_INT.size)))
         # The kernel counts at least the bytes that are in the queue, and the last ones are there.
         return bool(self._output.sent - mark >= unread)
-
-    @property
-    def running(self) -> int:
-        """Number of requests that run as tasks."""
-        return self._running
 
     # Receiving
 
@@ -646,23 +642,23 @@ class Transmission:
                 self._plan_wake()
         elif not self._writing:
             self._writing = True
-            self._loop.add_writer(self._sock, self._on_writable)
+            self._loop.add_writer(self._descriptor, self._on_writable)
         if self._stalled or self._ending:
             self._stop_reading()
         elif not self._reading:
             self._reading = True
-            self._loop.add_reader(self._sock, self._on_readable)
+            self._loop.add_reader(self._descriptor, self._on_readable)
         self._check_closed()
 
     def _stop_reading(self) -> None:
         if self._reading:
             self._reading = False
-            self._loop.remove_reader(self._sock)
+            self._loop.remove_reader(self._descriptor)
 
     def _stop_writing(self) -> None:
         if self._writing:
             self._writing = False
-            self._loop.remove_writer(self._sock)
+            self._loop.remove_writer(self._descriptor)
 
     # The end
 
