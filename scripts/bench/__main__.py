@@ -113,24 +113,26 @@ def _run(options: argparse.Namespace) -> int:
 def measure(scale: Scale, directory: Path, results: Results) -> Iterator[None]:
     """Run all parts into ``results``, yielding after each.
 
-    Whatever happens, no process and no file is left behind.
+    Whatever happens, no process and no file is left behind. Files are deleted when all is measured:
+    a disk that is told of every freed block (discard) may be busy with that for minutes.
     """
-    for name, part in (
-        ("comparison", comparison.compare),
-        ("gate", measure_gate),
-        ("opening", measure_opening),
-        ("layers", measure_layers),
-        ("memory", measure_memory),
-    ):
-        tell(f"{name}:")
-        with ExitStack() as stack:
+    with ExitStack() as files:
+        for name, part in (
+            ("comparison", comparison.compare),
+            ("gate", measure_gate),
+            ("opening", measure_opening),
+            ("layers", measure_layers),
+            ("memory", measure_memory),
+        ):
+            tell(f"{name}:")
             # Socket paths are short in the one, the file system to measure is under the other.
-            sockets = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="nbd-")))
-            data = Path(
-                stack.enter_context(tempfile.TemporaryDirectory(prefix="data-", dir=directory))
-            )
-            part(scale, data, sockets, results)
-        yield
+            with tempfile.TemporaryDirectory(prefix="nbd-") as sockets:
+                data = files.enter_context(
+                    tempfile.TemporaryDirectory(prefix="data-", dir=directory)
+                )
+                part(scale, Path(data), Path(sockets), results)
+            yield
+        tell("deleting what was written")
 
 
 if __name__ == "__main__":

@@ -70,26 +70,29 @@ def measure_gate(scale: Scale, directory: Path, sockets: Path, results: Results)
     """Into ``results``, for each size of volume."""
     ours = Nbdserve(directory / "nbdserve", sockets)
     with ours.serving():
-        for label, size, places in (
-            ("1 GiB", GIB, range(0, GIB, BLOCK)),
-            ("16 TiB", LARGEST, range(LARGEST // 2, LARGEST // 2 + GIB, BLOCK)),
-            ("16 TiB written all over", LARGEST, range(0, LARGEST, BLOCK)),
+        for number, (label, size, places) in enumerate(
+            (
+                ("1 GiB", GIB, range(0, GIB, BLOCK)),
+                ("16 TiB", LARGEST, range(LARGEST // 2, LARGEST // 2 + GIB, BLOCK)),
+                ("16 TiB written all over", LARGEST, range(0, LARGEST, BLOCK)),
+            )
         ):
-            ours.command("volume", "create", "disk", "--size", str(size))
-            _measure_volume(scale, ours, places, label, results)
-            ours.command("volume", "delete", "disk", "--with-snapshots")
+            # None is deleted: the disk would be busy with what the last one leaves.
+            volume = f"disk-{number}"
+            ours.command("volume", "create", volume, "--size", str(size))
+            _measure_volume(scale, ours, volume, places, label, results)
 
 
 def _measure_volume(
-    scale: Scale, ours: Nbdserve, places: range, label: str, results: Results
+    scale: Scale, ours: Nbdserve, volume: str, places: range, label: str, results: Results
 ) -> None:
     def create(number: int) -> None:
-        ours.command("snapshot", "create", f"disk@command-{number}")
+        ours.command("snapshot", "create", f"{volume}@command-{number}")
 
     def create_by_socket(number: int) -> None:
-        ours.take_snapshot("disk", f"socket-{number}")
+        ours.take_snapshot(volume, f"socket-{number}")
 
-    loop = WriteLoop(ours.socket, "disk", places, seed=3)
+    loop = WriteLoop(ours.socket, volume, places, seed=3)
     loop.start()
     windows: dict[str, list[tuple[float, float]]] = {}
     actions: tuple[tuple[str, Callable[[int], None], float | None], ...] = (
