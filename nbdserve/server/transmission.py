@@ -11,6 +11,8 @@ One ``recv_into`` takes as many requests as the client has sent; a loop goes thr
   header in the output buffer, ``try_write`` takes a view of the receive buffer. No copy, no task.
 - What ``try_*`` refuses, and whatever may take long, becomes a task with memory of its own; its
   reply is sent when it is ready, so replies overtake each other and nothing waits for a slow disk.
+- But a short READ that was refused is tried once more in the next turn of the loop: the first try
+  made the kernel begin to read, and a task costs more than a quick disk takes.
 - A long WRITE is **streamed**: what has come of it is written in pieces of PIECE bytes while the
   rest is on its way, still in the processor's cache. What ``try_write`` refuses of it is received
   into memory of its own, for a task. A refused WRITE's payload is read past, and only then is the
@@ -96,6 +98,7 @@ _MAX_BATCH: Final = 1024  # requests of one turn of the event loop
 _FLUSH_AT: Final = 128 << 10  # replies that are worth a send of their own
 _FULL: Final = 1 << 20  # of the output buffer: beyond, room only for what is under way
 _MIN_ROOM: Final = 256 << 10  # of the receive buffer: below, what is left moves to its front
+_SHORT: Final = 64 << 10  # READs that are tried again
 _WOULD_BLOCK: Final = (BlockingIOError, InterruptedError)
 
 log = logging.getLogger(__name__)
@@ -143,8 +146,9 @@ class Transmission:
         # A refused WRITE: how much of its payload is still to come, and what is then answered.
         self._skip = 0
         self._skip_reply = b""
+        self._missed: list[tuple[int, int, int]] = []  # cookie, offset, length of READs
         self._tasks: set[asyncio.Task[None]] = set()  # the loop itself keeps weak references
-        self._running = 0
+        self._running = 0  # tasks, and what was missed
         self._bytes = 0  # memory of tasks and of the large WRITE
         self._stalled = False
         self._ending = False  # no more is received
@@ -228,7 +232,7 @@ class Transmission:
         return (
             self._reading
             and self._start == self._end
-            and not (self._tasks or self._stalled or self._is_amid())
+            and not (self._running or self._stalled or self._is_amid())
             and self._output.empty
         )
 
@@ -328,7 +332,7 @@ class Transmission:
                         else:
                             pack_simple(target, tail, _PLAIN_SUCCESS, cookie)
                         tail = stop
-                    elif not self._defer(Request(0, CMD_READ, cookie, offset, length), length):
+                    elif not self._read_later(cookie, offset, length):
                         break
                     start += _REQUEST_SIZE
                     continue
@@ -557,6 +561,46 @@ class Transmission:
             return False
         self._launch_large()
         return True
+
+    # Short reads that were not in the page cache
+
+    def _read_later(self, cookie: int, offset: int, length: int) -> bool:
+        """Have a READ tried again, or done by a task; unless that stalls."""
+        if length > _SHORT:
+            return self._defer(Request(0, CMD_READ, cookie, offset, length), length)
+        if not self._may_start(0):
+            return False
+        if not self._missed:
+            self._loop.call_soon(self._read_again)
+        self._missed.append((cookie, offset, length))
+        self._running += 1
+        return True
+
+    def _read_again(self) -> None:
+        missed, self._missed = self._missed, []
+        self._running -= len(missed)
+        output = self._output
+        header = DATA_CHUNK.size if self._structured else _SIMPLE_SIZE
+        for cookie, offset, length in () if self._gone else missed:
+            tail = output.tail
+            stop = tail + header + length
+            try:
+                done = stop <= BUFFER_SIZE and self._export.try_read(
+                    offset, output.view[tail + header : stop]
+                )
+            except Exception as error:
+                output.append(self._operations.failed(cookie, error))
+                continue
+            if not done:
+                request = Request(0, CMD_READ, cookie, offset, length)
+                self._launch(self._operations.perform(request), length)
+                continue
+            if self._structured:
+                _PLAIN_DATA.pack_into(output.buffer, tail, _PLAIN_CHUNK, cookie, 8 + length, offset)
+            else:
+                _PLAIN_REPLY.pack_into(output.buffer, tail, _PLAIN_SUCCESS, cookie)
+            output.tail = stop
+        self._wake()
 
     # Tasks
 
