@@ -116,7 +116,7 @@ def test_the_end_of_the_server_lets_them_be_answered():
     async def test(harness):
         client = await harness.connect(structured=False)
         client.writer.write(request(READ, 0, 512))
-        while not harness.export.tries:
+        while not harness.export.tries:  # noqa: ASYNC110 - from outside
             await asyncio.sleep(0)
         assert await harness.server.drain(5)
         assert (await client.at_end())[16:] == harness.export.content[:512]
