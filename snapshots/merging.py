@@ -24,7 +24,7 @@ from snapshots.manifest_store import ManifestStore
 from snapshots.merge import Merger, plan_merge
 from snapshots.names import BLOCK_SHIFT
 from snapshots.open_views import OpenViews
-from snapshots.owner_map import ZERO, OwnerMap
+from snapshots.owner_map import OwnerMap
 from snapshots.pins import Pins
 
 _log = logging.getLogger(__name__)
@@ -196,14 +196,13 @@ class Merging:
 
     async def _punch_zeroes(self, layer: str, holds: OwnerMap) -> None:
         """Give back what was trimmed in a head but not punched before the gate."""
-        runs = [(s, e) for s, e, kind in holds.runs(0, holds.blocks) if kind == ZERO]
-        if not runs:
+        if not holds.count_owned():
             return
         opened = await self._views.pool.acquire(layer)
         try:
 
             def punch() -> None:
-                for first, last in runs:
+                for first, last, _ in holds.runs(0, holds.blocks):
                     opened.data.punch(first << BLOCK_SHIFT, (last - first) << BLOCK_SHIFT)
 
             with contextlib.suppress(OSError):

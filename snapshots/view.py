@@ -18,6 +18,7 @@ import asyncio
 import errno
 import re
 from collections.abc import Callable
+from itertools import islice
 from time import monotonic
 
 from backends.errors import CorruptError, UnavailableError
@@ -28,12 +29,15 @@ from snapshots.lending import MIN_LOAN, Borrower, wait_for_loans
 from snapshots.manifest import MAX_LAYERS, Merge
 from snapshots.names import BLOCK_SHIFT, BLOCK_SIZE
 from snapshots.owner_map import OwnerMap
+from snapshots.readahead import Readahead
 from snapshots.threads import Threads
 
 _ZEROES = bytes(1 << 20)
 _BLOCK_MASK = BLOCK_SIZE - 1
 # For so long after a read that waited for a disk nothing is lent.
 _COLD_SECONDS = 0.1
+# Most runs that are asked for ahead of a stream: finding them takes a microsecond each.
+_AHEAD_RUNS = 256
 _RUNS = re.compile(rb"(.)\1*", re.DOTALL).finditer
 
 
@@ -60,6 +64,7 @@ class View:
         self.borrowers: set[Borrower] = set()
         self._threads = threads
         self._reading: set[asyncio.Future[None]] = set()
+        self._readahead = Readahead()
 
     # Stack
 
@@ -174,6 +179,9 @@ class View:
         if waiting:
             # What is cached may be on its way from the disk, and sending it would wait.
             self._cold_until = monotonic() + _COLD_SECONDS
+            ahead = self._readahead.missed(offset, len(buffer))
+            if ahead is not None:
+                self._read_ahead(*ahead)
             reading = self._threads.cold_reads.read(waiting)
             self._reading.add(reading)
             reading.add_done_callback(self._reading.discard)
@@ -225,22 +233,37 @@ class View:
 
     async def cache(self, offset: int, length: int) -> None:
         """Ask for a range to be brought into the page cache."""
+        await asyncio.shield(self._cache(self._wanted(offset, length)))
+
+    def _read_ahead(self, offset: int, length: int) -> None:
+        """Ask for what a stream comes to next; in one file the kernel does that by itself."""
+        wanted = self._wanted(offset, max(0, min(length, self.size - offset)), _AHEAD_RUNS)
+        if len(wanted) > 1:
+            # What is wrong with a disk, the read itself will tell.
+            self._cache(wanted).add_done_callback(lambda done: done.exception())
+
+    def _wanted(
+        self, offset: int, length: int, limit: int | None = None
+    ) -> list[tuple[DataFile, int, int]]:
+        """What a range, or its first ``limit`` runs, is made of: (data, offset, length)."""
         first = offset >> BLOCK_SHIFT
         last = (offset + length + _BLOCK_MASK) >> BLOCK_SHIFT
-        wanted = [
-            (self._files[owner], start << BLOCK_SHIFT, (stop - start) << BLOCK_SHIFT)
-            for start, stop, owner in self.owners.runs(first, last)
-        ]
+        wanted = []
+        for start, stop, owner in islice(self.owners.runs(first, last), limit):
+            file = self._files[owner]
+            if file is not None:
+                wanted.append((file, start << BLOCK_SHIFT, (stop - start) << BLOCK_SHIFT))
+        return wanted
 
+    def _cache(self, wanted: list[tuple[DataFile, int, int]]) -> asyncio.Future[None]:
         def cache_all() -> None:
             for file, start, count in wanted:
-                if file is not None:
-                    file.cache(start, count)
+                file.cache(start, count)
 
         reading = self._threads.transfer(cache_all)
         self._reading.add(reading)
         reading.add_done_callback(self._reading.discard)
-        await asyncio.shield(reading)
+        return reading
 
     async def reads_before_now(self) -> None:
         """Wait for every read in a thread that began before this call."""
