@@ -210,6 +210,7 @@ class Connection:
             context=handshake.allocation_context,
             peer=self.peer,
             received=handshake.trailing_data,
+            relayed=self._relay is not None,
         )
         serving: Serving
         if isinstance(export, RemoteExport):

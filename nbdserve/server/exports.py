@@ -29,13 +29,15 @@ __all__ = [
 class Agreement:
     """What the handshake leads to; ``context`` is the ID of base:allocation when it was chosen.
 
-    ``received`` is what the client sent behind the handshake; ``peer`` names it in the log.
+    ``received`` is what the client sent behind the handshake; ``peer`` names it in the log;
+    ``relayed`` says that a relay of ours is what sends and receives.
     """
 
     structured: bool
     context: int | None
     peer: str
     received: bytes
+    relayed: bool
 
 
 class Serving(Protocol):

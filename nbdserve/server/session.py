@@ -33,6 +33,7 @@ class Session:
             structured=agreement.structured,
             context=agreement.context,
             peer=agreement.peer,
+            relayed=agreement.relayed,
         )
         self._transmission.start(agreement.received)
 

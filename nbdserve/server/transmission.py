@@ -119,6 +119,7 @@ class Transmission:
         structured: bool,
         context: int | None,
         peer: str,
+        relayed: bool = False,
     ) -> None:
         self._loop = asyncio.get_running_loop()
         self.closed: asyncio.Future[bool] = self._loop.create_future()
@@ -134,6 +135,7 @@ class Transmission:
         self._operations = Operations(export, structured=structured, context=context)
         self._output = Output(sock)
         self._polling = Polling()
+        self._relayed = relayed
         self._input = allocate(INPUT_SIZE)
         self._view = memoryview(self._input)
         self._start = 0
@@ -198,7 +200,8 @@ class Transmission:
 
     def _on_readable(self) -> None:
         self._polling.woken()
-        if self._receive():
+        # A relay of ours needs the processor that waiting for it would take.
+        if self._receive() and not self._relayed:
             if self._is_amid():
                 self._receive_rest()
             if self._answered() and self._polling.replied():

@@ -47,6 +47,7 @@ class Connections:
             agreement.context,
             agreement.peer,
             agreement.received,
+            agreement.relayed,
         )
         return serving
 

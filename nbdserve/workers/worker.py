@@ -126,13 +126,15 @@ class Worker:
         context: int | None,
         peer: str,
         received: bytes,
+        relayed: bool,
     ) -> None:
         try:
             if sock is None:
                 raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
             sock.setblocking(False)
             export = Handle(name, self._host.view(key), _not_here)
-            session = Session(sock, export, Agreement(structured, context, peer, received))
+            agreement = Agreement(structured, context, peer, received, relayed)
+            session = Session(sock, export, agreement)
         except (OSError, MemoryError, StorageError) as error:
             log.error("%s: closed, it cannot be served: %s", peer, error)
             if sock is not None:

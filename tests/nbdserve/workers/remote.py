@@ -48,7 +48,7 @@ class RemoteHandle:
         ours, theirs = socket.socketpair()
         for end in (ours, theirs):
             end.setblocking(False)
-        serving = lease.serve(theirs, Agreement(True, 1, "test", b""))
+        serving = lease.serve(theirs, Agreement(True, 1, "test", b"", False))
         reader, writer = await asyncio.open_unix_connection(sock=ours, limit=1 << 20)
         return cls(lease, serving, Client(reader, writer, structured=True))
 
