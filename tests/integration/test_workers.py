@@ -1,6 +1,5 @@
 """Worker processes: what they share, what they do not, and what the end of one takes down."""
 
-import contextlib
 import json
 import os
 import signal
