@@ -79,6 +79,8 @@ class Head:
         self._idle: asyncio.Future[None] | None = None
         self.write_limit = 0
         self.zero_limit = 0
+        # A volume that is only looked at needs no more than the first step.
+        self.ample = False
 
     # Pending extents
 
@@ -136,7 +138,7 @@ class Head:
             self._sequence += len(sectors) // SECTOR
             self._end += len(sectors)
         self._captured = 0
-        self.extend()
+        self.extend(ample=True)
         return extents
 
     def settle(self, spans: list[tuple[int, int]]) -> None:
@@ -151,16 +153,17 @@ class Head:
         if spans:
             self.data.sync()
         self._journal.sync()
-        self.extend()
+        self.extend(ample=bool(spans))
 
     # Room in the journal
 
-    def extend(self) -> None:
-        """Reserve more of the journal when there is not ample room any more; blocking.
+    def extend(self, *, ample: bool = False) -> None:
+        """Reserve more of the journal when there is not enough, or not ample room; blocking.
 
         A full disk is no error here: then the limits say how much may still be pending.
         """
-        for wanted in (_AMPLE, JOURNAL_STEP):
+        self.ample = self.ample or ample
+        for wanted in (_AMPLE, JOURNAL_STEP) if ample else (JOURNAL_STEP,):
             if self._reserved_end - self._end >= wanted - JOURNAL_STEP // 2:
                 break
             try:

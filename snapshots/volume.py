@@ -54,6 +54,8 @@ _ZERO_PIECE = 32 << 20
 _TRIM_PIECE = 16 << 30
 # Pending runs at which a sync is begun that nobody asked for.
 SYNC_FROM = 4096
+# The first sync after opening comes early: it reserves ample room in the journal.
+_FIRST_SYNC = 256
 
 
 class Volume(View):
@@ -231,7 +233,8 @@ class Volume(View):
         head.written += (last - first) << BLOCK_SHIFT
         if head.written > head.check_at:
             self._pacing.spent()
-        if len(head.pending) == SYNC_FROM:
+        pending = len(head.pending)
+        if pending == SYNC_FROM or (pending == _FIRST_SYNC and not head.ample):
             self.start_task(self.flush())
 
     async def _make_room(self) -> None:
