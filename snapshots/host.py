@@ -95,6 +95,9 @@ class ViewHost(Protocol):
     async def flush(self, key: str) -> None:
         """Make what was written before durable; OSError."""
 
+    async def record(self, key: str) -> None:
+        """Make durable which blocks were taken or zeroed before, with what they hold; OSError."""
+
     async def grow(self, key: str, size: int) -> None:
         """A volume is larger now."""
 

@@ -139,6 +139,9 @@ class LocalHost:
     async def flush(self, key: str) -> None:
         await self.view(key).flush()
 
+    async def record(self, key: str) -> None:
+        await self.view(key).record()
+
     async def grow(self, key: str, size: int) -> None:
         self._writing(key).volume.grow(size)
 

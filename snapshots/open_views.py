@@ -225,16 +225,16 @@ class OpenViews:
         if self._open.get(view.key) is view:
             del self._open[view.key]
 
-    async def flush_all(self) -> None:
-        """Flush every view, those of different hosts at the same time; errors are its clients'."""
+    async def record_all(self) -> None:
+        """Let every volume record which blocks it took; errors are its clients'."""
 
-        async def flush(host: ViewHost) -> None:
+        async def record(host: ViewHost) -> None:
             for view in list(self._open.values()):
                 if view.host is host and view.ready and not view.lost:
                     with contextlib.suppress(OSError, StorageError):
-                        await host.flush(view.key)
+                        await host.record(view.key)
 
-        await asyncio.gather(*map(flush, self.hosts))
+        await asyncio.gather(*map(record, self.hosts))
 
     async def close(self) -> None:
         """Flush and close every view, then the hosts."""

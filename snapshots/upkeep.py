@@ -13,7 +13,7 @@ from snapshots.open_views import OpenViews
 
 _log = logging.getLogger(__name__)
 
-_WRITE_BACK_SECONDS = 5
+_RECORD_SECONDS = 5
 
 
 class Upkeep:
@@ -40,10 +40,10 @@ class Upkeep:
         self._merging.resume()
 
     async def run(self) -> None:
-        """Bound what a crash can lose of writes that nobody flushed, and the space they hold."""
+        """Bound what a crash can lose of blocks that nobody flushed, and the space they hold."""
         while True:
-            await asyncio.sleep(_WRITE_BACK_SECONDS)
-            await self._views.flush_all()
+            await asyncio.sleep(_RECORD_SECONDS)
+            await self._views.record_all()
             with contextlib.suppress(OSError):
                 await self._store.keep_reserve()
             if self._merging.deferred:

@@ -291,6 +291,9 @@ class View:
     async def flush(self) -> None:
         """Nothing to do: a snapshot's layers were made durable before it existed."""
 
+    async def record(self) -> None:
+        """Nothing to do either."""
+
 
 async def load_stack(
     view: View,

@@ -327,6 +327,15 @@ class Volume(View):
             self._next = self.start_task(self._flush_after(self._current))
         await asyncio.shield(self._next)
 
+    async def record(self) -> None:
+        """Make durable which blocks were taken or zeroed before, with what they hold; OSError.
+
+        What was written to blocks that the journal has already is left to the kernel, as it is for
+        any file that nobody syncs.
+        """
+        if self.head.pending:
+            await self.flush()
+
     async def _flush_after(self, previous: asyncio.Task[None] | None) -> None:
         if previous is not None:
             await asyncio.wait([previous])

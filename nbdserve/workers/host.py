@@ -235,6 +235,9 @@ class WorkerHost:
     async def flush(self, key: str) -> None:
         await self._call("flush", key)
 
+    async def record(self, key: str) -> None:
+        await self._call("record", key)
+
     async def grow(self, key: str, size: int) -> None:
         await self._call("grow", key, size)
 

@@ -33,6 +33,7 @@ _METHODS: Final = frozenset(
         "open_snapshot",
         "close_view",
         "flush",
+        "record",
         "grow",
         "count_owned",
         "list_changed",

@@ -787,3 +787,23 @@ def test_a_write_that_reads_first_keeps_others_off_its_block() -> None:
             assert await get(handle, 0, 2) == expected + fill(5)
 
     run(scenario())
+
+
+def test_recording_syncs_what_is_new_and_leaves_overwrites_to_the_kernel() -> None:
+    async def scenario() -> None:
+        async with opened(FaultyStore(), 64 * BLOCK) as (_, handle):
+            volume = volume_of(handle)
+            await handle.write(0, fill(1))
+            await volume.record()
+            assert not volume.head.dirty
+            await handle.write(0, fill(2))
+            await volume.record()
+            assert volume.head.dirty and not volume.head.pending
+            await handle.write(BLOCK, fill(3))
+            await volume.record()
+            assert not volume.head.dirty
+            await handle.trim(0, BLOCK)
+            await volume.record()
+            assert not volume.head.dirty and await get(handle, 0) == bytes(BLOCK)
+
+    run(scenario())
