@@ -12,7 +12,7 @@ from matplotlib import pyplot as plt
 from scripts.bench.report import METRICS
 from scripts.bench.results import CPU, IOPS, NBDKIT, P99, SERVERS, Results
 
-_COLOURS = ("#8c8c8c", "#c9c9c9", "#e0a458", "#1f6fb4", "#8fc1e9")
+_COLOURS = ("#8c8c8c", "#c9c9c9", "#e0a458", "#1f6fb4", "#123f66", "#8fc1e9")
 _BETTER = {IOPS: "longer is better", CPU: "shorter is better", P99: "shorter is better"}
 
 
