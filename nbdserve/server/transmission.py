@@ -495,6 +495,9 @@ class Transmission:
         if end - start < total:
             if length <= PIECE:
                 return 0
+            # Its flush will be a task, however little memory that takes.
+            if request.flags & CMD_FLAG_FUA and not self._may_start(0):
+                return 0
             self._stream = request
             self._start = start + _REQUEST_SIZE
             self._write_stream()

@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from nbdserve.server.transmission import PIECE
+from nbdserve.server.transmission import MAX_REQUESTS, PIECE
 
 from .harness import serve, settle
 from .memory_export import MemoryExport
@@ -141,5 +141,32 @@ def test_a_stalled_stream_goes_on():
         assert export.waiting < 40
         export.gate.set()
         assert {(await client.reply()).cookie for _ in range(40)} == set(range(40))
+
+    serve(test, Pieces())
+
+
+def test_flushes_of_many_long_writes_are_bounded():
+    """As many as may run at once wait for a slow disk, however many the client sends."""
+
+    async def test(harness):
+        export = harness.export
+        client = await harness.connect()
+        export.gate = asyncio.Event()
+        size = PIECE + 4096
+        wanted = 2 * MAX_REQUESTS
+
+        async def send():
+            for cookie in range(wanted):
+                message = request(WRITE, 0, data=bytes(size), flags=FUA, cookie=cookie)
+                await send_slowly(client, message, size // 2)
+
+        sending = asyncio.create_task(send())
+        await settle(lambda: export.waiting > MAX_REQUESTS)
+        await asyncio.sleep(0.5)
+        assert MAX_REQUESTS - 1 <= export.waiting <= MAX_REQUESTS
+        export.gate.set()
+        assert {(await client.reply()).cookie for _ in range(wanted)} == set(range(wanted))
+        await sending
+        assert export.most_waiting <= MAX_REQUESTS
 
     serve(test, Pieces())
