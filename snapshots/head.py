@@ -141,19 +141,27 @@ class Head:
         self.extend(ample=True)
         return extents
 
-    def settle(self, spans: list[tuple[int, int]]) -> None:
-        """Make what the journal says durable, reserve room, be ready for writes; blocking.
+    def settle(self) -> None:
+        """Make what the journal says durable, and reserve room; blocking.
 
         A killed process may have appended what never was synced, and what is appended next says
-        that everything before it is durable. ``spans`` of blocks are where writes are likely:
-        none of them shall have to create a file first.
+        that everything before it is durable.
         """
+        self._journal.sync()
+        self.extend()
+
+    def make_ready(self, spans: list[tuple[int, int]]) -> None:
+        """Be ready for many writes at once, as the next head of a snapshot must be; blocking.
+
+        ``spans`` of blocks are where they are likely: none of them shall have to create a file
+        first, nor wait for room in the journal.
+        """
+        if not spans:
+            return
         for first, last in spans:
             self.data.prepare(first << BLOCK_SHIFT, (last - first) << BLOCK_SHIFT)
-        if spans:
-            self.data.sync()
-        self._journal.sync()
-        self.extend(ample=bool(spans))
+        self.data.sync()
+        self.extend(ample=True)
 
     # Room in the journal
 
@@ -254,7 +262,7 @@ async def open_head(
             await head.compact(store, blocks)
         else:
             head.adopt_reservation(state.size)
-            await asyncio.to_thread(head.settle, list(owners.touched_spans(0, blocks)))
+            await asyncio.to_thread(head.settle)
     except BaseException:
         head.close()
         raise

@@ -172,12 +172,18 @@ class LocalHost:
     async def add_head(self, key: str, layer: str) -> None:
         writing = self._writing(key)
         volume = writing.volume
+        head = None
         try:
-            writing.next = await self._open_head(volume, layer)
+            head = await self._open_head(volume, layer)
+            written = list(volume.owners.touched_spans(0, volume.owners.blocks))
+            await asyncio.to_thread(head.make_ready, written)
         except BaseException:
+            if head is not None:
+                head.close()
             if volume.slot_of(layer) is not None:
                 self._pool.release(volume.drop_layer(layer))
             raise
+        writing.next = head
 
     async def drop_head(self, key: str) -> None:
         writing = self._writing(key)

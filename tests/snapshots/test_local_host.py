@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Coroutine
+from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis.stateful import run_state_machine_as_test
 
+from backends.local_layers import LocalLayerStore
 from backends.memory_layers import MemoryLayerStore
 from snapshots import volume as volume_module
 from snapshots.catalogue import Catalogue
@@ -127,3 +129,34 @@ def test_random_operations_over_two_hosts_match_the_model(monkeypatch: pytest.Mo
             suppress_health_check=list(HealthCheck),
         ),
     )
+
+
+def test_opening_a_volume_takes_no_space_but_a_snapshot_readies_its_next_head(
+    tmp_path: Path,
+) -> None:
+    async def scenario() -> None:
+        store = LocalLayerStore(tmp_path)
+        catalogue = await Catalogue.open(store)
+        await catalogue.create_volume("v", 2 << 40)
+        handle: Any = await catalogue.open_volume("v", lambda: None)
+        for offset in (0, 1 << 40):
+            await handle.write(offset, b"\7" * BLOCK)
+        await catalogue.create_snapshots([("v", "s")])
+        head = tmp_path / "layers" / handle.view.head.layer.name
+        # Where the volume has data: its writes have no file to make, and no room to wait for.
+        assert sorted(path.name for path in head.glob("data-*")) == ["data-00000", "data-00001"]
+        assert await store.allocated(head.name) >= 1 << 20
+        await catalogue.close_export(handle)
+
+        made = await catalogue.clone_volume("c", "v", "s")
+        handle = await catalogue.open_volume("c", lambda: None)
+        buffer = bytearray(BLOCK)
+        await handle.read(1 << 40, memoryview(buffer))
+        assert buffer == b"\7" * BLOCK
+        clone = tmp_path / "layers" / handle.view.head.layer.name
+        assert list(clone.glob("data-*")) == []
+        await catalogue.close_export(handle)
+        assert (await catalogue.show_volume("c")).own == made.own
+        await catalogue.close()
+
+    run(scenario())
