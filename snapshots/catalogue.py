@@ -28,6 +28,7 @@ from backends.errors import (
 )
 from backends.layers import LayerStore
 from snapshots.comparing import compare_snapshots, compare_with_now
+from snapshots.contexts import base_of, context_names
 from snapshots.difference import Extent
 from snapshots.handle import Lease
 from snapshots.head import create_head
@@ -79,7 +80,8 @@ class Catalogue:
         self._listings = Listings(store, self._manifests, self._views)
         self._imports = Imports(store, self._manifests)
         self._upkeep = Upkeep(store, self._manifests, self._views, self._merging)
-        self._leases: dict[Lease, OpenView] = {}
+        # The view that a client has, and those that it only compares with.
+        self._leases: dict[Lease, tuple[OpenView, list[OpenView]]] = {}
         self._upkeep_task: asyncio.Task[None] | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._closed = False
@@ -140,6 +142,10 @@ class Catalogue:
     def volume_size(self, name: str) -> int:
         """Size of a volume in bytes; NotFoundError."""
         return self._manifests.get(name).size
+
+    def volume_contexts(self, name: str) -> tuple[str, ...]:
+        """The metadata contexts of a volume and its snapshots (contexts.py). NotFoundError."""
+        return context_names(snapshot.name for snapshot in self._manifests.get(name).snapshots)
 
     @_to_its_end
     async def list_volumes(self) -> list[VolumeInfo]:
@@ -286,7 +292,8 @@ class Catalogue:
         """Remove a snapshot, then merge its layer with its neighbour; progress in bytes moved.
 
         The snapshot is gone as soon as that is committed; a merge that is interrupted, or that
-        must wait for a pinned snapshot, goes on later by itself.
+        must wait for a pinned snapshot, goes on later by itself. Refused while a client has the
+        snapshot open; one that only compares with it gets errors for that from now on.
         """
         async with self._turn():
             manifest = self._manifests.get(volume)
@@ -297,6 +304,8 @@ class Catalogue:
                 raise InUseError(f"snapshot {volume}@{snapshot} is being pushed; try again later")
             rest = tuple(other for other in manifest.snapshots if other is not found)
             await self._manifests.commit([manifest.changed(snapshots=rest)])
+            # Before any of its layers is merged: whoever compares would miss changes.
+            await self._views.withdraw(found.id)
             await self._sealing.free_head_boundary(manifest.id, found.layer)
             await self._merging.drop_condemned()
         await self._merging.merge_now(progress)
@@ -352,13 +361,24 @@ class Catalogue:
         """The processes that serve volumes."""
         return self._listings.workers()
 
-    async def open_volume(self, name: str, revoke: Callable[[], None]) -> Lease:
-        """Open a volume for a client; ``revoke`` asks the client to close it. NotFoundError."""
-        return await self._opened(self._open_volume(name, revoke))
+    async def open_volume(
+        self, name: str, revoke: Callable[[], None], contexts: Sequence[str] = ()
+    ) -> Lease:
+        """Open a volume for a client; ``revoke`` asks the client to close it. NotFoundError.
 
-    async def open_snapshot(self, volume: str, snapshot: str, revoke: Callable[[], None]) -> Lease:
-        """Open a snapshot for a client, read-only. NotFoundError."""
-        return await self._opened(self._open_snapshot(volume, snapshot, revoke))
+        ``contexts`` are the metadata contexts that the client is going to ask about.
+        """
+        return await self._opened(self._open_volume(name, revoke, contexts))
+
+    async def open_snapshot(
+        self,
+        volume: str,
+        snapshot: str,
+        revoke: Callable[[], None],
+        contexts: Sequence[str] = (),
+    ) -> Lease:
+        """Open a snapshot for a client, read-only, in the same way. NotFoundError."""
+        return await self._opened(self._open_snapshot(volume, snapshot, revoke, contexts))
 
     async def _opened(self, opening: Coroutine[Any, Any, Lease]) -> Lease:
         """What ``opening`` opens; when the caller is cancelled, it is closed again."""
@@ -373,37 +393,57 @@ class Catalogue:
         if not opening.cancelled() and opening.exception() is None:
             self._start(self.close_export(opening.result()))
 
-    async def _open_volume(self, name: str, revoke: Callable[[], None]) -> Lease:
+    async def _open_volume(
+        self, name: str, revoke: Callable[[], None], contexts: Sequence[str]
+    ) -> Lease:
         async with self._turn():
             manifest = self._manifests.get(name)
+            bases = _bases(manifest, contexts)
             view = await self._views.acquire_volume(manifest)
             self._listings.forget(manifest.id)
-            return await self._lease(view, name, manifest.size, False, revoke)
+            return await self._lease(manifest, view, name, manifest.size, bases, revoke)
 
-    async def _open_snapshot(self, volume: str, snapshot: str, revoke: Callable[[], None]) -> Lease:
+    async def _open_snapshot(
+        self, volume: str, snapshot: str, revoke: Callable[[], None], contexts: Sequence[str]
+    ) -> Lease:
         async with self._turn():
             manifest = self._manifests.get(volume)
             found = _find(manifest, snapshot)
+            bases = _bases(manifest, contexts)
             view = await self._views.acquire_snapshot(manifest, found)
-            return await self._lease(view, f"{volume}@{snapshot}", found.size, True, revoke)
+            name = f"{volume}@{snapshot}"
+            return await self._lease(manifest, view, name, found.size, bases, revoke)
 
     @_to_its_end
     async def close_export(self, lease: Lease) -> None:
         """A client is done with what it opened."""
-        view = self._leases.pop(lease)
+        view, bases = self._leases.pop(lease)
         if self._closed:
             return  # closed with everything else
+        for base in bases:
+            await self._views.release(base)
         await self._views.end_lease(view, lease)
 
     async def _lease(
-        self, view: OpenView, name: str, size: int, read_only: bool, revoke: Callable[[], None]
+        self,
+        manifest: Manifest,
+        view: OpenView,
+        name: str,
+        size: int,
+        bases: Mapping[str, Snapshot],
+        revoke: Callable[[], None],
     ) -> Lease:
+        """Lease a view to a client, and open what its contexts compare with; or release it."""
+        acquired: dict[str, OpenView] = {}
         try:
-            lease = self._views.add_lease(view, name, size, read_only, revoke)
+            for context, base in bases.items():
+                acquired[context] = await self._views.acquire_snapshot(manifest, base)
+            lease = self._views.add_lease(view, name, size, acquired, revoke)
         except BaseException:
-            await self._views.release(view)
+            for opened in (*acquired.values(), view):
+                await self._views.release(opened)
             raise
-        self._leases[lease] = view
+        self._leases[lease] = (view, list(acquired.values()))
         return lease
 
     # Other processes
@@ -533,6 +573,12 @@ def _find(manifest: Manifest, name: str) -> Snapshot:
     if found is None:
         raise NotFoundError(f"snapshot {manifest.name}@{name} does not exist")
     return found
+
+
+def _bases(manifest: Manifest, contexts: Sequence[str]) -> dict[str, Snapshot]:
+    """The snapshots that metadata contexts compare with, by the contexts' names. NotFoundError."""
+    names = {context: base_of(context) for context in contexts}
+    return {context: _find(manifest, name) for context, name in names.items() if name is not None}
 
 
 def _new_id() -> str:

@@ -10,9 +10,11 @@ path, and the handle is made where the view is.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import errno
+from collections.abc import Callable, Mapping
 from typing import Protocol
 
+from snapshots.contexts import ALLOCATION_DEPTH, allocation_depths, base_of, changed_blocks
 from snapshots.view import View
 
 
@@ -41,11 +43,22 @@ class Lease(Protocol):
 
 
 class Handle:
-    """A lease with its data path (see the module's text)."""
+    """A lease with its data path (see the module's text).
 
-    def __init__(self, name: str, view: View, revoke: Callable[[], None]) -> None:
+    ``bases`` are the views that metadata contexts compare with, by the context's name; None, or
+    closed: the snapshot was deleted.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        view: View,
+        revoke: Callable[[], None],
+        bases: Mapping[str, View | None] = {},
+    ) -> None:
         self.name = name
         self.view = view
+        self.bases = bases
         self.revoke = revoke
         self.size = view.size
         self.read_only = view.read_only
@@ -62,3 +75,18 @@ class Handle:
         self.trim = view.trim
         self.cache = view.cache
         self.flush = view.flush
+
+    def status(self, context: str, offset: int, length: int, limit: int) -> list[tuple[int, int]]:
+        """Up to ``limit`` runs (length in bytes, status) of a metadata context (contexts.py).
+
+        At least one; they may end before the range does. OSError when its snapshot was deleted.
+        """
+        if context == ALLOCATION_DEPTH:
+            return allocation_depths(self.view, offset, length, limit)
+        base = self.bases[context]
+        if base is None or base.closed:
+            raise OSError(
+                errno.EIO,
+                f"snapshot {base_of(context)} was deleted: what changed since is not known",
+            )
+        return changed_blocks(self.view, base, offset, length, limit)

@@ -21,7 +21,7 @@ step, ends the freeze, and lets FLUSHes wait; ``finish_seal`` makes the old head
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 from backends.errors import UnavailableError
@@ -67,9 +67,19 @@ class ViewHost(Protocol):
         """Lose the host: it does not answer."""
 
     def lease(
-        self, key: str, name: str, size: int, read_only: bool, revoke: Callable[[], None]
+        self,
+        key: str,
+        name: str,
+        size: int,
+        read_only: bool,
+        bases: Mapping[str, str],
+        revoke: Callable[[], None],
     ) -> Lease:
-        """What a client gets of an open view; ``revoke`` asks for it back."""
+        """What a client gets of an open view; ``revoke`` asks for it back.
+
+        ``bases`` are the views that its metadata contexts compare with, by the contexts' names.
+        They may be closed while the lease is out: then the contexts answer with an error.
+        """
 
     # Views
 

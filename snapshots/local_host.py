@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from backends.layers import LayerStore
@@ -71,9 +71,16 @@ class LocalHost:
             raise HostLostError(f"{key} was closed with its worker; open it again") from None
 
     def lease(
-        self, key: str, name: str, size: int, read_only: bool, revoke: Callable[[], None]
+        self,
+        key: str,
+        name: str,
+        size: int,
+        read_only: bool,
+        bases: Mapping[str, str],
+        revoke: Callable[[], None],
     ) -> Handle:
-        return Handle(name, self.view(key), revoke)
+        found = {context: self._views.get(base) for context, base in bases.items()}
+        return Handle(name, self.view(key), revoke, found)
 
     # Views
 
@@ -116,6 +123,7 @@ class LocalHost:
         self._volumes.pop(key, None)
 
     async def _close(self, view: View) -> None:
+        view.closed = True
         if isinstance(view, Volume):
             await view.quiesce()
             if hasattr(view, "head"):

@@ -15,7 +15,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -204,9 +204,17 @@ class OpenViews:
             if view is not None and view.users == 0:
                 await self._close(view)
 
+    async def withdraw(self, key: str) -> None:
+        """Close a snapshot's view under those who compare with it: they get errors from now on."""
+        async with self.stacks:
+            view = self._open.get(key)
+            if view is not None:
+                assert not view.leases, "a client reads it"
+                await self._close(view)
+
     async def _flush(self, view: OpenView) -> None:
-        if view.lost:
-            return
+        if self._open.get(view.key) is not view:
+            return  # lost, or withdrawn
         try:
             await view.host.flush(view.key)
         except HostLostError:
@@ -267,12 +275,22 @@ class OpenViews:
     # Clients
 
     def add_lease(
-        self, view: OpenView, name: str, size: int, read_only: bool, revoke: Callable[[], None]
+        self,
+        view: OpenView,
+        name: str,
+        size: int,
+        bases: Mapping[str, OpenView],
+        revoke: Callable[[], None],
     ) -> Lease:
-        """Let a client have a view that the caller has acquired for it."""
-        if view.lost:
+        """Let a client have a view that the caller has acquired for it.
+
+        So are ``bases``, by the metadata contexts that compare with them.
+        """
+        if view.lost or any(base.host is not view.host or base.lost for base in bases.values()):
             raise HostLostError(f"{name}: its worker has ended; try again")
-        lease = view.host.lease(view.key, name, size, read_only, revoke)
+        keys = {context: base.key for context, base in bases.items()}
+        read_only = view.key != view.volume
+        lease = view.host.lease(view.key, name, size, read_only, keys, revoke)
         view.leases.add(lease)
         view.empty.clear()
         return lease

@@ -9,7 +9,8 @@ volume are 4 GiB of addresses and no memory. Beside it one byte for each *region
 (128 MiB of volume) says whether anything but 0 was ever stored there, so scans skip what is empty.
 Huge pages are refused: with them one block would cost 2 MiB.
 
-Scans use ``re`` and ``find`` on the mapping itself: both run in C and copy nothing.
+Scans use ``re`` and ``find`` on the mapping itself: both run in C and copy nothing. A region takes
+one of them up to 0.1 ms, so whoever scans on the event loop goes no further than ``reach``.
 """
 
 from __future__ import annotations
@@ -24,6 +25,12 @@ ZERO = 2
 REGION_SHIFT = 15
 REGION = 1 << REGION_SHIFT
 _MAP_NORESERVE = 0x4000
+
+REACH = 32
+"""Most touched regions that are scanned at a time: 4 GiB of volume, what 32 bits can ask about."""
+
+_EMPTY = bytes(REGION)
+_IS_OTHER = bytes((0,)) + bytes((1,)) * 255
 
 _NOT = [re.compile(b"[^" + re.escape(bytes([value])) + b"]", re.DOTALL) for value in range(256)]
 
@@ -51,16 +58,28 @@ class OwnerMap:
             if value:
                 self._touched[first >> REGION_SHIFT] = 1
             return
-        pattern = bytes((value,))
         touched = self._touched
+        if value == 0:
+            self._clear(first, last)
+            return
+        pattern = bytes((value,))
         while first < last:
             region = first >> REGION_SHIFT
             end = min(last, (region + 1) << REGION_SHIFT)
-            if value or touched[region]:
-                raw[first:end] = pattern * (end - first)
-                if value:
-                    touched[region] = 1
+            raw[first:end] = pattern * (end - first)
+            touched[region] = 1
             first = end
+
+    def _clear(self, first: int, last: int) -> None:
+        """Store 0, and where that is all of a region, give its memory back."""
+        raw, touched = self.raw, self._touched
+        begin = (first + REGION - 1) >> REGION_SHIFT
+        end = len(touched) if last == self.blocks else last >> REGION_SHIFT
+        if begin < end and touched.find(1, begin, end) >= 0:
+            raw.madvise(mmap.MADV_DONTNEED, begin << REGION_SHIFT, (end - begin) << REGION_SHIFT)
+            touched[begin:end] = bytes(end - begin)
+        for start, stop in self._touched_ranges(first, last):
+            raw[start:stop] = bytes(stop - start)
 
     def replace(self, first: int, last: int, old: int, new: int) -> None:
         """Turn every ``old`` between ``first`` and ``last`` (exclusive) into ``new``."""
@@ -91,6 +110,9 @@ class OwnerMap:
                 position = region << REGION_SHIFT
                 continue
             region_end = min(last, (region + 1) << REGION_SHIFT)
+            if region_end - position == REGION and raw[position:region_end] == _EMPTY:
+                position = region_end  # what was trimmed, a hundred times faster
+                continue
             match = find_owned(raw, position, region_end)
             if match is None:
                 position = region_end
@@ -115,6 +137,51 @@ class OwnerMap:
                 del match
                 yield position, stop, value
                 position = stop
+
+    def reach(self, first: int, last: int) -> int:
+        """``last``, or a block before it where a scan from ``first`` on is to stop for now.
+
+        It is behind ``first``, and no more than REACH regions between them were ever touched.
+        """
+        if last - first <= REACH << REGION_SHIFT:
+            return last
+        region = (first >> REGION_SHIFT) - 1
+        for _ in range(REACH + 1):
+            region = self._touched.find(1, region + 1)
+            if region < 0:
+                return last
+        return min(last, region << REGION_SHIFT)
+
+    def differences(
+        self, other: OwnerMap, names: bytes | None, first: int, last: int
+    ) -> Iterator[tuple[int, int]]:
+        """(start, end) of every run between ``first`` and ``last`` that ``other`` has otherwise.
+
+        ``names`` has 256 bytes: for each value of ``other`` what it is called here, 0 only for 0;
+        None says that both mean the same. Behind its end, ``other`` is 0.
+        """
+        return _joined(self._different(other, names, first, last))
+
+    def _different(
+        self, other: OwnerMap, names: bytes | None, first: int, last: int
+    ) -> Iterator[tuple[int, int]]:
+        """``differences``, cut where regions end."""
+        for start, end in self._touched_by_either(other, first, last):
+            theirs = other.raw[start:end]
+            if names is not None:
+                theirs = theirs.translate(names)
+            theirs = theirs.ljust(end - start, b"\0")
+            ours = self.raw[start:end]
+            if ours == theirs:
+                continue
+            bits = int.from_bytes(ours, "little") ^ int.from_bytes(theirs, "little")
+            marks = bits.to_bytes(end - start, "little").translate(_IS_OTHER)
+            stop = 0
+            while (begin := marks.find(1, stop)) >= 0:
+                stop = marks.find(0, begin)
+                if stop < 0:
+                    stop = end - start
+                yield start + begin, start + stop
 
     def touched_spans(self, first: int, last: int) -> Iterator[tuple[int, int]]:
         """(start, end) of what may not be 0 between ``first`` and ``last``, region by region."""
@@ -151,3 +218,30 @@ class OwnerMap:
                 return
             yield start, end
             region += 1
+
+    def _touched_by_either(
+        self, other: OwnerMap, first: int, last: int
+    ) -> Iterator[tuple[int, int]]:
+        """The regions between ``first`` and ``last`` where one of two maps may hold anything."""
+        region = first >> REGION_SHIFT
+        while first < last:
+            found = (self._touched.find(1, region), other._touched.find(1, region))
+            region = min((at for at in found if at >= 0), default=-1)
+            start = max(first, region << REGION_SHIFT)
+            if region < 0 or start >= last:
+                return
+            yield start, min(last, (region + 1) << REGION_SHIFT)
+            region += 1
+
+
+def _joined(runs: Iterator[tuple[int, int]]) -> Iterator[tuple[int, int]]:
+    """Runs in order, those that touch as one."""
+    start = end = -1
+    for first, last in runs:
+        if first != end:
+            if start >= 0:
+                yield start, end
+            start = first
+        end = last
+    if start >= 0:
+        yield start, end

@@ -30,6 +30,7 @@ from snapshots.manifest import MAX_LAYERS, Merge
 from snapshots.names import BLOCK_SHIFT, BLOCK_SIZE
 from snapshots.owner_map import OwnerMap
 from snapshots.readahead import Readahead
+from snapshots.runs import blocks_of, runs_in_bytes
 from snapshots.threads import Threads
 
 _ZEROES = bytes(1 << 20)
@@ -62,6 +63,7 @@ class View:
         self._lent = False
         self._cold_until = 0.0
         self.borrowers: set[Borrower] = set()
+        self.closed = False
         self._threads = threads
         self._reading: set[asyncio.Future[None]] = set()
         self._readahead = Readahead()
@@ -96,6 +98,10 @@ class View:
     def slot_of(self, name: str) -> int | None:
         """The slot of a layer, None when it is not in the stack."""
         return next((slot for slot, layer in self.stack if layer.name == name), None)
+
+    def slots_by_depth(self) -> list[int]:
+        """The slots of the layers, from the top of the stack down."""
+        return [slot for slot, _ in reversed(self.stack)]
 
     # Reading
 
@@ -209,27 +215,14 @@ class View:
         return parts
 
     def extents(self, offset: int, length: int, limit: int) -> list[tuple[int, bool]]:
-        """Up to ``limit`` runs (length in bytes, holds data) from ``offset`` on, alternating."""
-        end = offset + length
-        first = offset >> BLOCK_SHIFT
-        last = (end + _BLOCK_MASK) >> BLOCK_SHIFT
-        found: list[tuple[int, bool]] = []
-        position = offset
-        for start, stop in self.owners.owned_runs(first, last):
-            begin = max(start << BLOCK_SHIFT, offset)
-            if begin > position:
-                found.append((begin - position, False))
-                position = begin
-            if len(found) >= limit:
-                return found
-            finish = min(stop << BLOCK_SHIFT, end)
-            found.append((finish - begin, True))
-            position = finish
-            if len(found) >= limit:
-                return found
-        if position < end:
-            found.append((end - position, False))
-        return found
+        """Up to ``limit`` runs (length in bytes, holds data) from ``offset`` on, alternating.
+
+        They may end before the range does: no more of it is looked at than ``OwnerMap.reach``.
+        """
+        first, last = blocks_of(offset, length)
+        last = self.owners.reach(first, last)
+        runs = ((start, end, True) for start, end in self.owners.owned_runs(first, last))
+        return runs_in_bytes(runs, offset, min(offset + length, last << BLOCK_SHIFT), limit, False)
 
     async def cache(self, offset: int, length: int) -> None:
         """Ask for a range to be brought into the page cache."""

@@ -25,7 +25,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -200,7 +200,13 @@ class WorkerHost:
             self._process.kill()
 
     def lease(
-        self, key: str, name: str, size: int, read_only: bool, revoke: Callable[[], None]
+        self,
+        key: str,
+        name: str,
+        size: int,
+        read_only: bool,
+        bases: Mapping[str, str],
+        revoke: Callable[[], None],
     ) -> WorkerExport:
         if self._process is None:
             raise HostLostError(f"{name}: its worker has ended; try again")

@@ -1,0 +1,319 @@
+"""Metadata contexts: no changed block is ever called clean, whatever is done to a volume.
+
+Hypothesis drives the operations of test_model.py on volumes whose clients, and those of their
+snapshots, have every context open for as long as they live: over snapshots that come and go, merges
+under way and finished, rollbacks, clones, new sizes. What they are told is held against copies of
+the content.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import itertools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import hypothesis.strategies as st
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis.stateful import rule, run_state_machine_as_test
+
+from backends.errors import InUseError
+from snapshots import owner_map
+from snapshots import volume as volume_module
+from snapshots.contexts import ALLOCATION_DEPTH, context_names
+from snapshots.handle import Handle
+from tests.snapshots.stores import BLOCK
+from tests.snapshots.test_model import VolumeModel, fractions, lengths, snapshots, volumes
+
+GIB = 1 << 30
+TIB = 1 << 40
+SIZE = 16 * BLOCK
+ALL = 1 << 30
+
+
+def dirty(snapshot: str) -> str:
+    return f"qemu:dirty-bitmap:{snapshot}"
+
+
+def ask(
+    call: Callable[[int, int, int], list[tuple[int, Any]]], start: int, end: int, limit: int = ALL
+) -> Iterator[tuple[int, int, Any]]:
+    """(start, end, status) of a range, asked for again behind each answer."""
+    while start < end:
+        runs = call(start, end - start, limit)
+        assert 1 <= len(runs) <= limit
+        assert all(one[1] != other[1] for one, other in itertools.pairwise(runs))
+        for length, status in runs:
+            assert length > 0
+            yield start, start + length, status
+            start += length
+        assert start <= end
+
+
+def statuses(handle: Handle, context: str, limit: int = ALL) -> list[int]:
+    """The status of every block."""
+    found: list[int] = []
+    runs = ask(lambda *asked: handle.status(context, *asked), 0, handle.size, limit)
+    for start, end, status in runs:
+        found += [status] * ((end - start) // BLOCK)
+    return found
+
+
+def changed(handle: Handle, snapshot: str) -> list[int]:
+    """The blocks that may differ from a snapshot."""
+    found = statuses(handle, dirty(snapshot))
+    assert set(found) <= {0, 1}
+    return [block for block, status in enumerate(found) if status]
+
+
+def differing(new: bytes, old: bytes) -> set[int]:
+    """The blocks that do."""
+    old = old.ljust(len(new), b"\0")
+    return {
+        at // BLOCK
+        for at in range(0, len(new), BLOCK)
+        if new[at : at + BLOCK] != old[at : at + BLOCK]
+    }
+
+
+class Held:
+    """A handle with its contexts, and what the snapshots that they compare with held."""
+
+    def __init__(self, handle: Handle, bases: dict[str, bytes]) -> None:
+        self.handle = handle
+        self.bases = bases
+
+
+counted = {"changed": 0, "same": 0, "gone": 0, "merging": 0}
+
+
+class ContextsModel(VolumeModel):
+    def __init__(self) -> None:
+        super().__init__()
+        self.held: dict[int, Held] = {}
+        self.snapshot_handles: dict[tuple[str, str], Handle] = {}
+
+    # Every handle has all contexts
+
+    async def open_handle(self, name: str, snapshot: str | None = None) -> Any:
+        contexts = self.catalogue.volume_contexts(name)
+        bases = self.model[name].snapshots
+        assert sorted(contexts) == sorted(context_names(bases))
+        if snapshot is None:
+            lease = await self.catalogue.open_volume(name, lambda: None, contexts)
+        else:
+            lease = await self.catalogue.open_snapshot(name, snapshot, lambda: None, contexts)
+        assert isinstance(lease, Handle)
+        self.held[id(lease)] = Held(lease, dict(bases))
+        return lease
+
+    async def end_handle(self, handle: Any) -> None:
+        del self.held[id(handle)]
+        await super().end_handle(handle)
+
+    async def extents(self, handle: Any) -> list[tuple[int, bool]]:
+        return [(end - start, data) for start, end, data in ask(handle.extents, 0, handle.size)]
+
+    def abandon(self) -> None:
+        self.held.clear()
+        self.snapshot_handles.clear()
+        super().abandon()
+
+    def teardown(self) -> None:
+        self.let_go(lambda name, snapshot: True)
+        super().teardown()
+
+    def reconnect(self, name: str) -> None:
+        """Open a volume again, with the contexts that it has now; its view stays open."""
+        modelled = self.model[name]
+        old = self.handle(name)
+        modelled.handle = self.run(self.open_handle(name))
+        self.run(self.end_handle(old))
+
+    @rule(
+        name=volumes,
+        steps=st.lists(
+            st.tuples(
+                st.sampled_from(["write", "write", "trim", "take", "take", "delete", "rollback"]),
+                snapshots,
+                fractions,
+                st.integers(1, 4),
+            ),
+            min_size=6,
+            max_size=24,
+        ),
+    )
+    def live(self, name: str, steps: list[tuple[str, str, float, int]]) -> None:
+        """Much happens to one volume, and clients come and go all the time."""
+        if name not in self.model:
+            return
+        taken = self.model[name].snapshots
+        for what, snapshot, where, blocks in steps:
+            if what == "write":
+                self.write(name, where, blocks * BLOCK, True, blocks)
+            elif what == "trim":
+                self.zero(name, where, blocks * BLOCK, True, 0)
+            elif what == "take" and snapshot not in taken:
+                self.snapshot({name}, snapshot)
+            elif what == "delete":
+                self.delete_snapshot(name, snapshot)
+            elif what == "rollback":
+                self.rollback(name, snapshot, False)
+            self.reconnect(name)
+            if taken:
+                self.hold_snapshot(name, sorted(taken)[blocks % len(taken)])
+            self.check_all()
+
+    # Snapshots that stay open
+
+    @rule(name=volumes, snapshot=snapshots)
+    def hold_snapshot(self, name: str, snapshot: str) -> None:
+        if name in self.model and snapshot in self.model[name].snapshots:
+            self.let_go(lambda *held: held == (name, snapshot))
+            self.snapshot_handles[name, snapshot] = self.run(self.open_handle(name, snapshot))
+
+    def let_go(self, which: Callable[[str, str], bool]) -> None:
+        for key in [key for key in self.snapshot_handles if which(*key)]:
+            self.run(self.end_handle(self.snapshot_handles.pop(key)))
+
+    @rule(name=volumes, snapshot=snapshots)
+    def delete_snapshot(self, name: str, snapshot: str) -> None:
+        """With everybody asking all the time."""
+        if name not in self.model or snapshot not in self.model[name].snapshots:
+            return
+        if (name, snapshot) in self.snapshot_handles:
+            with pytest.raises(InUseError):
+                self.run(self.catalogue.delete_snapshot(name, snapshot))
+            self.let_go(lambda *held: held == (name, snapshot))
+
+        async def scene() -> None:
+            deletion = asyncio.ensure_future(self.catalogue.delete_snapshot(name, snapshot))
+            while not deletion.done():
+                counted["merging"] += bool(self.catalogue._manifests.merges)
+                self.check_all(going=self.model[name].snapshots[snapshot])
+                await asyncio.sleep(0)
+            await deletion
+
+        self.run(scene())
+        del self.model[name].snapshots[snapshot]
+
+    @rule(name=volumes)
+    def delete_volume(self, name: str) -> None:
+        if len(self.model) > 1:
+            self.let_go(lambda volume, _: volume == name)
+        super().delete_volume(name)
+
+    @rule()
+    def reopen(self) -> None:
+        self.let_go(lambda name, snapshot: True)
+        super().reopen()
+
+    # Checks
+
+    @rule()
+    def check_contexts(self) -> None:
+        self.check_all()
+
+    def check_all(self, going: bytes | None = None) -> None:
+        """What every open handle is told; ``going`` is of a snapshot that is being deleted."""
+        for name, modelled in self.model.items():
+            if modelled.handle is not None:
+                self.check_held(name, modelled.handle, bytes(modelled.content), going)
+        for (name, snapshot), handle in self.snapshot_handles.items():
+            self.check_held(name, handle, self.model[name].snapshots[snapshot], going)
+
+    def check_held(self, name: str, handle: Handle, content: bytes, going: bytes | None) -> None:
+        for snapshot, base in self.held[id(handle)].bases.items():
+            is_there = self.model[name].snapshots.get(snapshot) is base
+            try:
+                found = changed(handle, snapshot)
+            except OSError as error:
+                assert not is_there or base is going
+                assert error.errno == errno.EIO
+                assert f"snapshot {snapshot} was deleted" in str(error)
+                counted["gone"] += 1
+                continue
+            assert is_there, "a snapshot that is gone was compared with"
+            assert differing(content, base) <= set(found)
+            counted["changed" if found else "same"] += 1
+        depths = statuses(handle, ALLOCATION_DEPTH)
+        holds = [
+            bool(data)
+            for start, end, data in ask(handle.extents, 0, handle.size)
+            for _ in range(start, end, BLOCK)
+        ]
+        assert [depth > 0 for depth in depths] == holds
+        assert max(depths) <= len(handle.view.stack)
+
+    @rule(
+        name=volumes,
+        snapshot=snapshots,
+        where=fractions,
+        length=lengths,
+        limit=st.integers(1, 3),
+    )
+    def check_part_of_context(
+        self, name: str, snapshot: str, where: float, length: int, limit: int
+    ) -> None:
+        """A part is told as it is told in the whole, at any offset and limit."""
+        if name not in self.model:
+            return
+        offset, length = self.place(name, where, length, False)
+        handle = self.handle(name)
+        for context in (ALLOCATION_DEPTH, dirty(snapshot)):
+            if context != ALLOCATION_DEPTH:
+                base = self.held[id(handle)].bases.get(snapshot)
+                if base is None or self.model[name].snapshots.get(snapshot) is not base:
+                    continue
+            whole = statuses(handle, context)
+
+            def status(*asked: int, context: str = context) -> list[tuple[int, int]]:
+                return handle.status(context, *asked)
+
+            for start, end, found in ask(status, offset, offset + length, limit):
+                blocks = range(start // BLOCK, -(-end // BLOCK))
+                assert {whole[block] for block in blocks} == {found}
+
+    @rule(name=volumes, snapshot=snapshots)
+    def check_nothing_else_is_dirty(self, name: str, snapshot: str) -> None:
+        """What no layer since has touched is clean."""
+        if name not in self.model:
+            return
+        handle = self.handle(name)
+        base = self.held[id(handle)].bases.get(snapshot)
+        if base is None or self.model[name].snapshots.get(snapshot) is not base:
+            return
+        touched = {
+            block
+            for extent in self.run(self.catalogue.diff(name, snapshot))
+            for block in range(extent.offset // BLOCK, (extent.offset + extent.length) // BLOCK)
+        }
+        assert set(changed(handle, snapshot)) <= touched
+
+
+@pytest.fixture
+def small_regions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Regions of four blocks, two of them at a time: then a few blocks are many regions."""
+    monkeypatch.setattr(owner_map, "REGION_SHIFT", 2)
+    monkeypatch.setattr(owner_map, "REGION", 4)
+    monkeypatch.setattr(owner_map, "_EMPTY", bytes(4))
+    monkeypatch.setattr(owner_map, "REACH", 2)
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.usefixtures("small_regions")
+def test_no_changed_block_is_ever_called_clean(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(volume_module, "INLINE_WRITE", 2 * BLOCK)
+    monkeypatch.setattr(volume_module, "SYNC_FROM", 8)
+    run_state_machine_as_test(
+        ContextsModel,
+        settings=settings(
+            max_examples=60,
+            stateful_step_count=60,
+            deadline=None,
+            suppress_health_check=list(HealthCheck),
+        ),
+    )
+    assert all(counted.values()), f"something was never tried: {counted}"
