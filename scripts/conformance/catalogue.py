@@ -1,0 +1,80 @@
+"""All checks, in the order of the specification: the handshake, TLS, then the transmission phase.
+
+What may bring a server down comes as late as the order allows.
+"""
+
+from __future__ import annotations
+
+from .check import Check, Section
+from .checks import (
+    block_status,
+    disconnect,
+    extended,
+    greeting,
+    information,
+    metadata,
+    options,
+    reads,
+    requests,
+    starttls,
+    writes,
+    zeroes,
+)
+
+SECTIONS: tuple[Section, ...] = (
+    greeting.NEWSTYLE,
+    greeting.HANDSHAKE_FLAGS,
+    greeting.CLIENT_FLAGS,
+    options.BASELINE,
+    options.CONVENTIONS,
+    options.FIXED_NEWSTYLE,
+    options.EXPORT_NAME,
+    options.ABORT,
+    options.LIST,
+    options.PEEK_EXPORT,
+    information.INFO_AND_GO,
+    information.REP_INFO,
+    information.SIZE_CONSTRAINTS,
+    information.TRANSMISSION_FLAGS,
+    metadata.STRUCTURED_REPLY,
+    metadata.QUERYING,
+    metadata.BASE,
+    metadata.LIST_META,
+    metadata.SET_META,
+    extended.EXTENDED_HEADERS,
+    starttls.NOTLS,
+    starttls.FORCEDTLS,
+    starttls.SELECTIVETLS,
+    starttls.STARTTLS,
+    starttls.TLS_VERSIONS,
+    requests.TRANSMISSION,
+    requests.REQUEST_MESSAGE,
+    reads.SIMPLE_REPLY,
+    requests.STRUCTURED_CHUNK,
+    extended.EXTENDED_CHUNK,
+    extended.PAYLOAD_LEN,
+    requests.COMMAND_FLAGS,
+    requests.ERROR_VALUES,
+    reads.READ,
+    reads.BEYOND,
+    writes.WRITE,
+    writes.REFUSED,
+    writes.READ_ONLY,
+    writes.FLUSH,
+    writes.MULTI_CONN,
+    zeroes.TRIM,
+    zeroes.CACHE,
+    zeroes.WRITE_ZEROES,
+    zeroes.FAST_ZERO,
+    block_status.BLOCK_STATUS,
+    block_status.REPLY_TYPE,
+    block_status.ALLOCATION,
+    extended.STATUS_EXT,
+    extended.STATUS_PAYLOAD,
+    requests.RESIZE,
+    disconnect.DISC,
+    disconnect.SOFT_DISCONNECT,
+    requests.TERMINATING,
+)
+
+CHECKS: tuple[Check, ...] = tuple(check for section in SECTIONS for check in section.checks)

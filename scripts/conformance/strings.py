@@ -1,0 +1,31 @@
+"""Strings of the protocol, as the specification's section "Conventions" has them."""
+
+from __future__ import annotations
+
+from .constants import MAX_STRING
+from .verdicts import Level, Violation
+
+_SENTENCE = (
+    "Conventions: a string is UTF-8, MUST NOT contain NUL characters, and MUST be no longer than "
+    "4096 bytes"
+)
+
+
+def decode(data: bytes, what: str) -> str:
+    """Decode a string that the server sent; ``what`` names it in the Violation."""
+    if len(data) > MAX_STRING:
+        raise Violation(
+            f"a {what} of at most {MAX_STRING} bytes", f"{len(data)} bytes", Level.MUST, _SENTENCE
+        )
+    try:
+        text = data.decode("utf-8")
+    except UnicodeDecodeError:
+        raise Violation(f"a {what} in UTF-8", shown(data), Level.MUST, _SENTENCE) from None
+    if "\0" in text:
+        raise Violation(f"a {what} without NUL", shown(data), Level.MUST, _SENTENCE)
+    return text
+
+
+def shown(data: bytes) -> str:
+    """Bytes fit for one line of a message."""
+    return repr(bytes(data[:60])) + (f"... ({len(data)} bytes)" if len(data) > 60 else "")
