@@ -1,6 +1,6 @@
 """The exports of a catalogue: ``VOL`` read-write, ``VOL@SNAP`` read-only."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from backends.errors import InvalidError, NotFoundError
 from nbdserve.server.exports import Export, ExportDescription, RemoteExport
@@ -29,7 +29,9 @@ class CatalogueExports:
                 return ExportDescription(name, taken.size, True, BLOCK_SIZE, "snapshot")
         raise NotFoundError(f"there is no snapshot {name}")
 
-    async def open(self, name: str, revoke: Callable[[], None]) -> Export | RemoteExport:
+    async def open(
+        self, name: str, contexts: Sequence[str], revoke: Callable[[], None]
+    ) -> Export | RemoteExport:
         volume, snapshot = _parse(name)
         if snapshot is None:
             lease = await self._catalogue.open_volume(volume, revoke)

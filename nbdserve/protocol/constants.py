@@ -5,7 +5,7 @@ reference implementation). What is compared for every request is a plain ``int``
 in an enumeration costs more than the comparison. What ends up in messages is an ``IntEnum``.
 """
 
-from enum import IntEnum
+from enum import Enum, IntEnum
 from typing import Final
 
 # Handshake
@@ -53,6 +53,7 @@ class OptionReply(IntEnum):
     ERR_SHUTDOWN = (1 << 31) + 7
     ERR_BLOCK_SIZE_REQD = (1 << 31) + 8
     ERR_TOO_BIG = (1 << 31) + 9
+    ERR_EXT_HEADER_REQD = (1 << 31) + 10
 
 
 class Info(IntEnum):
@@ -69,21 +70,39 @@ MAX_STRING: Final = 4096
 
 BASE_ALLOCATION: Final = "base:allocation"
 
+
+class ReplyStyle(Enum):
+    """How the transmission phase is framed, by what was negotiated.
+
+    SIMPLE: compact requests (28 bytes), simple replies. STRUCTURED: compact requests, structured
+    replies where a reply carries data or an error, else simple ones. EXTENDED: extended requests
+    and replies only (32 bytes).
+    """
+
+    SIMPLE = "simple"
+    STRUCTURED = "structured"
+    EXTENDED = "extended"
+
+
 # Transmission flags
 
 FLAG_HAS_FLAGS: Final = 1 << 0
 FLAG_READ_ONLY: Final = 1 << 1
 FLAG_SEND_FLUSH: Final = 1 << 2
 FLAG_SEND_FUA: Final = 1 << 3
+FLAG_ROTATIONAL: Final = 1 << 4
 FLAG_SEND_TRIM: Final = 1 << 5
 FLAG_SEND_WRITE_ZEROES: Final = 1 << 6
 FLAG_SEND_DF: Final = 1 << 7
 FLAG_CAN_MULTI_CONN: Final = 1 << 8
 FLAG_SEND_CACHE: Final = 1 << 10
+FLAG_SEND_FAST_ZERO: Final = 1 << 11
+FLAG_BLOCK_STATUS_PAYLOAD: Final = 1 << 12
 
 # Requests
 
 REQUEST_MAGIC: Final = 0x25609513
+EXTENDED_REQUEST_MAGIC: Final = 0x21E41C71
 
 CMD_READ: Final = 0
 CMD_WRITE: Final = 1
@@ -98,6 +117,8 @@ CMD_FLAG_FUA: Final = 1 << 0
 CMD_FLAG_NO_HOLE: Final = 1 << 1
 CMD_FLAG_DF: Final = 1 << 2
 CMD_FLAG_REQ_ONE: Final = 1 << 3
+CMD_FLAG_FAST_ZERO: Final = 1 << 4
+CMD_FLAG_PAYLOAD_LEN: Final = 1 << 5
 
 MAX_PAYLOAD: Final = 32 << 20
 """Largest payload of one request or reply in bytes, as NBD_INFO_BLOCK_SIZE says."""
@@ -106,6 +127,7 @@ MAX_PAYLOAD: Final = 32 << 20
 
 SIMPLE_REPLY_MAGIC: Final = 0x67446698
 STRUCTURED_REPLY_MAGIC: Final = 0x668E33EF
+EXTENDED_REPLY_MAGIC: Final = 0x6E8A278C
 
 REPLY_FLAG_DONE: Final = 1 << 0
 
@@ -113,6 +135,7 @@ REPLY_TYPE_NONE: Final = 0
 REPLY_TYPE_OFFSET_DATA: Final = 1
 REPLY_TYPE_OFFSET_HOLE: Final = 2
 REPLY_TYPE_BLOCK_STATUS: Final = 5
+REPLY_TYPE_BLOCK_STATUS_EXT: Final = 6
 REPLY_TYPE_ERROR: Final = (1 << 15) + 1
 
 STATE_HOLE: Final = 1 << 0

@@ -23,7 +23,9 @@ Rules (specification, "Newstyle negotiation" and "Fixed newstyle negotiation"):
   anything else: any other option ends the connection.
 - An option longer than MAX_OPTION is read past without being kept, and answered ERR_TOO_BIG.
 - SET_META_CONTEXT replaces the earlier choice, even when it fails, and holds for the export that
-  it names only. It wants STRUCTURED_REPLY first.
+  it names only. It wants STRUCTURED_REPLY or EXTENDED_HEADERS first.
+- EXTENDED_HEADERS supersedes STRUCTURED_REPLY, which is refused behind it, and rules out
+  EXPORT_NAME.
 
 TLS ("TLS support", "NBD_OPT_STARTTLS"):
 
@@ -40,8 +42,6 @@ is needed); answer each question with ``answer_*`` or ``refuse`` before asking a
 then on ``receive`` takes what TLS decrypted. ``Ended`` is the last event: send, then close. After
 ``answer_open`` the transmission phase has begun: ``trailing_data`` holds what the client sent
 beyond the handshake.
-
-To add: extended headers, one entry in the table of options.
 """
 
 from collections.abc import Callable, Iterable
@@ -50,7 +50,7 @@ from enum import Enum, auto
 from struct import Struct
 
 from nbdserve.protocol.constants import (
-    BASE_ALLOCATION,
+    FLAG_BLOCK_STATUS_PAYLOAD,
     FLAG_C_FIXED_NEWSTYLE,
     FLAG_C_NO_ZEROES,
     FLAG_CAN_MULTI_CONN,
@@ -58,8 +58,10 @@ from nbdserve.protocol.constants import (
     FLAG_HAS_FLAGS,
     FLAG_NO_ZEROES,
     FLAG_READ_ONLY,
+    FLAG_ROTATIONAL,
     FLAG_SEND_CACHE,
     FLAG_SEND_DF,
+    FLAG_SEND_FAST_ZERO,
     FLAG_SEND_FLUSH,
     FLAG_SEND_FUA,
     FLAG_SEND_TRIM,
@@ -68,6 +70,7 @@ from nbdserve.protocol.constants import (
     OPTION_MAGIC,
     Option,
     OptionReply,
+    ReplyStyle,
 )
 from nbdserve.protocol.options import (
     ExportDescription,
@@ -80,7 +83,7 @@ from nbdserve.protocol.options import (
     encode_meta_context,
     encode_reply,
     encode_server,
-    matches_allocation,
+    matching_contexts,
     parse_info_request,
     parse_meta_context_request,
     parse_nothing,
@@ -89,13 +92,13 @@ from nbdserve.protocol.options import (
 MAX_OPTION = 64 << 10
 """Most bytes of data of one option that are kept."""
 
+MAX_CONTEXTS = 16
+"""Most metadata contexts of one connection: each costs memory, and a chunk of every status."""
+
 _GREETING = Struct(">QQH")
 _CLIENT_FLAGS = Struct(">I")
 _OPTION = Struct(">QII")
 _EXPORT = Struct(">QH")
-
-_ALLOCATION_CONTEXT = 1
-"""Metadata context ID that stands for base:allocation."""
 
 
 @dataclass(frozen=True)
@@ -150,12 +153,22 @@ class _State(Enum):
     CLOSED = auto()
 
 
-def transmission_flags(*, read_only: bool, structured_replies: bool) -> int:
-    """Return what NBD_INFO_EXPORT and EXPORT_NAME say that the server can do."""
+def transmission_flags(description: ExportDescription, style: ReplyStyle, *, contexts: bool) -> int:
+    """Return what NBD_INFO_EXPORT and EXPORT_NAME say that the server can do.
+
+    ``contexts``: metadata contexts of this export were chosen.
+    """
     flags = FLAG_HAS_FLAGS | FLAG_SEND_FLUSH | FLAG_SEND_FUA | FLAG_CAN_MULTI_CONN | FLAG_SEND_CACHE
-    flags |= FLAG_READ_ONLY if read_only else FLAG_SEND_TRIM | FLAG_SEND_WRITE_ZEROES
-    if structured_replies:
+    if description.read_only:
+        flags |= FLAG_READ_ONLY
+    else:
+        flags |= FLAG_SEND_TRIM | FLAG_SEND_WRITE_ZEROES | FLAG_SEND_FAST_ZERO
+    if description.rotational:
+        flags |= FLAG_ROTATIONAL
+    if style is not ReplyStyle.SIMPLE:
         flags |= FLAG_SEND_DF
+    if style is ReplyStyle.EXTENDED and contexts:
+        flags |= FLAG_BLOCK_STATUS_PAYLOAD
     return flags
 
 
@@ -163,7 +176,7 @@ class Handshake:
     """The server's side of one handshake."""
 
     def __init__(self, tls: TlsMode = TlsMode.OFF) -> None:
-        self.structured_replies = False
+        self.style = ReplyStyle.SIMPLE
         self._tls = tls
         self._secure = False
         self._input = bytearray()
@@ -176,8 +189,8 @@ class Handshake:
         self._option = 0
         self._to_skip = 0
         self._request: InfoRequest | MetaContextRequest | None = None
-        self._context_export: str | None = None  # export that base:allocation was chosen for
-        self._opened: str | None = None
+        self._contexts: tuple[tuple[int, str], ...] = ()
+        self._context_export: str | None = None  # export that they were chosen for
         self._handlers: dict[int, Callable[[bytes], Event | None]] = {
             Option.EXPORT_NAME: self._on_export_name,
             Option.ABORT: self._on_abort,
@@ -192,11 +205,10 @@ class Handshake:
         }
 
     @property
-    def allocation_context(self) -> int | None:
-        """ID of base:allocation when it was chosen for the export that was opened."""
-        if self._opened is None or self._context_export != self._opened:
-            return None
-        return _ALLOCATION_CONTEXT
+    def contexts(self) -> tuple[tuple[int, str], ...]:
+        """Metadata contexts, (ID, name), chosen for the export that is, or is to be, opened."""
+        request = self._request
+        return self._contexts_of(request) if isinstance(request, InfoRequest) else ()
 
     @property
     def trailing_data(self) -> bytes:
@@ -254,27 +266,20 @@ class Handshake:
         request = self._request
         if isinstance(request, InfoRequest):
             self._output += self._information(description, request)
+            self._acknowledge()
         else:
             assert request is not None
-            listing = self._option == Option.LIST_META_CONTEXT
-            found = matches_allocation(request.queries, listing=listing)
-            if not listing:
-                self._context_export = request.name if found else None
-            if found:
-                context = 0 if listing else _ALLOCATION_CONTEXT
-                self._output += encode_meta_context(self._option, context, BASE_ALLOCATION)
-        self._acknowledge()
+            self._answer_contexts(description, request)
 
     def answer_open(self, description: ExportDescription) -> None:
         """Answer OpenExport: the client has it, the transmission phase begins."""
         request = self._request
         assert isinstance(request, InfoRequest)
-        self._opened = request.name
         if self._option == Option.GO:
             self._output += self._information(description, request)
             self._acknowledge()
         else:
-            self._output += _EXPORT.pack(description.size, self._flags_of(description))
+            self._output += _EXPORT.pack(description.size, self._flags_of(description, request))
             if not self._client_flags & FLAG_C_NO_ZEROES:
                 self._output += bytes(124)
         self._state = _State.DONE
@@ -355,6 +360,10 @@ class Handshake:
             )
 
     def _on_export_name(self, data: bytes) -> Event:
+        if self.style is ReplyStyle.EXTENDED:
+            raise OptionError(
+                OptionReply.ERR_INVALID, "NBD_OPT_EXPORT_NAME after NBD_OPT_EXTENDED_HEADERS"
+            )
         self._request = InfoRequest(decode_string(data, "export name"), frozenset())
         return self._ask(OpenExport(self._request.name))
 
@@ -375,18 +384,23 @@ class Handshake:
         if self._input:
             self._close(f"{len(self._input)} bytes in plain text behind NBD_OPT_STARTTLS")
             return None
-        self.structured_replies = False
+        self.style = ReplyStyle.SIMPLE
         self._context_export = None
         self._acknowledge()
         return self._ask(StartTls(), _State.SECURING)
 
     def _on_extended_headers(self, data: bytes) -> None:
         parse_nothing(data)
-        raise OptionError(OptionReply.ERR_UNSUP, "this server does not offer extended headers")
+        self.style = ReplyStyle.EXTENDED
+        self._acknowledge()
 
     def _on_structured_reply(self, data: bytes) -> None:
         parse_nothing(data)
-        self.structured_replies = True
+        if self.style is ReplyStyle.EXTENDED:
+            raise OptionError(
+                OptionReply.ERR_EXT_HEADER_REQD, "extended headers are in use already"
+            )
+        self.style = ReplyStyle.STRUCTURED
         self._acknowledge()
 
     def _on_info(self, data: bytes) -> Event:
@@ -395,22 +409,45 @@ class Handshake:
         return self._ask(question(self._request.name))
 
     def _on_meta_context(self, data: bytes) -> Event:
-        if not self.structured_replies:
+        if self.style is ReplyStyle.SIMPLE:
             raise OptionError(
-                OptionReply.ERR_INVALID, "metadata contexts need NBD_OPT_STRUCTURED_REPLY first"
+                OptionReply.ERR_INVALID,
+                "metadata contexts need NBD_OPT_STRUCTURED_REPLY or NBD_OPT_EXTENDED_HEADERS first",
             )
         self._request = parse_meta_context_request(data)
         return self._ask(DescribeExport(self._request.name))
 
+    def _answer_contexts(self, description: ExportDescription, request: MetaContextRequest) -> None:
+        """Answer LIST_META_CONTEXT and SET_META_CONTEXT: one reply a context."""
+        listing = self._option == Option.LIST_META_CONTEXT
+        found = matching_contexts(description.contexts, request.queries, listing=listing)
+        if listing:
+            numbered = [(0, name) for name in found]
+        elif len(found) > MAX_CONTEXTS:
+            self._error(
+                OptionReply.ERR_TOO_BIG,
+                f"{len(found)} metadata contexts, at most {MAX_CONTEXTS} are allowed",
+            )
+            return
+        else:
+            numbered = list(enumerate(found, 1))
+            self._contexts = tuple(numbered)
+            self._context_export = request.name
+        for number, name in numbered:
+            self._output += encode_meta_context(self._option, number, name)
+        self._acknowledge()
+
+    def _contexts_of(self, request: InfoRequest) -> tuple[tuple[int, str], ...]:
+        return self._contexts if request.name == self._context_export else ()
+
     def _information(self, description: ExportDescription, request: InfoRequest) -> bytes:
         return encode_information(
-            self._option, description, self._flags_of(description), request.information
+            self._option, description, self._flags_of(description, request), request.information
         )
 
-    def _flags_of(self, description: ExportDescription) -> int:
-        return transmission_flags(
-            read_only=description.read_only, structured_replies=self.structured_replies
-        )
+    def _flags_of(self, description: ExportDescription, request: InfoRequest) -> int:
+        contexts = bool(self._contexts_of(request))
+        return transmission_flags(description, self.style, contexts=contexts)
 
     def _ask(self, question: Event, state: _State = _State.QUESTION) -> Event:
         self._state = state

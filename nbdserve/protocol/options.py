@@ -6,8 +6,9 @@ Rules (specification, "Option types" and "Option reply types"):
 - INFO and GO: name, number of information requests (16 bits), the requests (16 bits each). The
   counts must fill the option exactly. Unknown information requests are ignored.
 - LIST_META_CONTEXT and SET_META_CONTEXT: export name, number of queries (32 bits), the queries. A
-  query is a namespace, a colon and a leaf-name. Queries of unknown namespaces are ignored, and
-  so are unknown leaf-names of ``base:``. ``base:`` alone asks for all in LIST, for nothing in SET.
+  query is a namespace, a colon and a leaf-name. What matches no context is ignored. In LIST no
+  query asks for all, and one that ends in a colon (``base:``, ``qemu:``, ``qemu:dirty-bitmap:``)
+  for all that begin with it; in SET only whole names select.
 - LIST, STARTTLS, STRUCTURED_REPLY and EXTENDED_HEADERS carry no data. ABORT's data is ignored.
 
 What breaks a rule raises OptionError with the reply that the specification wants for it.
@@ -46,7 +47,8 @@ class ExportDescription:
     """What the handshake says about an export.
 
     ``size`` is in bytes, ``block_size`` the preferred one in bytes (a power of two, 512 or more);
-    ``description`` is for people and may be empty.
+    ``description`` is for people and may be empty; ``contexts`` are the names of its metadata
+    contexts, ``rotational`` says that seeking costs time.
     """
 
     name: str
@@ -54,6 +56,8 @@ class ExportDescription:
     read_only: bool
     block_size: int
     description: str = ""
+    contexts: tuple[str, ...] = (BASE_ALLOCATION,)
+    rotational: bool = False
 
 
 @dataclass(frozen=True)
@@ -174,11 +178,16 @@ def parse_nothing(data: bytes) -> None:
         )
 
 
-def matches_allocation(queries: Sequence[str], *, listing: bool) -> bool:
-    """Whether the queries of LIST (``listing``) or SET find ``base:allocation``."""
-    if listing and (not queries or "base:" in queries):
-        return True
-    return BASE_ALLOCATION in queries
+def matching_contexts(
+    contexts: Sequence[str], queries: Sequence[str], *, listing: bool
+) -> list[str]:
+    """The metadata contexts that the queries of LIST (``listing``) or SET find, in their order."""
+    if not listing:
+        return [name for name in contexts if name in queries]
+    prefixes = tuple(query for query in queries if query.endswith(":"))
+    return [
+        name for name in contexts if not queries or name in queries or name.startswith(prefixes)
+    ]
 
 
 def encode_reply(option: int, reply: OptionReply, data: bytes = b"") -> bytes:

@@ -21,6 +21,7 @@ import asyncio
 import contextlib
 import logging
 import socket
+from dataclasses import replace
 from typing import Final
 
 from backends.errors import StorageError
@@ -38,7 +39,6 @@ from nbdserve.protocol.handshake import (
 from nbdserve.server.exports import (
     Agreement,
     Export,
-    ExportDescription,
     ExportRegistry,
     RemoteExport,
     Serving,
@@ -185,16 +185,10 @@ class Connection:
                 handshake.answer_describe(await registry.describe(question.name))
             elif isinstance(question, OpenExport):
                 described = await registry.describe(question.name)
-                export = await registry.open(question.name, self.abort)
-                handshake.answer_open(
-                    ExportDescription(
-                        export.name,
-                        export.size,
-                        export.read_only,
-                        export.block_size,
-                        described.description,
-                    )
-                )
+                contexts = [context for _, context in handshake.contexts]
+                export = await registry.open(question.name, contexts, self.abort)
+                # Its size may have grown meanwhile.
+                handshake.answer_open(replace(described, size=export.size))
                 return export
         except StorageError as error:
             handshake.refuse(str(error))
@@ -206,8 +200,8 @@ class Connection:
     def _begin(self, export: Export | RemoteExport) -> Serving:
         handshake = self._handshake
         agreement = Agreement(
-            structured=handshake.structured_replies,
-            context=handshake.allocation_context,
+            style=handshake.style,
+            contexts=handshake.contexts,
             peer=self.peer,
             received=handshake.trailing_data,
             relayed=self._relay is not None,

@@ -9,10 +9,11 @@ checked that they lie within ``size``. Failures are OSError, whose errno becomes
 """
 
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
+from nbdserve.protocol.constants import ReplyStyle
 from nbdserve.protocol.options import ExportDescription
 
 __all__ = [
@@ -27,14 +28,14 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Agreement:
-    """What the handshake leads to; ``context`` is the ID of base:allocation when it was chosen.
+    """What the handshake leads to; ``contexts`` are the metadata contexts chosen, (ID, name).
 
     ``received`` is what the client sent behind the handshake; ``peer`` names it in the log;
     ``relayed`` says that a relay of ours is what sends and receives.
     """
 
-    structured: bool
-    context: int | None
+    style: ReplyStyle
+    contexts: tuple[tuple[int, str], ...]
     peer: str
     received: bytes
     relayed: bool
@@ -110,6 +111,12 @@ class Export(Protocol):
         At least one run and at most ``limit``; neighbours differ; together at most ``length``.
         """
 
+    def status(self, context: str, offset: int, length: int, limit: int) -> list[tuple[int, int]]:
+        """Return runs of (length, status) of a metadata context other than base:allocation.
+
+        As ``extents``: at least one run and at most ``limit``, together at most ``length``.
+        """
+
     def try_write(self, offset: int, data: memoryview) -> bool:
         """Write all of ``data`` at once; False when that would block (nothing is then written)."""
 
@@ -162,8 +169,13 @@ class ExportRegistry(Protocol):
     async def describe(self, name: str) -> ExportDescription:
         """Describe an export; NotFoundError when there is none of that name."""
 
-    async def open(self, name: str, revoke: Callable[[], None]) -> Export | RemoteExport:
-        """Open an export; ``revoke`` may be called later to force the connection closed."""
+    async def open(
+        self, name: str, contexts: Sequence[str], revoke: Callable[[], None]
+    ) -> Export | RemoteExport:
+        """Open an export for a client that chose these of its metadata contexts.
+
+        ``revoke`` may be called later to force the connection closed.
+        """
 
     async def close(self, export: Export | RemoteExport) -> None:
         """Take back what ``open`` returned; called once for each ``open``."""

@@ -9,10 +9,11 @@ FUA is the operation followed by a flush.
 
 import logging
 import mmap
+from collections.abc import Sequence
 from typing import Final
 
 from nbdserve.protocol.constants import (
-    CMD_BLOCK_STATUS,
+    BASE_ALLOCATION,
     CMD_CACHE,
     CMD_FLAG_DF,
     CMD_FLAG_FUA,
@@ -24,23 +25,30 @@ from nbdserve.protocol.constants import (
     CMD_WRITE,
     CMD_WRITE_ZEROES,
     REPLY_FLAG_DONE,
-    REPLY_TYPE_OFFSET_DATA,
-    REPLY_TYPE_OFFSET_HOLE,
-    SIMPLE_REPLY_MAGIC,
-    STRUCTURED_REPLY_MAGIC,
+    STATE_HOLE,
+    STATE_ZERO,
     ErrorCode,
+    ReplyStyle,
 )
 from nbdserve.protocol.replies import (
-    DATA_CHUNK,
-    HOLE_CHUNK,
-    SIMPLE_REPLY,
+    DATA_HEADER,
+    HOLE_SIZE,
     block_status_reply,
+    data_chunk_header,
+    data_header,
     empty_read_reply,
     error_code,
     error_reply,
+    hole_chunk,
     success_reply,
 )
-from nbdserve.protocol.requests import Refusal, Request, Terms, validate_request
+from nbdserve.protocol.requests import (
+    Refusal,
+    Request,
+    Terms,
+    parse_status_payload,
+    validate_request,
+)
 from nbdserve.server.exports import Export
 
 MIN_SPARSE_READ: Final = 16 << 10
@@ -50,7 +58,9 @@ MAX_READ_RUNS: Final = 8
 """Most runs that a READ is answered in; with more, the whole goes out as one chunk of data."""
 
 MAX_STATUS_RUNS: Final = 4096
-"""Most descriptors of one BLOCK_STATUS reply; the client asks on behind the last one."""
+"""Most descriptors of one chunk of a BLOCK_STATUS reply; the client asks on behind the last."""
+
+_HOLE: Final = STATE_HOLE | STATE_ZERO
 
 log = logging.getLogger(__name__)
 
@@ -58,28 +68,34 @@ log = logging.getLogger(__name__)
 class Operations:
     """Carries out the requests of one connection."""
 
-    def __init__(self, export: Export, *, structured: bool, context: int | None) -> None:
+    def __init__(
+        self, export: Export, *, style: ReplyStyle, contexts: Sequence[tuple[int, str]]
+    ) -> None:
         self._export = export
-        self._structured = structured
-        self._context = context
+        self._style = style
+        self._contexts = contexts
+        self._numbers = frozenset(number for number, _ in contexts)
         self._logged: set[ErrorCode] = set()
 
     def validate(self, request: Request) -> Refusal | None:
         """Judge a request by the export and by what the handshake agreed on."""
         export = self._export
         return validate_request(
-            request,
-            Terms(export.size, export.read_only, self._structured, self._context is not None),
+            request, Terms(export.size, export.read_only, self._style, self._numbers)
         )
 
     def refused(self, request: Request, refusal: Refusal) -> bytes:
         """Encode the reply to a request that is not carried out."""
         return error_reply(
-            request.cookie, refusal.error, refusal.message, structured=self._structured
+            self._style, request.cookie, request.offset, refusal.error, refusal.message
         )
 
-    def failed(self, cookie: int, error: Exception) -> bytes:
-        """Encode the reply to a request that failed."""
+    def succeeded(self, request: Request) -> bytes:
+        """Encode the reply to a request that is done, and whose reply has no data."""
+        return success_reply(self._style, request.cookie, request.offset)
+
+    def failed(self, cookie: int, offset: int, error: Exception) -> bytes:
+        """Encode the reply to a request, of that cookie and offset, that failed."""
         if isinstance(error, OSError):
             code = error_code(error)
             message = error.strerror or str(error)
@@ -89,25 +105,44 @@ class Operations:
         else:
             code, message = ErrorCode.EIO, "internal error of the server"
             log.error("%s: a request failed", self._export.name, exc_info=error)
-        return error_reply(cookie, code, message, structured=self._structured)
+        return error_reply(self._style, cookie, offset, code, message)
 
-    def block_status(self, request: Request) -> bytes:
-        """Answer BLOCK_STATUS, at once."""
-        assert request.command == CMD_BLOCK_STATUS
-        assert self._context is not None
+    def block_status(self, request: Request, payload: bytes) -> bytes:
+        """Answer BLOCK_STATUS, at once; a ``payload`` says for which contexts, without: all."""
+        wanted = self._numbers
+        if payload:
+            parsed = parse_status_payload(request, payload, self._numbers)
+            if isinstance(parsed, Refusal):
+                return self.refused(request, parsed)
+            request, wanted = parsed
+            refusal = self.validate(request)
+            if refusal is not None:
+                return self.refused(request, refusal)
         limit = 1 if request.flags & CMD_FLAG_REQ_ONE else MAX_STATUS_RUNS
         try:
-            runs = self._export.extents(request.offset, request.length, limit)
+            statuses = [
+                (number, self._status(name, request, limit))
+                for number, name in self._contexts
+                if number in wanted
+            ]
         except Exception as error:
-            return self.failed(request.cookie, error)
-        return block_status_reply(request.cookie, self._context, runs)
+            return self.failed(request.cookie, request.offset, error)
+        return block_status_reply(self._style, request.cookie, request.offset, statuses)
+
+    def _status(self, context: str, request: Request, limit: int) -> list[tuple[int, int]]:
+        offset, length = request.offset, request.length
+        if context != BASE_ALLOCATION:
+            return self._export.status(context, offset, length, limit)
+        runs = self._export.extents(offset, length, limit)
+        return [(run, 0 if data else _HOLE) for run, data in runs]
 
     def read_runs(self, flags: int, offset: int, length: int) -> list[tuple[int, bool]] | None:
         """Return the runs of (length, holds data) that a READ is answered in.
 
         None stands for one run of data. Raises what ``extents`` raises.
         """
-        if not self._structured or length < MIN_SPARSE_READ or flags & CMD_FLAG_DF:
+        simple = self._style is ReplyStyle.SIMPLE
+        if simple or length < MIN_SPARSE_READ or flags & CMD_FLAG_DF:
             return None
         runs = self._export.extents(offset, length, MAX_READ_RUNS)
         if sum(run for run, _ in runs) != length or (len(runs) == 1 and runs[0][1]):
@@ -117,7 +152,10 @@ class Operations:
     async def perform(
         self, request: Request, payload: bytes | bytearray | None = None
     ) -> bytes | bytearray:
-        """Carry out a validated request and return its reply; ``payload`` belongs to WRITE."""
+        """Carry out a validated request and return its reply.
+
+        ``payload`` is a WRITE's, or the end of it: what came before it is written already.
+        """
         try:
             if request.command == CMD_READ:
                 return await self._read(request)
@@ -125,16 +163,16 @@ class Operations:
             if request.flags & CMD_FLAG_FUA and request.command != CMD_FLUSH:
                 await self._export.flush()
         except Exception as error:
-            return self.failed(request.cookie, error)
-        return success_reply(request.cookie)
+            return self.failed(request.cookie, request.offset, error)
+        return self.succeeded(request)
 
     async def flush(self, request: Request) -> bytes:
         """Finish a FUA write that is already done but for the flush."""
         try:
             await self._export.flush()
         except Exception as error:
-            return self.failed(request.cookie, error)
-        return success_reply(request.cookie)
+            return self.failed(request.cookie, request.offset, error)
+        return self.succeeded(request)
 
     async def _change(self, request: Request, payload: bytes | bytearray | None) -> None:
         export, offset, length = self._export, request.offset, request.length
@@ -144,7 +182,7 @@ class Operations:
             return
         elif request.command == CMD_WRITE:
             assert payload is not None
-            await export.write(offset, payload)
+            await export.write(offset + length - len(payload), payload)
         elif request.command == CMD_TRIM:
             await export.trim(offset, length)
         elif request.command == CMD_WRITE_ZEROES:
@@ -157,62 +195,49 @@ class Operations:
     async def _read(self, request: Request) -> bytes | bytearray:
         offset, length, cookie = request.offset, request.length, request.cookie
         if not length:
-            return empty_read_reply(cookie, structured=self._structured)
-        if not self._structured:
-            reply = bytearray(SIMPLE_REPLY.size + length)
-            SIMPLE_REPLY.pack_into(reply, 0, SIMPLE_REPLY_MAGIC, 0, cookie)
-            await self._export.read(offset, memoryview(reply)[SIMPLE_REPLY.size :])
-            return reply
-        runs = self.read_runs(request.flags, offset, length) or [(length, True)]
-        reply = bytearray(read_reply_size(runs))
+            return empty_read_reply(self._style, cookie, offset)
+        runs = self.read_runs(request.flags, offset, length)
+        reply = bytearray(read_reply_size(self._style, length, runs))
         view = memoryview(reply)
-        for place, start, run in frame_runs(reply, 0, cookie, offset, runs):
+        for place, start, run in frame_read(self._style, reply, 0, request, runs):
             await self._export.read(start, view[place : place + run])
         return reply
 
 
-def read_reply_size(runs: list[tuple[int, bool]]) -> int:
-    """Return the bytes of a structured READ reply of ``runs``."""
-    return sum(DATA_CHUNK.size + run if data else HOLE_CHUNK.size for run, data in runs)
+def read_reply_size(style: ReplyStyle, length: int, runs: list[tuple[int, bool]] | None) -> int:
+    """Return the bytes of the reply to a READ of ``length`` bytes, in ``runs``."""
+    if runs is None:
+        return DATA_HEADER[style] + length
+    return sum(DATA_HEADER[style] + run if data else HOLE_SIZE[style] for run, data in runs)
 
 
-def frame_runs(
-    reply: bytearray | mmap.mmap, place: int, cookie: int, offset: int, runs: list[tuple[int, bool]]
+def frame_read(
+    style: ReplyStyle,
+    reply: bytearray | mmap.mmap,
+    place: int,
+    request: Request,
+    runs: list[tuple[int, bool]] | None,
 ) -> list[tuple[int, int, int]]:
-    """Write the chunk headers of a structured READ reply into ``reply`` from ``place`` on.
+    """Write the headers of a READ's reply into ``reply`` from ``place`` on.
 
     Returns what is to be filled with data: (place in ``reply``, offset in the export, length).
     """
+    cookie, begin, length = request.cookie, request.offset, request.length
+    header = DATA_HEADER[style]
+    if runs is None:
+        reply[place : place + header] = data_header(style, cookie, begin, length)
+        return [(place + header, begin, length)]
     gaps = []
+    offset = begin
     last = len(runs) - 1
     for index, (run, data) in enumerate(runs):
         flags = REPLY_FLAG_DONE if index == last else 0
         if data:
-            DATA_CHUNK.pack_into(
-                reply,
-                place,
-                STRUCTURED_REPLY_MAGIC,
-                flags,
-                REPLY_TYPE_OFFSET_DATA,
-                cookie,
-                8 + run,
-                offset,
-            )
-            place += DATA_CHUNK.size
-            gaps.append((place, offset, run))
-            place += run
+            chunk = data_chunk_header(style, cookie, begin, offset, run, flags)
+            gaps.append((place + header, offset, run))
         else:
-            HOLE_CHUNK.pack_into(
-                reply,
-                place,
-                STRUCTURED_REPLY_MAGIC,
-                flags,
-                REPLY_TYPE_OFFSET_HOLE,
-                cookie,
-                12,
-                offset,
-                run,
-            )
-            place += HOLE_CHUNK.size
+            chunk = hole_chunk(style, cookie, begin, offset, run, flags)
+        reply[place : place + len(chunk)] = chunk
+        place += len(chunk) + (run if data else 0)
         offset += run
     return gaps

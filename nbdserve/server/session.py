@@ -30,8 +30,8 @@ class Session:
         self._transmission = Transmission(
             sock,
             export,
-            structured=agreement.structured,
-            context=agreement.context,
+            style=agreement.style,
+            contexts=agreement.contexts,
             peer=agreement.peer,
             relayed=agreement.relayed,
         )

@@ -13,6 +13,7 @@ One ``recv_into`` takes as many requests as the client has sent; a loop goes thr
   reply is sent when it is ready, so replies overtake each other and nothing waits for a slow disk.
 - But a short READ that was refused is tried once more in the next turn of the loop: the first try
   made the kernel begin to read, and a task costs more than a quick disk takes.
+- With extended headers it is the same, requests and replies are just longer.
 - A long WRITE is **streamed**: what has come of it is written in pieces of PIECE bytes while the
   rest is on its way, still in the processor's cache. What ``try_write`` refuses of it is received
   into memory of its own, for a task. A refused WRITE's payload is read past, and only then is the
@@ -34,7 +35,7 @@ import fcntl
 import logging
 import socket
 import termios
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Sequence
 from struct import Struct
 from time import perf_counter
 from typing import Any, Final
@@ -43,22 +44,33 @@ from nbdserve.protocol.constants import (
     CMD_BLOCK_STATUS,
     CMD_DISC,
     CMD_FLAG_FUA,
+    CMD_FLAG_PAYLOAD_LEN,
     CMD_READ,
     CMD_WRITE,
+    EXTENDED_REPLY_MAGIC,
+    EXTENDED_REQUEST_MAGIC,
     MAX_PAYLOAD,
     REPLY_FLAG_DONE,
+    REPLY_TYPE_NONE,
     REPLY_TYPE_OFFSET_DATA,
     REQUEST_MAGIC,
     SIMPLE_REPLY_MAGIC,
     STRUCTURED_REPLY_MAGIC,
+    ReplyStyle,
 )
-from nbdserve.protocol.replies import DATA_CHUNK, SIMPLE_REPLY, empty_read_reply, success_reply
-from nbdserve.protocol.requests import REQUEST, Request
+from nbdserve.protocol.replies import (
+    DATA_HEADER,
+    EXTENDED_CHUNK,
+    SIMPLE_REPLY,
+    data_header,
+    empty_read_reply,
+)
+from nbdserve.protocol.requests import EXTENDED_REQUEST, REQUEST, Request, payload_length
 from nbdserve.server.exports import Export
 from nbdserve.server.operations import (
     MIN_SPARSE_READ,
     Operations,
-    frame_runs,
+    frame_read,
     read_reply_size,
 )
 from nbdserve.server.output import BUFFER_SIZE, Output, allocate
@@ -83,17 +95,26 @@ MAX_BYTES: Final = MAX_PAYLOAD
 """Most bytes of payloads, of replies being made and of unsent replies outside the buffers."""
 
 # What plain requests and their replies begin with, as one number instead of three.
-_PLAIN_REQUEST: Final = Struct(">QQQI")  # magic, flags, command; cookie; offset; length
+_PLAIN_UNPACK: Final = Struct(">QQQI").unpack_from  # magic, flags, command; cookie; offset; length
 _PLAIN_READ: Final = REQUEST_MAGIC << 32 | CMD_READ
 _PLAIN_WRITE: Final = REQUEST_MAGIC << 32 | CMD_WRITE
 _PLAIN_REPLY: Final = Struct(">QQ")  # magic, error; cookie
 _PLAIN_SUCCESS: Final = SIMPLE_REPLY_MAGIC << 32
 _PLAIN_DATA: Final = Struct(">QQIQ")  # magic, flags, type; cookie; length; offset
 _PLAIN_CHUNK: Final = STRUCTURED_REPLY_MAGIC << 32 | REPLY_FLAG_DONE << 16 | REPLY_TYPE_OFFSET_DATA
+# The same with extended headers.
+_EXTENDED_UNPACK: Final = Struct(">QQQQ").unpack_from
+_EXTENDED_READ: Final = EXTENDED_REQUEST_MAGIC << 32 | CMD_READ
+_EXTENDED_WRITE: Final = EXTENDED_REQUEST_MAGIC << 32 | CMD_FLAG_PAYLOAD_LEN << 16 | CMD_WRITE
+_EXTENDED_REPLY: Final = Struct(">QQQQ")  # magic, flags, type; cookie; offset; length
+_EXTENDED_DONE: Final = EXTENDED_REPLY_MAGIC << 32 | REPLY_FLAG_DONE << 16
+_EXTENDED_SUCCESS: Final = _EXTENDED_DONE | REPLY_TYPE_NONE
+_EXTENDED_DATA: Final = Struct(">QQQQQ")  # the same; offset
+_EXTENDED_CONTENT: Final = _EXTENDED_DONE | REPLY_TYPE_OFFSET_DATA
 
 _INT: Final = Struct("i")
-_REQUEST_SIZE: Final = REQUEST.size
 _SIMPLE_SIZE: Final = SIMPLE_REPLY.size
+_EXTENDED_SIZE: Final = EXTENDED_CHUNK.size
 _MAX_BATCH: Final = 1024  # requests of one turn of the event loop
 _FLUSH_AT: Final = 128 << 10  # replies that are worth a send of their own
 _FULL: Final = 1 << 20  # of the output buffer: beyond, room only for what is under way
@@ -116,8 +137,8 @@ class Transmission:
         sock: socket.socket,
         export: Export,
         *,
-        structured: bool,
-        context: int | None,
+        style: ReplyStyle,
+        contexts: Sequence[tuple[int, str]],
         peer: str,
         relayed: bool = False,
     ) -> None:
@@ -126,13 +147,19 @@ class Transmission:
         self._sock = sock
         self._descriptor = sock.fileno()  # the loop looks up a socket by asking for its addresses
         self._export = export
-        self._structured = structured
+        self._style = style
+        self._layout, self._magic = (
+            (EXTENDED_REQUEST, EXTENDED_REQUEST_MAGIC)
+            if style is ReplyStyle.EXTENDED
+            else (REQUEST, REQUEST_MAGIC)
+        )
         self._peer = peer
         # Elsewhere nobody can tell when the client has received what refers to the page cache.
-        self._loan_from = MIN_LOAN if sock.family == socket.AF_UNIX else MAX_PAYLOAD + 1
+        self._loan_from = MAX_PAYLOAD + 1
         if sock.family == socket.AF_UNIX:
+            self._loan_from = MIN_LOAN
             export.borrowers.add(self)
-        self._operations = Operations(export, structured=structured, context=context)
+        self._operations = Operations(export, style=style, contexts=contexts)
         self._output = Output(sock)
         self._polling = Polling()
         self._relayed = relayed
@@ -140,9 +167,11 @@ class Transmission:
         self._view = memoryview(self._input)
         self._start = 0
         self._end = 0
-        # A WRITE that is being streamed: what is left to be written of it.
+        # A WRITE that is being streamed, and how much of it is written.
         self._stream: Request | None = None
-        # A WRITE on its way into memory of its own: the request, its memory, what is missing.
+        self._streamed = 0
+        # What is left of a WRITE, on its way into memory of its own: the request, the memory, and
+        # the part of it that is missing.
         self._large: tuple[Request, bytearray] | None = None
         self._missing = self._view[:0]
         # A refused WRITE: how much of its payload is still to come, and what is then answered.
@@ -291,25 +320,32 @@ class Transmission:
         source, source_view = self._input, self._view
         target, target_view = output.buffer, output.view
         try_read, try_write, is_data = export.try_read, export.try_write, export.is_data
-        unpack = _PLAIN_REQUEST.unpack_from
+        layout = self._layout
+        request_size = layout.size
+        extended = layout is EXTENDED_REQUEST
+        structured = self._style is ReplyStyle.STRUCTURED
+        if extended:
+            unpack, plain_read, plain_write = _EXTENDED_UNPACK, _EXTENDED_READ, _EXTENDED_WRITE
+        else:
+            unpack, plain_read, plain_write = _PLAIN_UNPACK, _PLAIN_READ, _PLAIN_WRITE
         pack_simple, pack_data = _PLAIN_REPLY.pack_into, _PLAIN_DATA.pack_into
-        structured = self._structured
-        header = DATA_CHUNK.size if structured else _SIMPLE_SIZE
-        sparse = MIN_SPARSE_READ if structured else MAX_IN_PLACE + 1
+        pack_extended, pack_extended_data = _EXTENDED_REPLY.pack_into, _EXTENDED_DATA.pack_into
+        header = DATA_HEADER[self._style]
+        sparse = MIN_SPARSE_READ if structured or extended else MAX_IN_PLACE + 1
         loan_from = self._loan_from
         size = export.size
         writable = -1 if export.read_only else size
         flush_at = _FLUSH_AT
         start, end, tail = self._start, self._end, output.tail
         for _ in range(_MAX_BATCH):
-            if end - start < _REQUEST_SIZE:
+            if end - start < request_size:
                 break
             kind, cookie, offset, length = unpack(source, start)
             # The two branches here are the plain cases of what validate_request lets through.
-            if kind == _PLAIN_READ and offset + length <= size and (0 < length <= MAX_IN_PLACE):
+            if kind == plain_read and offset + length <= size and (0 < length <= MAX_IN_PLACE):
                 if length >= loan_from and self._lend(cookie, offset, length, tail):
                     tail = output.tail
-                    start += _REQUEST_SIZE
+                    start += request_size
                     continue
                 if length < sparse or is_data(offset, length):
                     stop = tail + header + length
@@ -325,35 +361,42 @@ class Transmission:
                         done = try_read(offset, target_view[tail + header : stop])
                     except Exception as error:
                         output.tail = tail
-                        output.append(self._operations.failed(cookie, error))
+                        output.append(self._operations.failed(cookie, offset, error))
                         tail = output.tail
-                        start += _REQUEST_SIZE
+                        start += request_size
                         continue
                     if done:
                         if structured:
                             pack_data(target, tail, _PLAIN_CHUNK, cookie, 8 + length, offset)
+                        elif extended:
+                            pack_extended_data(
+                                target, tail, _EXTENDED_CONTENT, cookie, offset, 8 + length, offset
+                            )
                         else:
                             pack_simple(target, tail, _PLAIN_SUCCESS, cookie)
                         tail = stop
                     elif not self._read_later(cookie, offset, length):
                         break
-                    start += _REQUEST_SIZE
+                    start += request_size
                     continue
-            elif kind == _PLAIN_WRITE and offset + length <= writable and length:
-                payload = start + _REQUEST_SIZE
+            elif kind == plain_write and offset + length <= writable and length:
+                payload = start + request_size
                 stop = payload + length
                 if stop <= end and tail <= _FULL:
                     try:
                         done = try_write(offset, source_view[payload:stop])
                     except Exception as error:
                         output.tail = tail
-                        output.append(self._operations.failed(cookie, error))
+                        output.append(self._operations.failed(cookie, offset, error))
                         tail = output.tail
                         start = stop
                         continue
-                    if done:
+                    if done and not extended:
                         pack_simple(target, tail, _PLAIN_SUCCESS, cookie)
                         tail += _SIMPLE_SIZE
+                    elif done:
+                        pack_extended(target, tail, _EXTENDED_SUCCESS, cookie, offset, 0)
+                        tail += _EXTENDED_SIZE
                     elif not self._defer(
                         Request(0, CMD_WRITE, cookie, offset, length),
                         length,
@@ -363,13 +406,15 @@ class Transmission:
                     start = stop
                     continue
             output.tail = tail
-            request = REQUEST.unpack_from(source, start)
-            if request[0] != REQUEST_MAGIC:
-                self._on_bad_magic(request[0])
+            request = layout.unpack_from(source, start)
+            if request[0] != self._magic:
+                self._drop(f"bad request magic {request[0]:#010x}")
                 return
             taken = self._take(Request(*request[1:]), start, end)
             tail = output.tail
             if not taken:
+                if self._gone:
+                    return
                 break
             start += taken
             if self._stream is not None:  # what follows is its payload
@@ -392,12 +437,8 @@ class Transmission:
         pieces = self._export.try_lend(offset, length)
         if pieces is None:
             return False
-        if self._structured:
-            header = _PLAIN_DATA.pack(_PLAIN_CHUNK, cookie, 8 + length, offset)
-        else:
-            header = _PLAIN_REPLY.pack(_PLAIN_SUCCESS, cookie)
         output.tail = tail
-        output.append_loan(header, pieces)
+        output.append_loan(data_header(self._style, cookie, offset, length), pieces)
         self._send()
         return True
 
@@ -428,58 +469,61 @@ class Transmission:
         if (output.tail > _FULL or output.queued >= MAX_BYTES) and not self._send():
             self._stalled = True
             return 0
+        size = self._layout.size
         if request.command == CMD_DISC:
             self._ending = True
-            return _REQUEST_SIZE
+            return size
+        payload = payload_length(request, self._style)
+        if payload > MAX_PAYLOAD and self._style is ReplyStyle.EXTENDED:
+            self._drop(f"a payload of {payload} bytes is announced")
+            return 0
         refusal = operations.validate(request)
         if refusal is not None:
             reply = operations.refused(request, refusal)
-            payload = request.length if request.command == CMD_WRITE else 0
-            buffered = min(payload, end - start - _REQUEST_SIZE)
+            buffered = min(payload, end - start - size)
             if buffered < payload:
                 self._skip = payload - buffered
                 self._skip_reply = reply
             else:
                 output.append(reply)
-            return _REQUEST_SIZE + buffered
+            return size + buffered
         if request.command == CMD_WRITE:
             return self._take_write(request, start, end)
         if request.command == CMD_BLOCK_STATUS:
-            output.append(operations.block_status(request))
-            return _REQUEST_SIZE
+            if end - start < size + payload:
+                return 0
+            named = bytes(self._view[start + size : start + size + payload])
+            output.append(operations.block_status(request, named))
+            return size + payload
         taken = self._take_read(request) if request.command == CMD_READ else self._defer(request, 0)
-        return _REQUEST_SIZE if taken else 0
+        return size if taken else 0
 
     def _take_read(self, request: Request) -> bool:
         """READ with flags, of a length that may hold holes, or too long to be done in place."""
         output, operations = self._output, self._operations
         offset, length, cookie = request.offset, request.length, request.cookie
         if not length:
-            output.append(empty_read_reply(cookie, structured=self._structured))
+            output.append(empty_read_reply(self._style, cookie, offset))
             return True
         if length >= self._loan_from and self._lend(cookie, offset, length, output.tail):
             return True
         if length > MAX_IN_PLACE:
             return self._defer(request, length)
         try:
-            runs = operations.read_runs(request.flags, offset, length) or [(length, True)]
-            size = read_reply_size(runs) if self._structured else _SIMPLE_SIZE + length
+            runs = operations.read_runs(request.flags, offset, length)
+            size = read_reply_size(self._style, length, runs)
             if output.tail and output.tail + size > _FLUSH_AT:
                 self._send()
                 if output.tail + size > BUFFER_SIZE:
                     self._stalled = True
                     return False
             tail = output.tail
-            if self._structured:
-                gaps = frame_runs(output.buffer, tail, cookie, offset, runs)
-            else:
-                SIMPLE_REPLY.pack_into(output.buffer, tail, SIMPLE_REPLY_MAGIC, 0, cookie)
-                gaps = [(tail + _SIMPLE_SIZE, offset, length)]
+            gaps = frame_read(self._style, output.buffer, tail, request, runs)
             for place, begin, run in gaps:
                 if not self._export.try_read(begin, output.view[place : place + run]):
                     return self._defer(request, length)
         except Exception as error:
-            output.append(operations.failed(cookie, error))
+            output.append(operations.failed(cookie, offset, error))
             return True
         output.tail = tail + size
         return True
@@ -487,10 +531,11 @@ class Transmission:
     def _take_write(self, request: Request, start: int, end: int) -> int:
         """WRITE with FUA, of no bytes, or whose payload is not all there."""
         length = request.length
-        total = _REQUEST_SIZE + length
-        payload = self._view[start + _REQUEST_SIZE : min(start + total, end)]
+        size = self._layout.size
+        total = size + length
+        payload = self._view[start + size : min(start + total, end)]
         if not length:
-            self._output.append(success_reply(request.cookie))
+            self._output.append(self._operations.succeeded(request))
             return total
         if end - start < total:
             if length <= PIECE:
@@ -498,8 +543,8 @@ class Transmission:
             # Its flush will be a task, however little memory that takes.
             if request.flags & CMD_FLAG_FUA and not self._may_start(0):
                 return 0
-            self._stream = request
-            self._start = start + _REQUEST_SIZE
+            self._stream, self._streamed = request, 0
+            self._start = start + size
             self._write_stream()
             return self._start - start
         if not self._may_start(length):
@@ -507,62 +552,61 @@ class Transmission:
         try:
             done = self._export.try_write(request.offset, payload)
         except Exception as error:
-            self._output.append(self._operations.failed(request.cookie, error))
+            self._output.append(self._operations.failed(request.cookie, request.offset, error))
             return total
-        if not done:
+        if done:
+            self._written(request)
+        else:
             self._launch(self._operations.perform(request, bytes(payload)), length)
-        elif request.flags & CMD_FLAG_FUA:
+        return total
+
+    def _written(self, request: Request) -> None:
+        """Answer a WRITE that is done, but for the flush that FUA asks for."""
+        if request.flags & CMD_FLAG_FUA:
             self._launch(self._operations.flush(request), 0)
         else:
-            self._output.append(success_reply(request.cookie))
-        return total
+            self._output.append(self._operations.succeeded(request))
 
     def _write_stream(self) -> bool:
         """Write what has come of a streamed WRITE; whether what follows it can be looked at."""
         request = self._stream
         assert request is not None
-        flags, command, cookie = request.flags, request.command, request.cookie
-        offset, left = request.offset, request.length
+        offset = request.offset + self._streamed
+        left = request.length - self._streamed
         while left:
             piece = min(left, PIECE - offset % PIECE)
             if self._end - self._start < piece:
-                break
+                return False
             try:
                 done = self._export.try_write(offset, self._view[self._start : self._start + piece])
             except Exception as error:
                 self._stream = None
-                self._skip, self._skip_reply = left, self._operations.failed(cookie, error)
+                self._skip = left
+                self._skip_reply = self._operations.failed(request.cookie, request.offset, error)
                 self._skip_payload()
                 return not self._skip
             if not done:
-                return self._receive_large(Request(flags, command, cookie, offset, left))
+                return self._receive_large(request, left)
             self._start += piece
+            self._streamed += piece
             offset += piece
             left -= piece
-        if left:
-            self._stream = Request(flags, command, cookie, offset, left)
-            return False
         self._stream = None
-        if flags & CMD_FLAG_FUA:
-            self._launch(self._operations.flush(request), 0)
-        else:
-            self._output.append(success_reply(cookie))
+        self._written(request)
         return True
 
-    def _receive_large(self, request: Request) -> bool:
+    def _receive_large(self, request: Request, left: int) -> bool:
         """Have a task write what is left of a stream; False while its payload is not all there."""
-        self._stream = request
-        length = request.length
-        if not self._may_start(length):
+        if not self._may_start(left):
             return False
         self._stream = None
-        memory = bytearray(length)
-        payload = self._view[self._start : min(self._start + length, self._end)]
+        memory = bytearray(left)
+        payload = self._view[self._start : min(self._start + left, self._end)]
         memory[: len(payload)] = payload
         self._start += len(payload)
         self._large = (request, memory)
         self._missing = memoryview(memory)[len(payload) :]
-        self._bytes += length
+        self._bytes += left
         if self._missing:
             return False
         self._launch_large()
@@ -586,25 +630,23 @@ class Transmission:
         missed, self._missed = self._missed, []
         self._running -= len(missed)
         output = self._output
-        header = DATA_CHUNK.size if self._structured else _SIMPLE_SIZE
+        size = DATA_HEADER[self._style]
         for cookie, offset, length in () if self._gone else missed:
-            tail = output.tail
-            stop = tail + header + length
+            place = output.tail + size
+            stop = place + length
             try:
                 done = stop <= BUFFER_SIZE and self._export.try_read(
-                    offset, output.view[tail + header : stop]
+                    offset, output.view[place:stop]
                 )
             except Exception as error:
-                output.append(self._operations.failed(cookie, error))
+                output.append(self._operations.failed(cookie, offset, error))
                 continue
             if not done:
                 request = Request(0, CMD_READ, cookie, offset, length)
                 self._launch(self._operations.perform(request), length)
                 continue
-            if self._structured:
-                _PLAIN_DATA.pack_into(output.buffer, tail, _PLAIN_CHUNK, cookie, 8 + length, offset)
-            else:
-                _PLAIN_REPLY.pack_into(output.buffer, tail, _PLAIN_SUCCESS, cookie)
+            header = data_header(self._style, cookie, offset, length)
+            output.view[place - size : place] = header
             output.tail = stop
         self._wake()
 
@@ -630,8 +672,8 @@ class Transmission:
         assert self._large is not None
         request, memory = self._large
         self._large = None
-        self._bytes -= request.length
-        self._launch(self._operations.perform(request, memory), request.length)
+        self._bytes -= len(memory)
+        self._launch(self._operations.perform(request, memory), len(memory))
 
     def _launch(self, operation: Coroutine[Any, Any, bytes | bytearray], size: int) -> None:
         self._bytes += size
@@ -712,8 +754,9 @@ class Transmission:
 
     # The end
 
-    def _on_bad_magic(self, magic: int) -> None:
-        log.info("%s: bad request magic %#010x, connection dropped", self._peer, magic)
+    def _drop(self, why: str) -> None:
+        """The client has broken the protocol, and there is no going on from where it did."""
+        log.info("%s: %s, connection dropped", self._peer, why)
         self._send()
         self.abort()
 

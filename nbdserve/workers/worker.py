@@ -20,6 +20,7 @@ from typing import Any, Final
 
 from backends.errors import StorageError
 from backends.local_layers import LocalLayerStore
+from nbdserve.protocol.constants import ReplyStyle
 from nbdserve.server.exports import Agreement
 from nbdserve.server.session import Session
 from nbdserve.workers.channel import Channel
@@ -123,8 +124,8 @@ class Worker:
         number: int,
         key: str,
         name: str,
-        structured: bool,
-        context: int | None,
+        style: str,
+        contexts: list[list[Any]],
         peer: str,
         received: bytes,
         relayed: bool,
@@ -134,7 +135,8 @@ class Worker:
                 raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
             sock.setblocking(False)
             export = Handle(name, self._host.view(key), _not_here)
-            agreement = Agreement(structured, context, peer, received, relayed)
+            chosen = tuple((number, context) for number, context in contexts)
+            agreement = Agreement(ReplyStyle(style), chosen, peer, received, relayed)
             session = Session(sock, export, agreement)
         except (OSError, MemoryError, StorageError) as error:
             log.error("%s: closed, it cannot be served: %s", peer, error)

@@ -12,6 +12,7 @@ import pytest
 from backends.errors import UnavailableError
 from backends.local_layers import LocalLayerStore
 from backends.page_cache import is_cached
+from nbdserve.protocol.constants import ReplyStyle
 from nbdserve.server.transmission import Transmission
 from snapshots import lending
 from snapshots.catalogue import Catalogue
@@ -47,7 +48,8 @@ class Scene:
         ours, self.client = socket.socketpair()
         ours.setblocking(False)
         self.client.setblocking(False)
-        self.transmission = Transmission(ours, handle, structured=False, context=None, peer="test")
+        style = ReplyStyle.SIMPLE
+        self.transmission = Transmission(ours, handle, style=style, contexts=(), peer="test")
         self.transmission.start(b"")
 
     @classmethod

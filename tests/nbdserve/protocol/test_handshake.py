@@ -8,11 +8,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nbdserve.protocol.constants import (
+    FLAG_BLOCK_STATUS_PAYLOAD,
     FLAG_CAN_MULTI_CONN,
     FLAG_HAS_FLAGS,
     FLAG_READ_ONLY,
+    FLAG_ROTATIONAL,
     FLAG_SEND_CACHE,
     FLAG_SEND_DF,
+    FLAG_SEND_FAST_ZERO,
     FLAG_SEND_FLUSH,
     FLAG_SEND_FUA,
     FLAG_SEND_TRIM,
@@ -20,8 +23,10 @@ from nbdserve.protocol.constants import (
     Info,
     Option,
     OptionReply,
+    ReplyStyle,
 )
 from nbdserve.protocol.handshake import (
+    MAX_CONTEXTS,
     MAX_OPTION,
     DescribeExport,
     Ended,
@@ -35,7 +40,12 @@ from nbdserve.protocol.options import ExportDescription
 
 DISK = ExportDescription("disk", 1 << 30, False, 4096, "a disk")
 SNAPSHOT = ExportDescription("disk@one", 1 << 20, True, 4096)
-EXPORTS = {export.name: export for export in (DISK, SNAPSHOT)}
+DEPTH = "qemu:allocation-depth"
+BITMAPS = [f"qemu:dirty-bitmap:{number}" for number in range(20)]
+MANY = ExportDescription(
+    "many", 1 << 20, False, 4096, contexts=("base:allocation", DEPTH, *BITMAPS), rotational=True
+)
+EXPORTS = {export.name: export for export in (DISK, SNAPSHOT, MANY)}
 
 BOTH_FLAGS = struct.pack(">I", 3)
 WRITABLE = (
@@ -44,6 +54,7 @@ WRITABLE = (
     | FLAG_SEND_FUA
     | FLAG_SEND_TRIM
     | FLAG_SEND_WRITE_ZEROES
+    | FLAG_SEND_FAST_ZERO
     | FLAG_CAN_MULTI_CONN
     | FLAG_SEND_CACHE
 )
@@ -184,20 +195,21 @@ def test_list():
     assert Peer().ask(Option.LIST) == [
         (OptionReply.SERVER, string("disk")),
         (OptionReply.SERVER, string("disk@one")),
+        (OptionReply.SERVER, string("many")),
         (OptionReply.ACK, b""),
     ]
 
 
-@pytest.mark.parametrize("kind", [Option.LIST, Option.STARTTLS, Option.STRUCTURED_REPLY])
+@pytest.mark.parametrize(
+    "kind", [Option.LIST, Option.STARTTLS, Option.STRUCTURED_REPLY, Option.EXTENDED_HEADERS]
+)
 def test_options_that_take_no_data(kind):
     peer = Peer()
     assert peer.error(kind, b"?") == OptionReply.ERR_INVALID
-    assert not peer.handshake.structured_replies
+    assert peer.handshake.style is ReplyStyle.SIMPLE
 
 
-@pytest.mark.parametrize(
-    "kind", [Option.STARTTLS, Option.EXTENDED_HEADERS, Option.PEEK_EXPORT, 0, 12, 0xFFFFFFFF]
-)
+@pytest.mark.parametrize("kind", [Option.STARTTLS, Option.PEEK_EXPORT, 0, 12, 0xFFFFFFFF])
 def test_options_that_are_not_offered(kind):
     peer = Peer()
     assert peer.error(kind) == OptionReply.ERR_UNSUP
@@ -255,7 +267,47 @@ def test_transmission_flags():
     (_, data), _ = peer.ask(Option.INFO, info("disk@one"))
     flags = struct.unpack(">HQH", data)[2]
     assert flags & FLAG_READ_ONLY
-    assert not flags & (FLAG_SEND_TRIM | FLAG_SEND_WRITE_ZEROES)
+    assert not flags & (FLAG_SEND_TRIM | FLAG_SEND_WRITE_ZEROES | FLAG_SEND_FAST_ZERO)
+
+
+def flags_of(peer, name):
+    (_, data), _ = peer.ask(Option.INFO, info(name))
+    return struct.unpack(">HQH", data)[2]
+
+
+def test_rotational():
+    assert flags_of(Peer(), "many") == WRITABLE | FLAG_ROTATIONAL
+
+
+def test_status_payload_is_for_clients_with_extended_headers_and_contexts():
+    peer = structured_peer()
+    peer.ask(Option.SET_META_CONTEXT, contexts("disk", "base:allocation"))
+    assert not flags_of(peer, "disk") & FLAG_BLOCK_STATUS_PAYLOAD
+    peer.ask(Option.EXTENDED_HEADERS)
+    assert flags_of(peer, "disk") == WRITABLE | FLAG_SEND_DF | FLAG_BLOCK_STATUS_PAYLOAD
+    assert not flags_of(peer, "disk@one") & FLAG_BLOCK_STATUS_PAYLOAD
+    peer.ask(Option.SET_META_CONTEXT, contexts("disk"))
+    assert not flags_of(peer, "disk") & FLAG_BLOCK_STATUS_PAYLOAD
+
+
+def test_extended_headers_need_nothing_before_and_supersede_structured_replies():
+    peer = Peer()
+    assert peer.ask(Option.EXTENDED_HEADERS) == [(OptionReply.ACK, b"")]
+    assert peer.handshake.style is ReplyStyle.EXTENDED
+    assert peer.error(Option.STRUCTURED_REPLY) == OptionReply.ERR_EXT_HEADER_REQD
+    assert peer.handshake.style is ReplyStyle.EXTENDED
+    assert peer.ask(Option.SET_META_CONTEXT, contexts("disk", "base:allocation"))[0][1]
+    assert peer.ask(Option.EXTENDED_HEADERS) == [(OptionReply.ACK, b"")]
+    assert peer.ask(Option.GO, info("disk"))[-1] == (OptionReply.ACK, b"")
+    assert peer.handshake.contexts == ((1, "base:allocation"),)
+
+
+def test_export_name_after_extended_headers_ends_the_connection():
+    peer = Peer()
+    peer.ask(Option.EXTENDED_HEADERS)
+    assert peer.feed(option(Option.EXPORT_NAME, b"disk")) == b""
+    assert peer.ended
+    assert peer.opened is None
 
 
 @pytest.mark.parametrize("kind", [Option.INFO, Option.GO])
@@ -312,7 +364,7 @@ def test_list_meta_context(queries, found):
         (OptionReply.ACK, b""),
     ]
     peer.ask(Option.GO, info("disk"))
-    assert peer.handshake.allocation_context is None
+    assert peer.handshake.contexts == ()
 
 
 @pytest.mark.parametrize(
@@ -334,9 +386,48 @@ def test_set_meta_context(queries, found):
     )
     peer.ask(Option.GO, info("disk"))
     if found:
-        assert chosen[0][1][:4] == struct.pack(">I", peer.handshake.allocation_context)
+        assert chosen[0][1][:4] == struct.pack(">I", peer.handshake.contexts[0][0])
     else:
-        assert peer.handshake.allocation_context is None
+        assert peer.handshake.contexts == ()
+
+
+@pytest.mark.parametrize(
+    ("queries", "found"),
+    [
+        ([], ["base:allocation", DEPTH, *BITMAPS]),
+        (["qemu:"], [DEPTH, *BITMAPS]),
+        (["base:", "qemu:dirty-bitmap:"], ["base:allocation", *BITMAPS]),
+        (["qemu:dirty-bitmap:1"], BITMAPS[1:2]),
+        (["qemu:dirty-bitmap", "qemu:dirty-bitmap:2 "], []),
+    ],
+)
+def test_list_finds_by_prefixes_that_end_in_a_colon(queries, found):
+    *listed, last = structured_peer().ask(Option.LIST_META_CONTEXT, contexts("many", *queries))
+    assert listed == [(OptionReply.META_CONTEXT, bytes(4) + name.encode()) for name in found]
+    assert last == (OptionReply.ACK, b"")
+
+
+def test_set_selects_whole_names_only_each_with_a_number_of_its_own():
+    peer = structured_peer()
+    queries = ["qemu:dirty-bitmap:7", DEPTH, "qemu:", "qemu:dirty-bitmap:", DEPTH, "qemu:x"]
+    replies = peer.ask(Option.SET_META_CONTEXT, contexts("many", *queries))
+    named = [(1, DEPTH), (2, BITMAPS[7])]
+    assert replies == [
+        *((OptionReply.META_CONTEXT, struct.pack(">I", n) + name.encode()) for n, name in named),
+        (OptionReply.ACK, b""),
+    ]
+    peer.ask(Option.GO, info("many"))
+    assert peer.handshake.contexts == tuple(named)
+
+
+def test_too_many_contexts():
+    peer = structured_peer()
+    most = BITMAPS[:MAX_CONTEXTS]
+    assert len(peer.ask(Option.SET_META_CONTEXT, contexts("many", *most))) == MAX_CONTEXTS + 1
+    refused = contexts("many", *BITMAPS[: MAX_CONTEXTS + 1])
+    assert peer.error(Option.SET_META_CONTEXT, refused) == OptionReply.ERR_TOO_BIG
+    peer.ask(Option.GO, info("many"))
+    assert peer.handshake.contexts == ()
 
 
 @pytest.mark.parametrize("kind", [Option.LIST_META_CONTEXT, Option.SET_META_CONTEXT])
@@ -368,7 +459,7 @@ def test_meta_context_holds_for_its_export_only():
     peer = structured_peer()
     peer.ask(Option.SET_META_CONTEXT, contexts("disk", "base:allocation"))
     peer.ask(Option.GO, info("disk@one"))
-    assert peer.handshake.allocation_context is None
+    assert peer.handshake.contexts == ()
 
 
 @pytest.mark.parametrize(
@@ -380,7 +471,7 @@ def test_failed_or_empty_set_meta_context_takes_back_the_earlier_one(failing):
     peer.ask(Option.SET_META_CONTEXT, contexts("disk", "base:allocation"))
     peer.ask(Option.SET_META_CONTEXT, failing)
     peer.ask(Option.GO, info("disk"))
-    assert peer.handshake.allocation_context is None
+    assert peer.handshake.contexts == ()
 
 
 SESSION = b"".join(
@@ -408,7 +499,7 @@ def test_split_at_every_byte():
     for cut in range(len(SESSION)):
         peer = Peer(b"")
         assert peer.feed(SESSION[:cut]) + peer.feed(SESSION[cut:]) == expected
-        assert peer.handshake.allocation_context is not None
+        assert peer.handshake.contexts
 
 
 @given(st.binary(max_size=200))

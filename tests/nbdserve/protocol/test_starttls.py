@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nbdserve.protocol.constants import Option, OptionReply
+from nbdserve.protocol.constants import Option, OptionReply, ReplyStyle
 from nbdserve.protocol.handshake import MAX_OPTION, TlsMode
 
 from .test_handshake import BOTH_FLAGS, DISK, WRITABLE, Peer, contexts, info, option
@@ -43,8 +43,8 @@ def test_all_options_work_once_tls_has_started(mode):
         assert peer.ask(kind, dict(ORDINARY)[kind])[-1:] == ACK
     assert peer.ask(Option.GO, info("disk"))[-1:] == ACK
     assert peer.opened == "disk"
-    assert peer.handshake.structured_replies
-    assert peer.handshake.allocation_context is not None
+    assert peer.handshake.style is ReplyStyle.STRUCTURED
+    assert peer.handshake.contexts
 
 
 @pytest.mark.parametrize(("kind", "data"), [*ORDINARY, (Option.EXTENDED_HEADERS, b""), (99, b"?")])
@@ -54,7 +54,7 @@ def test_required_tls_comes_before_every_option(kind, data):
     assert peer.error(kind, b"nonsense") == OptionReply.ERR_TLS_REQD
     assert peer.error(kind, bytes(MAX_OPTION + 1)) == OptionReply.ERR_TLS_REQD
     assert peer.opened is None
-    assert not peer.handshake.structured_replies
+    assert peer.handshake.style is ReplyStyle.SIMPLE
     start_tls(peer)
     assert peer.ask(Option.LIST)[-1:] == ACK
 
@@ -108,14 +108,14 @@ def test_what_was_chosen_before_tls_is_forgotten():
     peer.ask(Option.STRUCTURED_REPLY)
     peer.ask(Option.SET_META_CONTEXT, contexts("disk", "base:allocation"))
     start_tls(peer)
-    assert not peer.handshake.structured_replies
+    assert peer.handshake.style is ReplyStyle.SIMPLE
     assert (
         peer.error(Option.SET_META_CONTEXT, contexts("disk", "base:allocation"))
         == OptionReply.ERR_INVALID
     )
     peer.ask(Option.STRUCTURED_REPLY)
     peer.ask(Option.GO, info("disk"))
-    assert peer.handshake.allocation_context is None
+    assert peer.handshake.contexts == ()
 
 
 def test_client_flags_are_not_negotiated_again():
@@ -135,7 +135,7 @@ def test_plain_text_behind_starttls_ends_the_connection(mode, behind):
 def test_plain_text_behind_a_refused_starttls_is_the_next_option():
     peer = Peer(tls=TlsMode.OPTIONAL)
     answer = peer.feed(option(Option.STARTTLS, b"?") + option(Option.STRUCTURED_REPLY))
-    assert answer and peer.handshake.structured_replies
+    assert answer and peer.handshake.style is ReplyStyle.STRUCTURED
     assert peer.ended is None
 
 

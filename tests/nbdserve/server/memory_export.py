@@ -12,6 +12,7 @@ class MemoryExport:
     """A bytearray; blocks never written, or trimmed, are holes."""
 
     block_size = BLOCK
+    contexts = ("base:allocation", "x-test:parity", "x-test:wide")
 
     def __init__(self, name="disk", size=1 << 20, *, read_only=False):
         self.name = name
@@ -99,6 +100,19 @@ class MemoryExport:
             offset += step
         return runs
 
+    def status(self, context, offset, length, limit):
+        """Parity: of each block's number. Wide: everything is one run."""
+        self._fail()
+        if context == "x-test:wide":
+            return [(length, 5)]
+        runs = []
+        end = offset + length
+        while offset < end and len(runs) < limit:
+            step = min(end, (offset // BLOCK + 1) * BLOCK) - offset
+            runs.append((step, offset // BLOCK % 2))
+            offset += step
+        return runs
+
     def try_write(self, offset, data):
         if self.refuse_writes:
             return False
@@ -148,11 +162,17 @@ class MemoryRegistry:
             await self.gate.wait()
         export = self._find(name)
         return ExportDescription(
-            export.name, export.size, export.read_only, export.block_size, "in memory"
+            export.name,
+            export.size,
+            export.read_only,
+            export.block_size,
+            "in memory",
+            export.contexts,
         )
 
-    async def open(self, name, revoke):
+    async def open(self, name, contexts, revoke):
         export = self._find(name)
+        assert set(contexts) <= set(export.contexts)
         self.revokes.append(revoke)
         self.opened += 1
         return export

@@ -4,8 +4,12 @@ import asyncio
 import struct
 from dataclasses import dataclass
 
+from nbdserve.protocol.constants import ReplyStyle
+
+SIMPLE, STRUCTURED, EXTENDED = ReplyStyle
+STYLES = list(ReplyStyle)
 READ, WRITE, DISC, FLUSH, TRIM, CACHE, WRITE_ZEROES, BLOCK_STATUS = range(8)
-FUA, NO_HOLE, DF, REQ_ONE = 1, 2, 4, 8
+FUA, NO_HOLE, DF, REQ_ONE, FAST_ZERO, PAYLOAD_LEN = 1, 2, 4, 8, 16, 32
 
 
 @dataclass
@@ -24,6 +28,13 @@ def request(command, offset=0, length=0, *, flags=0, cookie=1, data=b""):
     return struct.pack(">IHHQQI", 0x25609513, flags, command, cookie, offset, length) + data
 
 
+def extended_request(command, offset=0, length=0, *, flags=0, cookie=1, data=b""):
+    length = length or len(data)
+    if data or command == WRITE:
+        flags |= PAYLOAD_LEN
+    return struct.pack(">IHHQQQ", 0x21E41C71, flags, command, cookie, offset, length) + data
+
+
 def option(kind, data=b""):
     return struct.pack(">8sII", b"IHAVEOPT", kind, len(data)) + data
 
@@ -35,30 +46,35 @@ def string(text):
 class Client:
     """One connection on asyncio streams."""
 
-    def __init__(self, reader, writer, *, structured):
+    def __init__(self, reader, writer, style=SIMPLE):
         self.reader = reader
         self.writer = writer
-        self.structured = structured
+        self.style = style
         self.lengths = {}  # cookie -> length of the READ
+        self.offsets = {}  # cookie -> offset, with extended headers
 
     @classmethod
     async def raw(cls, path):
         reader, writer = await asyncio.open_unix_connection(path, limit=1 << 16)
-        return cls(reader, writer, structured=False)
+        return cls(reader, writer)
 
     @classmethod
-    async def connect(cls, path, name="disk", *, structured=True, context=True):
+    async def connect(cls, path, name="disk", *, style=STRUCTURED, contexts=("base:allocation",)):
         client = await cls.raw(path)
-        client.structured = structured
         assert (await client.reader.readexactly(18)) == b"NBDMAGICIHAVEOPT\0\3"
         client.writer.write(struct.pack(">I", 3))
-        if structured:
-            await client.option(8)
-            if context:
-                query = string(name) + struct.pack(">I", 1) + string("base:allocation")
-                await client.option(10, query)
-        await client.option(7, string(name) + b"\0\0")
+        await client.agree(name, style, contexts)
         return client
+
+    async def agree(self, name, style, contexts=()):
+        """Negotiate how replies come, and metadata contexts; begin the transmission phase."""
+        self.style = style
+        if style is not SIMPLE:
+            await self.option(8 if style is STRUCTURED else 11)
+            if contexts:
+                query = string(name) + struct.pack(">I", len(contexts))
+                await self.option(10, query + b"".join(map(string, contexts)))
+        await self.option(7, string(name) + b"\0\0")
 
     async def option(self, kind, data=b""):
         """Send an option; returns the data of its replies, raises on an error."""
@@ -76,9 +92,11 @@ class Client:
 
     def send(self, command, offset=0, length=0, **more):
         """Send a request without waiting."""
-        message = request(command, offset, length, **more)
+        make = extended_request if self.style is EXTENDED else request
+        message = make(command, offset, length, **more)
         if command == READ:
             self.lengths[more.get("cookie", 1)] = length
+        self.offsets[more.get("cookie", 1)] = offset
         self.writer.write(message)
 
     async def call(self, command, offset=0, length=0, **more):
@@ -93,14 +111,22 @@ class Client:
             (magic,) = struct.unpack(">I", await self.reader.readexactly(4))
             if magic == 0x67446698:
                 assert not chunks
+                assert self.style is not EXTENDED
                 error, cookie = struct.unpack(">IQ", await self.reader.readexactly(12))
                 length = self.lengths.pop(cookie, None)
-                assert length is None or not self.structured
+                assert length is None or self.style is SIMPLE
                 data = await self.reader.readexactly(0 if error or not length else length)
                 return Reply(cookie, error, data)
-            assert magic == 0x668E33EF
-            assert self.structured
-            flags, kind, cookie, length = struct.unpack(">HHQI", await self.reader.readexactly(16))
+            if self.style is EXTENDED:
+                assert magic == 0x6E8A278C
+                header = struct.unpack(">HHQQQ", await self.reader.readexactly(28))
+                flags, kind, cookie, offset, length = header
+                assert offset == self.offsets.get(cookie, offset)
+            else:
+                assert magic == 0x668E33EF
+                assert self.style is STRUCTURED
+                header = await self.reader.readexactly(16)
+                flags, kind, cookie, length = struct.unpack(">HHQI", header)
             chunks.append((kind, await self.reader.readexactly(length)))
             if flags & 1:
                 self.lengths.pop(cookie, None)
@@ -141,7 +167,23 @@ def _assemble(cookie, chunks):
 
 
 def extents(reply):
-    """Return the descriptors of a BLOCK_STATUS reply: [(length, flags)]."""
-    ((kind, payload),) = reply.chunks
-    assert kind == 5
-    return list(struct.iter_unpack(">II", payload[4:]))
+    """Return the descriptors of a BLOCK_STATUS reply for one context: [(length, status)]."""
+    ((_, descriptors),) = statuses(reply)
+    return descriptors
+
+
+def statuses(reply):
+    """Return what a BLOCK_STATUS reply says of each context: [(ID, [(length, status)])]."""
+    found = []
+    for kind, payload in reply.chunks:
+        assert kind in (5, 6), reply
+        if kind == 5:
+            (context,) = struct.unpack_from(">I", payload)
+            descriptors = list(struct.iter_unpack(">II", payload[4:]))
+        else:
+            context, count = struct.unpack_from(">II", payload)
+            descriptors = list(struct.iter_unpack(">QQ", payload[8:]))
+            assert len(descriptors) == count
+        assert descriptors
+        found.append((context, descriptors))
+    return found

@@ -21,6 +21,9 @@ from .nbd_client import (
     FLUSH,
     FUA,
     READ,
+    SIMPLE,
+    STRUCTURED,
+    STYLES,
     TRIM,
     WRITE,
     WRITE_ZEROES,
@@ -49,7 +52,7 @@ def test_list_describe_and_open_over_the_socket():
         client.writer.write(FLAGS)
         assert await client.option(3) == [string("disk"), string("disk@one")]
         await client.option(8)
-        client.structured = True
+        client.style = STRUCTURED
         export, description = await client.option(6, string("disk@one") + b"\0\1\0\2")
         assert struct.unpack(">HQ", export[:10]) == (0, 8192)
         assert description[2:] == b"in memory"
@@ -95,7 +98,7 @@ def test_registry_that_fails_is_an_error_of_the_option(caplog):
     async def test(harness):
         harness.registry._find = lambda name: 1 / 0
         with pytest.raises(AssertionError, match="internal error"):
-            await harness.connect(structured=False)
+            await harness.connect(style=SIMPLE)
 
     serve(test)
     assert not no_tracebacks(caplog)  # a fault of ours is reported
@@ -279,13 +282,13 @@ def test_garbage_in_the_handshake(caplog, data):
         ),
         max_size=12,
     ),
-    st.booleans(),
+    st.sampled_from(STYLES),
     st.booleans(),
 )
-def test_garbage_in_the_transmission(caplog, messages, structured, slow):
+def test_garbage_in_the_transmission(caplog, messages, style, slow):
     async def test(harness):
         harness.export.refuse_reads = harness.export.refuse_writes = slow
-        client = await harness.connect(structured=structured)
+        client = await harness.connect(style=style)
         client.writer.write(b"".join(messages))
         client.writer.write_eof()
         await client.at_end()
@@ -313,13 +316,13 @@ def script():
     return b"".join(messages)
 
 
-def run_script(pieces, structured, slow):
+def run_script(pieces, style, slow):
     """Send the pieces one by one; returns the replies by cookie."""
     found = {}
 
     async def test(harness):
         harness.export.refuse_reads = harness.export.refuse_writes = slow
-        client = await harness.connect(structured=structured)
+        client = await harness.connect(style=style)
         client.lengths = {2: 200, 6: 20, 9: 5 * BLOCK}
         sock = client.writer.get_extra_info("socket")
         assert sock.type == socket.SOCK_STREAM
@@ -337,10 +340,10 @@ def run_script(pieces, structured, slow):
     return found
 
 
-@pytest.mark.parametrize("structured", [False, True])
-def test_stream_cut_at_every_byte(structured):
+@pytest.mark.parametrize("style", [SIMPLE, STRUCTURED])
+def test_stream_cut_at_every_byte(style):
     whole = script()
-    expected = run_script([whole], structured, False)
+    expected = run_script([whole], style, False)
     assert expected[2] == (0, bytes(range(200)))
     assert [expected[cookie][0] for cookie in (3, 4, 5, 7)] == [
         errno.ENOSPC,
@@ -348,17 +351,19 @@ def test_stream_cut_at_every_byte(structured):
         errno.EINVAL,
         errno.EINVAL,
     ]
-    bytewise = run_script([whole[i : i + 1] for i in range(len(whole))], structured, False)
+    bytewise = run_script([whole[i : i + 1] for i in range(len(whole))], style, False)
     assert bytewise == expected
 
 
 @hostile
-@given(st.sets(st.integers(1, len(script()) - 1), max_size=12), st.booleans())
-def test_stream_cut_anywhere(cuts, structured):
+@given(
+    st.sets(st.integers(1, len(script()) - 1), max_size=12), st.sampled_from([SIMPLE, STRUCTURED])
+)
+def test_stream_cut_anywhere(cuts, style):
     whole = script()
     edges = [0, *sorted(cuts), len(whole)]
     pieces = [whole[a:b] for a, b in pairwise(edges)]
-    assert run_script(pieces, structured, False) == run_script([whole], structured, False)
+    assert run_script(pieces, style, False) == run_script([whole], style, False)
 
 
 SIZE = 3 << 20
@@ -372,10 +377,10 @@ steps = st.tuples(
 
 
 @hostile
-@given(st.lists(steps, max_size=25), st.booleans(), st.integers(0, 255))
-def test_against_a_bytearray(todo, structured, fill):
+@given(st.lists(steps, max_size=25), st.sampled_from(STYLES), st.integers(0, 255))
+def test_against_a_bytearray(todo, style, fill):
     async def test(harness):
-        client = await harness.connect(structured=structured)
+        client = await harness.connect(style=style)
         model = bytearray(SIZE)
         for command, offset, wanted, flags, slow in todo:
             harness.export.refuse_reads = harness.export.refuse_writes = slow

@@ -7,14 +7,15 @@ import tempfile
 
 import pytest
 
+from nbdserve.protocol.constants import ReplyStyle
 from nbdserve.server.transmission import MAX_BYTES, MIN_LOAN, Transmission
 
 from .harness import serve, settle
 from .memory_export import MemoryExport
-from .nbd_client import DF, READ, request
+from .nbd_client import DF, READ, SIMPLE, STYLES, request
 
 MIB = 1 << 20
-both_replies = pytest.mark.parametrize("structured", [False, True])
+both_replies = pytest.mark.parametrize("style", STYLES)
 
 
 class LendingExport(MemoryExport):
@@ -41,15 +42,15 @@ class LendingExport(MemoryExport):
 
 @both_replies
 @pytest.mark.parametrize("size", [MIN_LOAN, MIN_LOAN + 1, 100_000, MIB, MIB + 1, 3 * MIB + 5])
-def test_lent_reads_are_the_same_bytes(structured, size):
+def test_lent_reads_are_the_same_bytes(style, size):
     async def test(harness):
         export = harness.export
-        client = await harness.connect(structured=structured)
+        client = await harness.connect(style=style)
         for offset in (0, 4096, 7, export.size - size):
-            for flags in (0, DF) if structured else (0,):
+            for flags in (0, DF) if style is not SIMPLE else (0,):
                 reply = await client.call(READ, offset, size, flags=flags)
                 assert (reply.error, reply.data) == (0, export.content[offset : offset + size])
-        assert export.lent == (8 if structured else 4)
+        assert export.lent == (8 if style is not SIMPLE else 4)
 
     serve(test, LendingExport(piece=300_000))
 
@@ -69,7 +70,7 @@ def test_what_is_on_loan_is_bounded():
 
     async def test(harness):
         export = harness.export
-        client = await harness.connect(structured=False)
+        client = await harness.connect(style=SIMPLE)
         most = MAX_BYTES // MIB + 4  # and what the socket took
         wanted = 3 * most
         client.writer.write(b"".join(request(READ, 0, MIB, cookie=i) for i in range(wanted)))
@@ -101,7 +102,7 @@ async def _transmission(export, family=socket.AF_UNIX):
     ours, theirs = socket.socketpair(family, socket.SOCK_STREAM)
     ours.setblocking(False)
     theirs.setblocking(False)
-    transmission = Transmission(ours, export, structured=False, context=None, peer="test")
+    transmission = Transmission(ours, export, style=ReplyStyle.SIMPLE, contexts=(), peer="test")
     transmission.start(b"")
     return transmission, theirs
 
@@ -148,7 +149,7 @@ def test_nothing_is_lent_over_tcp():
             ours, _ = listener.accept()
         ours.setblocking(False)
         client.setblocking(False)
-        transmission = Transmission(ours, export, structured=False, context=None, peer="test")
+        transmission = Transmission(ours, export, style=ReplyStyle.SIMPLE, contexts=(), peer="test")
         transmission.start(b"")
         assert not export.borrowers
         loop = asyncio.get_running_loop()

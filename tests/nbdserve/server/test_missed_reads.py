@@ -10,10 +10,10 @@ from nbdserve.server.transmission import MAX_REQUESTS
 
 from .harness import serve, settle
 from .memory_export import MemoryExport
-from .nbd_client import DISC, READ, request
+from .nbd_client import DISC, READ, SIMPLE, STYLES, request
 
 SIZE = 1 << 20
-both_replies = pytest.mark.parametrize("structured", [False, True])
+both_replies = pytest.mark.parametrize("style", STYLES)
 
 
 class Cold(MemoryExport):
@@ -42,9 +42,9 @@ class Cold(MemoryExport):
 
 @both_replies
 @pytest.mark.parametrize("size", [1, 4096, 65536])
-def test_the_second_try_needs_no_task(structured, size):
+def test_the_second_try_needs_no_task(style, size):
     async def test(harness):
-        client = await harness.connect(structured=structured)
+        client = await harness.connect(style=style)
         for offset in (0, 5, 4096):
             assert (await client.call(READ, offset, size)).data == (
                 harness.export.content[offset : offset + size]
@@ -56,9 +56,9 @@ def test_the_second_try_needs_no_task(structured, size):
 
 @both_replies
 @pytest.mark.parametrize(("misses", "size"), [(2, 4096), (1, 65537)])
-def test_what_is_refused_twice_or_long_becomes_a_task(structured, misses, size):
+def test_what_is_refused_twice_or_long_becomes_a_task(style, misses, size):
     async def test(harness):
-        client = await harness.connect(structured=structured)
+        client = await harness.connect(style=style)
         assert (await client.call(READ, 7, size)).data == harness.export.content[7 : 7 + size]
         assert harness.export.reads() == [("read", 7, size)]
 
@@ -66,9 +66,9 @@ def test_what_is_refused_twice_or_long_becomes_a_task(structured, misses, size):
 
 
 @both_replies
-def test_an_error_at_the_second_try_is_answered(structured):
+def test_an_error_at_the_second_try_is_answered(style):
     async def test(harness):
-        client = await harness.connect(structured=structured)
+        client = await harness.connect(style=style)
         assert (await client.call(READ, 7, 4096)).error == errno.EIO
         harness.export.after = None
         assert (await client.call(READ, 7, 4096)).error == 0
@@ -79,7 +79,7 @@ def test_an_error_at_the_second_try_is_answered(structured):
 @pytest.mark.parametrize("misses", [1, 2])
 def test_many_at_once_are_all_answered_and_few_are_under_way(misses):
     async def test(harness):
-        client = await harness.connect(structured=False)
+        client = await harness.connect(style=SIMPLE)
         count = 3 * MAX_REQUESTS
         client.writer.write(
             b"".join(request(READ, 512 * i, 512, cookie=i) for i in range(count))
@@ -114,7 +114,7 @@ def test_a_client_that_vanishes_in_between():
 
 def test_the_end_of_the_server_lets_them_be_answered():
     async def test(harness):
-        client = await harness.connect(structured=False)
+        client = await harness.connect(style=SIMPLE)
         client.writer.write(request(READ, 0, 512))
         while not harness.export.tries:  # noqa: ASYNC110 - from outside
             await asyncio.sleep(0)

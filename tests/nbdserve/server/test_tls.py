@@ -16,7 +16,7 @@ from nbdserve.server.tls import load_tls
 from .certificates import client_context, make_certificates
 from .harness import serve, settle
 from .memory_export import MemoryExport
-from .nbd_client import DISC, FLUSH, READ, WRITE, option, request, string
+from .nbd_client import DISC, FLUSH, READ, SIMPLE, STYLES, WRITE, option, request, string
 
 MIB = 1 << 20
 GREETING = 18
@@ -51,16 +51,13 @@ async def start_tls(client, context):
     await client.writer.start_tls(context, server_hostname="localhost")
 
 
-async def connect(harness, certificates, *, structured=False):
+async def connect(harness, certificates, *, style=SIMPLE):
     """An open export over TLS."""
     client = await harness.raw()
     await client.reader.readexactly(GREETING)
     client.writer.write(FLAGS)
     await start_tls(client, client_context(certificates))
-    if structured:
-        client.structured = True
-        await client.option(8)
-    await client.option(7, string("disk") + b"\0\0")
+    await client.agree("disk", style)
     return client
 
 
@@ -128,14 +125,14 @@ def one_line_each(caplog):
     return not any(r.exc_info or "\n" in r.getMessage() for r in caplog.records)
 
 
-@pytest.mark.parametrize("structured", [False, True])
-def test_reads_and_writes_of_all_sizes_pipelined(certificates, required, structured):
+@pytest.mark.parametrize("style", STYLES)
+def test_reads_and_writes_of_all_sizes_pipelined(certificates, required, style):
     source = random.Random(11)
     content = bytearray(source.randbytes(48 * MIB))
     sizes = [1, 511, 4096, 65536, 16384 - 28, 16384 - 27, MIB, 3 * MIB + 7, 20 * MIB]
 
     async def test(harness):
-        client = await connect(harness, certificates, structured=structured)
+        client = await connect(harness, certificates, style=style)
         at = 0
         cookies = {}
         for cookie in count():

@@ -1,47 +1,67 @@
 """The slow twin of the request loop: one request at a time, on a bytearray, nothing clever.
 
-It shares with the server only what judges a request (``validate_request``), the sizes below which
+It shares with the server only what judges a request (requests.py), the sizes below which
 and beyond which a READ is answered without holes, and nothing of how replies are made.
 """
 
 import struct
 
-from nbdserve.protocol.requests import Request, Terms, validate_request
+from nbdserve.protocol.constants import ReplyStyle
+from nbdserve.protocol.requests import (
+    Refusal,
+    Request,
+    Terms,
+    parse_status_payload,
+    validate_request,
+)
 from nbdserve.server.operations import MAX_READ_RUNS, MIN_SPARSE_READ
 
 BLOCK = 4096
 READ, WRITE, DISC, FLUSH, TRIM, CACHE, WRITE_ZEROES, BLOCK_STATUS = range(8)
-FUA, NO_HOLE, DF, REQ_ONE = 1, 2, 4, 8
+FUA, NO_HOLE, DF, REQ_ONE, PAYLOAD_LEN = 1, 2, 4, 8, 32
 CONTEXT = 1
 
-SIMPLE = struct.Struct(">IIQ")
+SIMPLE_REPLY = struct.Struct(">IIQ")
 CHUNK = struct.Struct(">IHHQI")
 SIMPLE_MAGIC = 0x67446698
 CHUNK_MAGIC = 0x668E33EF
+LONG_CHUNK = struct.Struct(">IHHQQQ")
+LONG_CHUNK_MAGIC = 0x6E8A278C
 DONE = 1
-OFFSET_DATA, OFFSET_HOLE, STATUS, ERROR = 1, 2, 5, 0x8001
+OFFSET_DATA, OFFSET_HOLE, STATUS, LONG_STATUS, ERROR = 1, 2, 5, 6, 0x8001
 
 
 class Twin:
     """A volume or snapshot as one client sees it: its bytes, and which blocks hold data."""
 
-    def __init__(self, size, *, structured, read_only=False):
+    def __init__(self, size, style, *, read_only=False):
         self.content = bytearray(size)
         self.mapped = bytearray(size // BLOCK)
         self.unsure = []  # holes zeroed in part: their zeroes may have been written or not
-        self.structured = structured
-        self.terms = Terms(size, read_only, structured, structured)
+        self.simple = style is ReplyStyle.SIMPLE
+        self.extended = style is ReplyStyle.EXTENDED
+        self.offset = 0  # of the request that is being answered
+        self.style = style
+        self.terms = Terms(size, read_only, style, frozenset(() if self.simple else (CONTEXT,)))
 
-    def frozen(self, *, structured):
+    def frozen(self):
         """What a snapshot taken now is."""
-        copy = Twin(len(self.content), structured=structured, read_only=True)
+        copy = Twin(len(self.content), self.style, read_only=True)
         copy.content[:] = self.content
         copy.mapped[:] = self.mapped
         return copy
 
     def answer(self, flags, command, cookie, offset, length, payload):
         """Carry out one request; returns its reply."""
-        refusal = validate_request(Request(flags, command, cookie, offset, length), self.terms)
+        self.offset = offset
+        request = Request(flags, command, cookie, offset, length)
+        refusal = validate_request(request, self.terms)
+        if refusal is None and command == BLOCK_STATUS and flags & PAYLOAD_LEN:
+            refusal = parsed = parse_status_payload(request, payload, self.terms.contexts)
+            if not isinstance(parsed, Refusal):
+                request, _ = parsed
+                flags, length = request.flags, request.length
+                refusal = validate_request(request, self.terms)
         if refusal is not None:
             return self._refuse(cookie, refusal.error, refusal.message.encode())
         if command == READ:
@@ -54,7 +74,9 @@ class Twin:
                 self._map(offset, length)
             elif command in (TRIM, WRITE_ZEROES):
                 self._zero(offset, length, keep=command == WRITE_ZEROES and flags & NO_HOLE)
-        return SIMPLE.pack(SIMPLE_MAGIC, 0, cookie)
+        if self.extended:
+            return self._chunk(DONE, 0, cookie, b"")
+        return SIMPLE_REPLY.pack(SIMPLE_MAGIC, 0, cookie)
 
     def runs(self, offset, length):
         """Pieces of a range in which all blocks hold data, or none does: [(length, data)]."""
@@ -84,14 +106,14 @@ class Twin:
             self.mapped[block] = 1 if keep else 0
 
     def _refuse(self, cookie, error, text):
-        if not self.structured:
-            return SIMPLE.pack(SIMPLE_MAGIC, error, cookie)
+        if self.simple:
+            return SIMPLE_REPLY.pack(SIMPLE_MAGIC, error, cookie)
         return self._chunk(DONE, ERROR, cookie, struct.pack(">IH", error, len(text)) + text)
 
     def _read(self, flags, cookie, offset, length):
         data = self.content[offset : offset + length]
-        if not self.structured:
-            return SIMPLE.pack(SIMPLE_MAGIC, 0, cookie) + data
+        if self.simple:
+            return SIMPLE_REPLY.pack(SIMPLE_MAGIC, 0, cookie) + data
         if not length:
             return self._chunk(DONE, 0, cookie, b"")
         runs = [(length, True)]
@@ -116,9 +138,18 @@ class Twin:
         runs = self.runs(offset, length)
         if flags & REQ_ONE:
             runs = runs[:1]
-        descriptors = [struct.pack(">II", size, 0 if data else 3) for size, data in runs]
-        return self._chunk(DONE, STATUS, cookie, struct.pack(">I", CONTEXT) + b"".join(descriptors))
+        statuses = [(size, 0 if data else 3) for size, data in runs]
+        if self.extended:
+            descriptors = b"".join(struct.pack(">QQ", *status) for status in statuses)
+            payload = struct.pack(">II", CONTEXT, len(statuses)) + descriptors
+            return self._chunk(DONE, LONG_STATUS, cookie, payload)
+        descriptors = b"".join(struct.pack(">II", *status) for status in statuses)
+        return self._chunk(DONE, STATUS, cookie, struct.pack(">I", CONTEXT) + descriptors)
 
-    @staticmethod
-    def _chunk(flags, kind, cookie, payload):
-        return CHUNK.pack(CHUNK_MAGIC, flags, kind, cookie, len(payload)) + payload
+    def _chunk(self, flags, kind, cookie, payload):
+        size = len(payload)
+        if self.extended:
+            header = LONG_CHUNK.pack(LONG_CHUNK_MAGIC, flags, kind, cookie, self.offset, size)
+        else:
+            header = CHUNK.pack(CHUNK_MAGIC, flags, kind, cookie, size)
+        return header + payload

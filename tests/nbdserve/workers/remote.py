@@ -14,6 +14,7 @@ from tests.nbdserve.server.nbd_client import (
     FLUSH,
     NO_HOLE,
     READ,
+    STRUCTURED,
     TRIM,
     WRITE,
     WRITE_ZEROES,
@@ -21,6 +22,7 @@ from tests.nbdserve.server.nbd_client import (
     extents,
 )
 
+CONTEXTS = ((1, "base:allocation"),)
 _ERRNO = {1: 1, 5: 5, 12: 12, 22: 22, 28: 28}
 
 
@@ -48,9 +50,9 @@ class RemoteHandle:
         ours, theirs = socket.socketpair()
         for end in (ours, theirs):
             end.setblocking(False)
-        serving = lease.serve(theirs, Agreement(True, 1, "test", b"", False))
+        serving = lease.serve(theirs, Agreement(STRUCTURED, CONTEXTS, "test", b"", False))
         reader, writer = await asyncio.open_unix_connection(sock=ours, limit=1 << 20)
-        return cls(lease, serving, Client(reader, writer, structured=True))
+        return cls(lease, serving, Client(reader, writer, STRUCTURED))
 
     async def end(self, catalogue):
         """Disconnect, and give the lease back once the worker says that it is over."""
