@@ -221,12 +221,13 @@ class Channel:
             task.add_done_callback(self._tasks.discard)
         elif kind in (ANSWER, ERROR):
             number, result = rest
-            answer = self._calls.pop(number)
+            error = unpack_error(result) if kind == ERROR else None
+            answer = self._calls.pop(number)  # what raises above leaves it to ``fail_calls``
             if not answer.done():
-                if kind == ANSWER:
+                if error is None:
                     answer.set_result(result)
                 else:
-                    answer.set_exception(unpack_error(result))
+                    answer.set_exception(error)
         elif kind in (EVENT, HANDOVER):
             name, arguments = rest
             sock = self._sockets.popleft() if kind == HANDOVER else None

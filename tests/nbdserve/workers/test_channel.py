@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from backends import errors
 from nbdserve.workers import channel as channel_module
-from nbdserve.workers.channel import CALL, EVENT, Channel
+from nbdserve.workers.channel import CALL, ERROR, EVENT, Channel
 from nbdserve.workers.errors import pack_error, unpack_error
 from snapshots.host import HostLostError
 from tests.snapshots.stores import until
@@ -230,6 +230,25 @@ def test_what_is_no_message_ends_the_channel(garbage):
         assert not channel.open
         ours.settimeout(10)
         assert ours.recv(1) == b""
+        ours.close()
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("error", [7, [], ["OSError", "x"], [[], "x"]])
+def test_an_answer_that_is_no_error_ends_the_channel_and_its_call(error):
+    async def main():
+        ours, theirs = socket.socketpair()
+        end = End()
+        channel = Channel(theirs, end)
+        call = asyncio.ensure_future(channel.call("x"))
+        await asyncio.sleep(0)
+        ours.send(frame([ERROR, 1, error]))
+        async with asyncio.timeout(20):
+            assert await end.ended is not None
+            channel.fail_calls(HostLostError("it has ended"))
+            with pytest.raises(HostLostError, match="it has ended"):
+                await call
         ours.close()
 
     asyncio.run(main())
