@@ -1,94 +1,36 @@
-"""What the daemon is told: a TOML file, and the command line, which wins over it.
+"""What the daemon is told: the command line, which wins, and a file (see configuration_file.py).
 
-The file's keys are those of :data:`KEYS`, all of them optional::
+Each source is read into ``Settings``; ``combine`` makes the ``Configuration`` of both:
 
-    data = "/var/lib/nbdserve"
-    listen = ["127.0.0.1:10809", "unix:/run/nbdserve/nbd.sock"]
-    log_level = "info"
-    workers = 2
-    tls = "required"
-    tls_certificate = "/etc/nbdserve/server-cert.pem"
-    tls_key = "/etc/nbdserve/server-key.pem"
-    tls_client_ca = "/etc/nbdserve/ca-cert.pem"
+- The settings of TLS are those of all listeners, key by key, unless a listener has its own.
+- ``--listen`` takes the place of all the addresses that the file names. A table of the file holds
+  for its address nevertheless: naming it once more must not let more clients in.
+- A listener that the file has no table for lets in whoever can connect.
 """
 
-import ipaddress
 import os
-import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
 
-from backends.errors import InvalidError, NotFoundError
+from backends.errors import InvalidError
+from nbdserve.addresses import Address, UnixAddress, parse_address
 from nbdserve.protocol.handshake import TlsMode
+from nbdserve.server.connection import HANDSHAKE_TIMEOUT
+from nbdserve.server.entrance import EVERYBODY, MAX_CONNECTIONS, AccessList
+from nbdserve.server.listening import OWNER_ONLY
+from nbdserve.server.permissions import ExportRule
 
-DEFAULT_ADDRESS = "127.0.0.1:10809"
-LOG_LEVELS = ("debug", "info", "warning", "error")
-TLS_MODES = tuple(mode.value for mode in TlsMode)
-KEYS = (
-    "data",
-    "listen",
-    "log_level",
-    "workers",
-    "tls",
-    "tls_certificate",
-    "tls_key",
-    "tls_client_ca",
+DEFAULT_ADDRESS: Final = "127.0.0.1:10809"
+LOG_LEVELS: Final = ("debug", "info", "warning", "error")
+TLS_MODES: Final = tuple(mode.value for mode in TlsMode)
+MAX_WORKERS: Final = 64
+MOST_BY_DEFAULT: Final = 4
+
+_GIVE_FILES: Final = (
+    "give --tls-certificate and --tls-key, or tls_certificate and tls_key in the file"
 )
-MAX_WORKERS = 64
-MOST_BY_DEFAULT = 4
-
-
-@dataclass(frozen=True)
-class TcpAddress:
-    """``port`` 0 lets the system choose."""
-
-    host: str
-    port: int
-
-    def __str__(self) -> str:
-        host = f"[{self.host}]" if ":" in self.host else self.host
-        return f"{host}:{self.port}"
-
-    @property
-    def is_loopback(self) -> bool:
-        """Whether only this machine can connect. Names other than localhost count as open."""
-        try:
-            return ipaddress.ip_address(self.host).is_loopback
-        except ValueError:
-            return self.host == "localhost"
-
-
-@dataclass(frozen=True)
-class UnixAddress:
-    """The path of a socket."""
-
-    path: Path
-
-    def __str__(self) -> str:
-        return f"unix:{self.path}"
-
-
-Address = TcpAddress | UnixAddress
-
-
-def parse_address(text: str) -> Address:
-    """``HOST:PORT``, ``[IPV6]:PORT`` or ``unix:PATH``."""
-    if text.startswith("unix:"):
-        path = text.removeprefix("unix:")
-        if not path or "\0" in path:
-            raise InvalidError(f"listen address {text!r} names no path: write unix:PATH")
-        return UnixAddress(Path(path))
-    host, colon, port = text.rpartition(":")
-    if host.startswith("[") and host.endswith("]"):
-        host = host[1:-1]
-    elif ":" in host:
-        raise InvalidError(f"listen address {text!r}: write an IPv6 address as [{host}]:PORT")
-    if not colon or not host or not (port.isascii() and port.isdigit() and len(port) <= 5):
-        raise InvalidError(f"listen address {text!r} is neither HOST:PORT nor unix:PATH")
-    if int(port) > 65535:
-        raise InvalidError(f"listen address {text!r}: a port is at most 65535")
-    return TcpAddress(host, int(port))
 
 
 @dataclass(frozen=True)
@@ -102,14 +44,34 @@ class TlsSettings:
 
 
 @dataclass(frozen=True)
+class ListenerSettings:
+    """What the file says about one listener; None where it says nothing.
+
+    ``socket_mode`` (permission bits) and ``socket_group`` (a number) are of a Unix socket's file;
+    ``where`` names the table in errors.
+    """
+
+    where: str
+    address: Address
+    tls: TlsSettings = TlsSettings()
+    access: AccessList = EVERYBODY
+    socket_mode: int | None = None
+    socket_group: int | None = None
+    max_connections: int | None = None
+
+
+@dataclass(frozen=True)
 class Settings:
-    """One source's say; None where it says nothing."""
+    """One source's say; None where it says nothing. ``handshake_timeout`` is in seconds."""
 
     data: Path | None = None
     listen: tuple[str, ...] | None = None
     log_level: str | None = None
     tls: TlsSettings = TlsSettings()
     workers: int | None = None
+    handshake_timeout: int | None = None
+    listeners: tuple[ListenerSettings, ...] = ()
+    exports: tuple[ExportRule, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -123,46 +85,46 @@ class TlsConfiguration:
 
 
 @dataclass(frozen=True)
+class ListenerConfiguration:
+    """One address and who is let in there; ``tls`` is None when it is off.
+
+    ``socket_mode`` and ``socket_group`` (None: that of the process) are of a Unix socket's file.
+    """
+
+    address: Address
+    tls: TlsConfiguration | None = None
+    access: AccessList = EVERYBODY
+    socket_mode: int = OWNER_ONLY
+    socket_group: int | None = None
+    max_connections: int = MAX_CONNECTIONS
+
+    @property
+    def lacks(self) -> str | None:
+        """What keeps nobody on the network out: a text for a warning, None when there is nothing.
+
+        An access list is enough, and so are client certificates that are required.
+        """
+        if isinstance(self.address, UnixAddress) or self.address.is_loopback or self.access.limits:
+            return None
+        if self.tls is None or self.tls.mode is not TlsMode.REQUIRED:
+            return "encryption or authentication, or an access list"
+        return None if self.tls.client_ca else "authentication (tls_client_ca), or an access list"
+
+
+@dataclass(frozen=True)
 class Configuration:
-    """What the daemon runs with; ``tls`` is None when it is off.
+    """What the daemon runs with.
 
     ``workers`` is the number of processes that serve volumes; 1 is the daemon itself.
+    ``handshake_timeout`` is in seconds. The first of ``exports`` that is for a volume holds.
     """
 
     data: Path
-    listen: tuple[Address, ...]
+    listeners: tuple[ListenerConfiguration, ...]
     log_level: str
-    tls: TlsConfiguration | None = None
     workers: int = 1
-
-
-def read_file(path: Path) -> Settings:
-    """The settings in a TOML file; errors name the file, the key and what is allowed."""
-    try:
-        content = path.read_bytes()
-    except FileNotFoundError:
-        raise NotFoundError(f"configuration file {path} does not exist") from None
-    except OSError as error:
-        raise InvalidError(f"configuration file {path}: {error.strerror}") from None
-    try:
-        values = tomllib.loads(content.decode())
-    except ValueError as error:  # of TOML and of UTF-8
-        raise InvalidError(f"configuration file {path} is not TOML: {error}") from None
-    for key in values:
-        if key not in KEYS:
-            allowed = ", ".join(KEYS)
-            raise InvalidError(f"{path}: unknown key {key!r}; the keys are {allowed}")
-    data = _text(path, values, "data", "the path of a directory")
-    level = _text(path, values, "log_level", f"one of {', '.join(LOG_LEVELS)}")
-    if level is not None and level not in LOG_LEVELS:
-        raise InvalidError(f"{path}: 'log_level' must be one of {', '.join(LOG_LEVELS)}")
-    return Settings(
-        None if data is None else Path(data),
-        _listen(path, values),
-        level,
-        _tls(path, values),
-        _workers(path, values),
-    )
+    handshake_timeout: float = HANDSHAKE_TIMEOUT
+    exports: tuple[ExportRule, ...] = ()
 
 
 def combine(command_line: Settings, file: Settings) -> Configuration:
@@ -175,15 +137,18 @@ def combine(command_line: Settings, file: Settings) -> Configuration:
         )
     # Absolute, since its parts are shown to people and to other processes.
     data = data.absolute()
-    texts: Sequence[str] = command_line.listen or file.listen or ()
-    addresses = tuple(parse_address(text) for text in texts)
-    default = (parse_address(DEFAULT_ADDRESS), UnixAddress(data / "nbd.sock"))
+    tls = _override(file.tls, command_line.tls)
+    listeners = tuple(
+        _combine_listener(found, tls) for found in _listeners(command_line, file, data)
+    )
+    _check_certificates_can_be_shown(file.exports, listeners)
     return Configuration(
         data=data,
-        listen=addresses or default,
+        listeners=listeners,
         log_level=command_line.log_level or file.log_level or "info",
-        tls=_combine_tls(command_line.tls, file.tls),
         workers=command_line.workers or file.workers or default_workers(),
+        handshake_timeout=file.handshake_timeout or HANDSHAKE_TIMEOUT,
+        exports=file.exports,
     )
 
 
@@ -192,62 +157,78 @@ def default_workers() -> int:
     return min(len(os.sched_getaffinity(0)), MOST_BY_DEFAULT)
 
 
-def _combine_tls(command_line: TlsSettings, file: TlsSettings) -> TlsConfiguration | None:
-    mode = command_line.mode or file.mode
-    certificate = command_line.certificate or file.certificate
-    key = command_line.key or file.key
-    client_ca = command_line.client_ca or file.client_ca
-    if mode == TlsMode.OFF.value:
-        return None
-    if certificate is None and key is None:
-        if mode is not None or client_ca is not None:
-            raise InvalidError("TLS needs a certificate: give --tls-certificate and --tls-key")
-        return None
-    if certificate is None or key is None:
-        raise InvalidError(
-            "TLS needs both a certificate and its key: give --tls-certificate and --tls-key"
-        )
-    return TlsConfiguration(
-        TlsMode.REQUIRED if mode is None else TlsMode(mode), certificate, key, client_ca
+def _listeners(command_line: Settings, file: Settings, data: Path) -> list[ListenerSettings]:
+    """Where to listen, and what the file says about it."""
+    tables: dict[Address, ListenerSettings] = {}
+    for table in file.listeners:
+        if table.address in tables:
+            raise InvalidError(
+                f"{table.where}: the file has two [[listener]] tables for {table.address}"
+            )
+        tables[table.address] = table
+    wanted = [parse_address(text) for text in command_line.listen or file.listen or ()]
+    if command_line.listen is None:
+        wanted += tables
+    if not wanted:
+        wanted = [parse_address(DEFAULT_ADDRESS), UnixAddress(data / "nbd.sock")]
+    return [
+        tables.get(address) or ListenerSettings(f"listener {address}", address)
+        for address in dict.fromkeys(wanted)
+    ]
+
+
+def _combine_listener(own: ListenerSettings, common: TlsSettings) -> ListenerConfiguration:
+    try:
+        tls = _combine_tls(_override(common, own.tls))
+    except InvalidError as error:
+        if own.tls == TlsSettings():
+            raise
+        raise InvalidError(f"{own.where}: {error}") from None
+    files = (own.tls.certificate, own.tls.key, own.tls.client_ca)
+    if tls is None and any(file is not None for file in files):
+        raise InvalidError(f"{own.where} has files for TLS, which is off: write tls = 'required'")
+    return ListenerConfiguration(
+        own.address,
+        tls,
+        own.access,
+        OWNER_ONLY if own.socket_mode is None else own.socket_mode,
+        own.socket_group,
+        own.max_connections or MAX_CONNECTIONS,
     )
 
 
-def _text(path: Path, values: dict[str, object], key: str, meaning: str) -> str | None:
-    value = values.get(key)
-    if value is not None and (not isinstance(value, str) or not value):
-        raise InvalidError(f"{path}: {key!r} must be a string: {meaning}")
-    return value
+def _override(common: TlsSettings, own: TlsSettings) -> TlsSettings:
+    return TlsSettings(
+        own.mode or common.mode,
+        own.certificate or common.certificate,
+        own.key or common.key,
+        own.client_ca or common.client_ca,
+    )
 
 
-def _tls(path: Path, values: dict[str, object]) -> TlsSettings:
-    mode = _text(path, values, "tls", f"one of {', '.join(TLS_MODES)}")
-    if mode is not None and mode not in TLS_MODES:
-        raise InvalidError(f"{path}: 'tls' must be one of {', '.join(TLS_MODES)}")
-    files = [
-        None if name is None else Path(name)
-        for name in (
-            _text(path, values, key, "the path of a file in PEM")
-            for key in ("tls_certificate", "tls_key", "tls_client_ca")
-        )
-    ]
-    return TlsSettings(mode, *files)
-
-
-def _workers(path: Path, values: dict[str, object]) -> int | None:
-    value = values.get("workers")
-    if value is None:
+def _combine_tls(wanted: TlsSettings) -> TlsConfiguration | None:
+    mode, certificate, key = wanted.mode, wanted.certificate, wanted.key
+    if mode == TlsMode.OFF.value:
         return None
-    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= MAX_WORKERS:
-        raise InvalidError(f"{path}: 'workers' must be a number from 1 to {MAX_WORKERS}")
-    return value
-
-
-def _listen(path: Path, values: dict[str, object]) -> tuple[str, ...] | None:
-    value = values.get("listen")
-    if value is None:
+    if certificate is None and key is None:
+        if mode is not None or wanted.client_ca is not None:
+            raise InvalidError(f"TLS needs a certificate: {_GIVE_FILES}")
         return None
-    if not isinstance(value, list) or not value or not all(isinstance(v, str) for v in value):
-        raise InvalidError(
-            f"{path}: 'listen' must be a list of strings, each HOST:PORT or unix:PATH"
-        )
-    return tuple(value)
+    if certificate is None or key is None:
+        raise InvalidError(f"TLS needs both a certificate and its key: {_GIVE_FILES}")
+    return TlsConfiguration(
+        TlsMode.REQUIRED if mode is None else TlsMode(mode), certificate, key, wanted.client_ca
+    )
+
+
+def _check_certificates_can_be_shown(
+    exports: Sequence[ExportRule], listeners: Sequence[ListenerConfiguration]
+) -> None:
+    if any(found.tls is not None and found.tls.client_ca is not None for found in listeners):
+        return
+    for rule in exports:
+        if rule.certificates:
+            raise InvalidError(
+                f"exports named {rule.pattern!r} want clients' certificates, and no listener asks"
+                " for any: give a tls_client_ca"
+            )

@@ -20,15 +20,16 @@ from pathlib import Path
 
 from backends.errors import InUseError, StorageError
 from backends.local_layers import LocalLayerStore
-from nbdserve.configuration import Address, Configuration, TlsConfiguration, UnixAddress
+from nbdserve.addresses import UnixAddress
+from nbdserve.configuration import Configuration, ListenerConfiguration, TlsConfiguration
 from nbdserve.control import address
 from nbdserve.control.client import Client, path
 from nbdserve.control.server import ControlServer
 from nbdserve.control.state import Host, State
-from nbdserve.protocol.handshake import TlsMode
 from nbdserve.registry import CatalogueExports
 from nbdserve.server import Server
-from nbdserve.server.tls import load_tls
+from nbdserve.server.permissions import Permissions
+from nbdserve.server.tls import Tls, load_tls
 from nbdserve.workers.host import WorkerHost
 from snapshots.catalogue import Catalogue
 
@@ -46,10 +47,7 @@ async def run(configuration: Configuration, announce: Callable[[str], None]) -> 
 
     Raises StorageError when the directory or an address cannot be used.
     """
-    wanted = configuration.tls
-    tls = None
-    if wanted is not None:
-        tls = load_tls(wanted.mode, wanted.certificate, wanted.key, wanted.client_ca)
+    certificates = _load_certificates(configuration)
     store = LocalLayerStore(configuration.data)
     workers = [
         WorkerHost(configuration.data, configuration.log_level, lambda: store.lock_descriptor)
@@ -62,10 +60,21 @@ async def run(configuration: Configuration, announce: Callable[[str], None]) -> 
     try:
         host = Host(configuration.data, daemon=True)
         control = ControlServer(State(catalogue, store, host))
-        server = Server(CatalogueExports(catalogue), tls)
-        await _serve(configuration, server, control, announce, stop)
+        permissions = Permissions(configuration.exports)
+        timeout = configuration.handshake_timeout
+        server = Server(CatalogueExports(catalogue), permissions, timeout)
+        await _serve(configuration, certificates, server, control, announce, stop)
     finally:
         await catalogue.close()
+
+
+def _load_certificates(configuration: Configuration) -> dict[TlsConfiguration, Tls]:
+    """Read the files of all listeners, each once."""
+    return {
+        tls: load_tls(tls.mode, tls.certificate, tls.key, tls.client_ca)
+        for tls in dict.fromkeys(listener.tls for listener in configuration.listeners)
+        if tls is not None
+    }
 
 
 async def _open_catalogue(
@@ -92,14 +101,18 @@ def _daemon_serves(data: Path) -> bool:
 
 async def _serve(
     configuration: Configuration,
+    certificates: dict[TlsConfiguration, Tls],
     server: Server,
     control: ControlServer,
     announce: Callable[[str], None],
     stop: asyncio.Event,
 ) -> None:
     try:
-        for wanted in configuration.listen:
-            await _listen(server, wanted, configuration.tls)
+        for wanted in configuration.listeners:
+            tls = None if wanted.tls is None else certificates[wanted.tls]
+            await _listen(server, wanted, tls)
+            if wanted.lacks:
+                _warn_of(wanted, limited=any(rule.certificates for rule in configuration.exports))
         control.state.host.listening.extend(server.addresses)
         await control.start()
         for listening in server.addresses:
@@ -112,23 +125,22 @@ async def _serve(
         await control.stop()
 
 
-async def _listen(server: Server, wanted: Address, tls: TlsConfiguration | None) -> None:
-    if isinstance(wanted, UnixAddress):
-        await server.listen_unix(wanted.path)
-        return
-    await server.listen_tcp(wanted.host, wanted.port)
-    if wanted.is_loopback:
-        return
-    if tls is None or tls.mode is not TlsMode.REQUIRED:
-        lacking = "encryption or authentication"
-    elif tls.client_ca is None:
-        lacking = "authentication (--tls-client-ca)"
+async def _listen(server: Server, wanted: ListenerConfiguration, tls: Tls | None) -> None:
+    address, access, most = wanted.address, wanted.access, wanted.max_connections
+    if isinstance(address, UnixAddress):
+        mode, group = wanted.socket_mode, wanted.socket_group
+        await server.listen_unix(address.path, tls, access, most, mode, group)
     else:
-        return
+        await server.listen_tcp(address.host, address.port, tls, access, most)
+
+
+def _warn_of(listener: ListenerConfiguration, *, limited: bool) -> None:
     log.warning(
-        "%s is open to the network without %s: whoever reaches it can read and write every volume",
-        wanted,
-        lacking,
+        "%s is open to the network without %s: whoever reaches it can read and write every volume"
+        "%s",
+        listener.address,
+        listener.lacks,
+        " that no certificate is asked for" if limited else "",
     )
 
 

@@ -15,8 +15,8 @@ from nbdserve.configuration import (
     Settings,
     TlsSettings,
     combine,
-    read_file,
 )
+from nbdserve.configuration_file import read_file
 from nbdserve.logs import write_logs
 
 
@@ -25,13 +25,16 @@ from nbdserve.logs import write_logs
     "--config",
     metavar="FILE",
     type=click.Path(path_type=Path),
-    help="TOML with the same settings, as in log_level; the command line wins.",
+    help="TOML with the same settings, as in log_level, which the command line wins over; and with"
+    " what there is no option for: TLS and access lists of one address, exports for certain clients"
+    " only, limits.",
 )
 @click.option(
     "--listen",
     metavar="HOST:PORT|unix:PATH",
     multiple=True,
-    help="Where to serve; may be repeated.  [default: 127.0.0.1:10809 and unix:DIR/nbd.sock]",
+    help="Where to serve; may be repeated. What the file says about the same address holds."
+    "  [default: 127.0.0.1:10809 and unix:DIR/nbd.sock]",
 )
 @click.option(
     "--workers",

@@ -29,9 +29,10 @@ Rules (specification, "Newstyle negotiation" and "Fixed newstyle negotiation"):
 
 TLS ("TLS support", "NBD_OPT_STARTTLS"):
 
-- Off (the specification's NOTLS): STARTTLS is answered ERR_UNSUP. Optional (SELECTIVETLS, with no
-  export that is TLS-only): the client may. Required (FORCEDTLS): until TLS has started, every
-  option but STARTTLS and ABORT is answered ERR_TLS_REQD, and EXPORT_NAME ends the connection.
+- Off (the specification's NOTLS): STARTTLS is answered ERR_UNSUP. Optional (SELECTIVETLS): the
+  client may; until then INFO and GO of a TLS-only export are answered ERR_TLS_REQD. Required
+  (FORCEDTLS): until TLS has started, every option but STARTTLS and ABORT is answered ERR_TLS_REQD,
+  and EXPORT_NAME ends the connection.
 - What was chosen before it is forgotten; only the client flags stay. A second one is refused.
 - The client has to wait for the ACK. What came behind STARTTLS in plain text could have been put
   there by somebody in between, to be taken for the client's own: it ends the connection.
@@ -291,7 +292,12 @@ class Handshake:
         self._state = _State.OPTION
 
     def refuse(self, message: str, reply: OptionReply = OptionReply.ERR_UNKNOWN) -> None:
-        """Answer a question with an error; after EXPORT_NAME that ends the connection."""
+        """Answer a question with an error; after EXPORT_NAME that ends the connection.
+
+        ERR_TLS_REQD, of one export, is for INFO and GO only; otherwise it becomes ERR_POLICY.
+        """
+        if reply is OptionReply.ERR_TLS_REQD and self._option not in (Option.INFO, Option.GO):
+            reply = OptionReply.ERR_POLICY
         self._error(reply, message)
 
     def _on_client_flags(self) -> None:

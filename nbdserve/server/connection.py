@@ -7,8 +7,12 @@
      TLS  +-- refused, aborted, -----+---- revoked, wrong magic, socket error ------+
               timed out
 
-- The handshake has HANDSHAKE_TIMEOUT seconds in all, that of TLS included, the registry's answers
-  not counted in.
+- The handshake has a number of seconds in all, that of TLS included, however many options there
+  are; only the opening of the export is not counted in. Others have their turn after each question,
+  also when neither this client's options nor our replies ever have to wait.
+- A client takes a place of its listener when it comes, and may lose it in its handshake to another
+  (see entrance.py).
+- What a client may have is asked of the permissions before the registry (see permissions.py).
 - After STARTTLS a relay (see tls_relay.py) owns the client's socket; everything else goes on
   with the end of a socket pair as if it were that socket.
 - Whatever was opened in the registry is closed there, after the last request on it has ended.
@@ -36,6 +40,7 @@ from nbdserve.protocol.handshake import (
     StartTls,
     TlsMode,
 )
+from nbdserve.server.entrance import Entrance
 from nbdserve.server.exports import (
     Agreement,
     Export,
@@ -43,15 +48,17 @@ from nbdserve.server.exports import (
     RemoteExport,
     Serving,
 )
+from nbdserve.server.identity import Identity
+from nbdserve.server.permissions import PermissionRefusedError, Permissions
 from nbdserve.server.readiness import Readiness
 from nbdserve.server.session import Session, read_to_end
 from nbdserve.server.tls import Tls, TlsError
 from nbdserve.server.tls_relay import Relay
 
 HANDSHAKE_TIMEOUT: Final = 30.0
-"""Seconds that a client has for the handshake."""
+"""Seconds that a client has for the handshake, where nothing else is configured."""
 
-_RECEIVE_SIZE: Final = 64 << 10
+_RECEIVE_SIZE: Final = 16 << 10
 
 log = logging.getLogger(__name__)
 
@@ -60,13 +67,26 @@ class Connection:
     """Serves one client; ``run`` does it all, the other methods end it from outside."""
 
     def __init__(
-        self, sock: socket.socket, registry: ExportRegistry, peer: str, tls: Tls | None = None
+        self,
+        sock: socket.socket,
+        registry: ExportRegistry,
+        identity: Identity,
+        entrance: Entrance,
+        tls: Tls | None,
+        permissions: Permissions,
+        handshake_timeout: float,
     ) -> None:
-        self.peer = peer
+        self.peer = identity.peer
+        self.identity = identity
+        self.entrance = entrance
         self._sock = sock
         self._registry = registry
+        self._permissions = permissions
+        self._entered: str | None = None  # the export whose connections we are counted among
         self._readiness = Readiness(sock)
-        self._handshake = Handshake(TlsMode.OFF if tls is None else tls.mode)
+        self._tls_mode = TlsMode.OFF if tls is None else tls.mode
+        self._handshake = Handshake(self._tls_mode)
+        self._handshake_timeout = handshake_timeout
         self._tls = tls
         self._relay: Relay | None = None
         self._serving: Serving | None = None
@@ -78,9 +98,12 @@ class Connection:
         try:
             await self._serve()
         except TimeoutError:
-            log.info("%s: the handshake took too long", self.peer)
+            self.entrance.report(self.peer, "the handshake took too long")
+            if self._relay is not None:
+                self._relay.abort()
         except OSError as error:
-            log.info("%s: connection lost: %s", self.peer, error.strerror or error)
+            if not self._aborted:
+                self.entrance.report(self.peer, f"connection lost: {error.strerror or error}")
         finally:
             self._sock.close()
             if self._relay is not None:
@@ -107,12 +130,14 @@ class Connection:
         export = await self._negotiate()
         if export is None:
             return
+        self.entrance.settle(self)
         try:
             log.info("%s: opened %s", self.peer, export.name)
             if not self._aborted:
                 self._serving = self._begin(export)
                 await self._serving.transmit()
         finally:
+            self._leave_export()
             await self._registry.close(export)
             log.info("%s: closed %s", self.peer, export.name)
         if self._serving is not None:
@@ -121,10 +146,15 @@ class Connection:
     async def _negotiate(self) -> Export | RemoteExport | None:
         """Carry out the handshake; returns the opened export, None when the connection is over."""
         handshake = self._handshake
-        deadline = asyncio.get_running_loop().time() + HANDSHAKE_TIMEOUT
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + self._handshake_timeout
         while True:
             readiness = self._readiness
             await readiness.send(handshake.data_to_send(), deadline)
+            # Neither has to wait while the client is quick.
+            await asyncio.sleep(0)
+            if loop.time() > deadline:
+                raise TimeoutError
             event = handshake.next_event()
             if event is None:
                 # All replies are on their way before more is read: output cannot pile up.
@@ -137,7 +167,7 @@ class Connection:
                 handshake.receive(data)
                 continue
             if isinstance(event, Ended):
-                log.info("%s: %s", self.peer, event.reason)
+                self.entrance.report(self.peer, event.reason)
                 with contextlib.suppress(OSError):  # the client may have closed already
                     await readiness.send(handshake.data_to_send(), deadline)
                 return None
@@ -147,13 +177,14 @@ class Connection:
                     return None
                 handshake.tls_started()
                 continue
-            begun = asyncio.get_running_loop().time()
+            begun = loop.time()
             export = await self._answer(event)
-            deadline += asyncio.get_running_loop().time() - begun
             if export is not None:
+                deadline += loop.time() - begun
                 try:
                     await readiness.send(handshake.data_to_send(), deadline)
                 except BaseException:
+                    self._leave_export()
                     await self._registry.close(export)
                     raise
                 return export
@@ -164,38 +195,54 @@ class Connection:
         try:
             session = await self._tls.accept(self._readiness, deadline)
         except TlsError as error:
-            log.info("%s: TLS handshake failed: %s", self.peer, error)
+            self.entrance.report(self.peer, f"TLS handshake failed: {error}")
             await read_to_end(self._sock, self._readiness)  # lest the client never sees the alert
             return False
         self._relay = Relay(self._sock, session, self.peer)
         self._sock = self._relay.inner
         self._readiness = Readiness(self._sock)
+        names = session.certificate_names
+        self.identity = replace(self.identity, secure=True, certificate_names=names)
+        log.debug("%s: TLS has begun, the certificate's names are %s", self.peer, names)
         return True
 
     async def _answer(self, question: Event) -> Export | RemoteExport | None:
         """Answer a question of the handshake from the registry."""
-        handshake, registry = self._handshake, self._registry
+        handshake, registry, permissions = self._handshake, self._registry, self._permissions
         if self._finishing:
             handshake.refuse("the server is shutting down", OptionReply.ERR_SHUTDOWN)
             return None
         try:
             if isinstance(question, ListExports):
-                handshake.answer_list(registry.list_names())
+                handshake.answer_list(permissions.select(registry.list_names(), self.identity))
             elif isinstance(question, DescribeExport):
+                permissions.check(question.name, self.identity, self._tls_mode)
                 handshake.answer_describe(await registry.describe(question.name))
             elif isinstance(question, OpenExport):
+                permissions.check(question.name, self.identity, self._tls_mode)
                 described = await registry.describe(question.name)
+                permissions.enter(question.name)
+                self._entered = question.name
                 contexts = [context for _, context in handshake.contexts]
                 export = await registry.open(question.name, contexts, self.abort)
                 # Its size may have grown meanwhile.
                 handshake.answer_open(replace(described, size=export.size))
                 return export
+        except PermissionRefusedError as error:
+            self.entrance.report(self.peer, str(error))
+            handshake.refuse(str(error), error.reply)
         except StorageError as error:
             handshake.refuse(str(error))
         except Exception:
             log.exception("%s: the registry failed", self.peer)
             handshake.refuse("internal error of the server")
+        self._leave_export()
         return None
+
+    def _leave_export(self) -> None:
+        if self._entered is not None:
+            self._permissions.leave(self._entered)
+            self._entered = None
 
     def _begin(self, export: Export | RemoteExport) -> Serving:
         handshake = self._handshake

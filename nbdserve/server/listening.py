@@ -1,6 +1,7 @@
 """Listening sockets: TCP and Unix, bound with clear errors, and accepting without busy loops.
 
-Unix socket files: mode 0600 from the moment they exist (``fchmod`` before ``bind``). A file that a
+Unix socket files: mode 0600 from the moment they exist (``fchmod`` before ``bind``); another mode
+and group come after that, by the file that was opened (``O_PATH``), not by its path. A file that a
 dead daemon left behind refuses connections, and is replaced; one that answers is in use.
 
 Out of file descriptors, ``accept`` fails but the client stays in the queue, so the socket would be
@@ -10,6 +11,7 @@ reported readable without end: the listener stops looking for ACCEPT_PAUSE secon
 import asyncio
 import contextlib
 import errno
+import ipaddress
 import logging
 import os
 import socket
@@ -20,12 +22,19 @@ from pathlib import Path
 from typing import Final
 
 from backends.errors import InUseError, InvalidError, StorageError
+from nbdserve.server.entrance import Entrance
+from nbdserve.server.identity import Identity
 
 ACCEPT_PAUSE: Final = 0.5
 """Seconds without accepting when the process is out of file descriptors or memory."""
 
-_BACKLOG: Final = 128
-_UNIX_SEND_BUFFER: Final = 1 << 20  # the default makes a reply of 1 MiB wait for its client 5 times
+UNIX_SEND_BUFFER: Final = 1 << 20
+"""Bytes; the default makes a reply of 1 MiB wait for its client 5 times."""
+
+OWNER_ONLY: Final = 0o600
+"""Mode of a Unix socket's file that is not given another one."""
+
+_BACKLOG: Final = 1024
 _ACCEPTS_AT_ONCE: Final = 16
 _EXHAUSTED: Final = frozenset((errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM))
 _ABSENT: Final = frozenset((errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL))
@@ -35,16 +44,18 @@ log = logging.getLogger(__name__)
 
 
 class Listener:
-    """One listening socket; hands every accepted socket and its peer's name to ``accepted``."""
+    """One listening socket; hands the socket of each client that the entrance admits on."""
 
     def __init__(
         self,
         sock: socket.socket,
-        accepted: Callable[[socket.socket, str], None],
+        entrance: Entrance,
+        accepted: Callable[[socket.socket, Identity], None],
         path: Path | None = None,
     ) -> None:
         self._loop = asyncio.get_running_loop()
         self._sock = sock
+        self._entrance = entrance
         self._accepted = accepted
         self._path = path
         self._file = None if path is None else _identity(path)
@@ -78,11 +89,14 @@ class Listener:
                 self._pause = self._loop.call_later(ACCEPT_PAUSE, self._resume)
                 return
             try:
-                peer = _prepare(sock)
+                identity = _identify(sock)
+                if self._entrance.admits(identity):
+                    _prepare(sock)
+                    self._accepted(sock, identity)
+                    continue
             except OSError:  # gone already
-                sock.close()
-                continue
-            self._accepted(sock, peer)
+                pass
+            sock.close()
 
     def _resume(self) -> None:
         self._pause = None
@@ -133,8 +147,8 @@ async def bind_tcp(host: str, port: int) -> list[socket.socket]:
     return sockets
 
 
-def bind_unix(path: Path) -> socket.socket:
-    """Bind a socket file with mode 0600, replacing a dead daemon's.
+def bind_unix(path: Path, mode: int = OWNER_ONLY, group: int | None = None) -> socket.socket:
+    """Bind a socket file, replacing a dead daemon's; ``group`` None is that of the process.
 
     Raises InUseError, InvalidError or StorageError.
     """
@@ -142,7 +156,7 @@ def bind_unix(path: Path) -> socket.socket:
         raise InvalidError(f"cannot listen on unix:{path}: a NUL character in the path")
     sock = _new_unix_socket()
     try:
-        os.fchmod(sock.fileno(), 0o600)
+        os.fchmod(sock.fileno(), OWNER_ONLY)
         try:
             sock.bind(str(path))
         except OSError as error:
@@ -150,6 +164,8 @@ def bind_unix(path: Path) -> socket.socket:
                 raise
             _remove_stale(path)
             sock.bind(str(path))
+        if mode != OWNER_ONLY or group is not None:
+            _open_to_others(path, mode, group)
     except StorageError:
         sock.close()
         raise
@@ -157,6 +173,21 @@ def bind_unix(path: Path) -> socket.socket:
         sock.close()
         raise _bind_error(f"unix:{path}", error) from None
     return sock
+
+
+def _open_to_others(path: Path, mode: int, group: int | None) -> None:
+    descriptor = os.open(path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        file = Path(f"/proc/self/fd/{descriptor}")  # since chmod wants a path
+        if group is not None:
+            os.chown(file, -1, group)
+        file.chmod(mode)
+    except OSError as error:
+        path.unlink(missing_ok=True)
+        what = f"mode {mode:04o}" if group is None else f"mode {mode:04o} and group {group}"
+        raise InvalidError(f"cannot give the socket {path} {what}: {error.strerror}") from None
+    finally:
+        os.close(descriptor)
 
 
 def _new_unix_socket() -> socket.socket:
@@ -197,19 +228,28 @@ def _format_address(sock: socket.socket) -> str:
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
-def _prepare(sock: socket.socket) -> str:
-    """Set the options of an accepted socket; returns the peer's name for the log."""
-    sock.setblocking(False)
+def _identify(sock: socket.socket) -> Identity:
+    """Who connected."""
     if sock.family == socket.AF_UNIX:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _UNIX_SEND_BUFFER)
         credentials = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
         process, user, _ = _CREDENTIALS.unpack(credentials)
-        return f"unix:pid={process},uid={user}"
+        return Identity(f"unix:pid={process},uid={user}", user=user)
+    host, port = sock.getpeername()[:2]
+    address = ipaddress.ip_address(host.partition("%")[0])
+    if isinstance(address, ipaddress.IPv6Address):
+        return Identity(f"[{host}]:{port}", address.ipv4_mapped or address)
+    return Identity(f"{host}:{port}", address)
+
+
+def _prepare(sock: socket.socket) -> None:
+    """Set the options of an accepted socket."""
+    sock.setblocking(False)
+    if sock.family == socket.AF_UNIX:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, UNIX_SEND_BUFFER)
+        return
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     # A client whose host has vanished is noticed within two minutes.
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 60)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 15)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 4)
-    host, port = sock.getpeername()[:2]
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

@@ -3,23 +3,38 @@
 import asyncio
 import logging
 import socket
+from functools import partial
 from pathlib import Path
 
-from nbdserve.server.connection import Connection
+from nbdserve.server.connection import HANDSHAKE_TIMEOUT, Connection
+from nbdserve.server.entrance import EVERYBODY, MAX_CONNECTIONS, AccessList, Entrance
 from nbdserve.server.exports import ExportRegistry
-from nbdserve.server.listening import Listener, bind_tcp, bind_unix
+from nbdserve.server.identity import Identity
+from nbdserve.server.listening import OWNER_ONLY, Listener, bind_tcp, bind_unix
+from nbdserve.server.permissions import Permissions
 from nbdserve.server.tls import Tls
 
 log = logging.getLogger(__name__)
 
 
 class Server:
-    """Serves a registry's exports, with TLS if given; belongs to the event loop it is used on."""
+    """Serves a registry's exports; belongs to the event loop that it is used on.
 
-    def __init__(self, registry: ExportRegistry, tls: Tls | None = None) -> None:
+    Each listener has TLS if given (see tls.py), an access list and a number of places (see
+    entrance.py); which client may have which export is the same on all of them.
+    """
+
+    def __init__(
+        self,
+        registry: ExportRegistry,
+        permissions: Permissions | None = None,
+        handshake_timeout: float = HANDSHAKE_TIMEOUT,
+    ) -> None:
         self._registry = registry
-        self._tls = tls
+        self._permissions = permissions or Permissions()
+        self._handshake_timeout = handshake_timeout
         self._listeners: list[Listener] = []
+        self._entrances: list[Entrance] = []
         self._connections: dict[asyncio.Task[None], Connection] = {}
 
     @property
@@ -32,21 +47,42 @@ class Server:
         """Number of open connections, those in their handshake included."""
         return len(self._connections)
 
-    async def listen_tcp(self, host: str, port: int) -> None:
+    async def listen_tcp(
+        self,
+        host: str,
+        port: int,
+        tls: Tls | None = None,
+        access: AccessList = EVERYBODY,
+        max_connections: int = MAX_CONNECTIONS,
+    ) -> None:
         """Listen on every address of ``host`` (empty: all of this machine); port 0 picks one.
 
         Raises InUseError or InvalidError with one clear line.
         """
-        for sock in await bind_tcp(host, port):
-            self._listeners.append(Listener(sock, self._accepted))
+        sockets = await bind_tcp(host, port)
+        port = sockets[0].getsockname()[1]
+        entrance = self._new_entrance(f"{host}:{port}", access, max_connections)
+        accepted = partial(self._accepted, entrance, tls)
+        self._listeners += [Listener(sock, entrance, accepted) for sock in sockets]
 
-    async def listen_unix(self, path: str | Path) -> None:
-        """Listen on a socket file, readable and writable by its owner only.
+    async def listen_unix(
+        self,
+        path: str | Path,
+        tls: Tls | None = None,
+        access: AccessList = EVERYBODY,
+        max_connections: int = MAX_CONNECTIONS,
+        mode: int = OWNER_ONLY,
+        group: int | None = None,
+    ) -> None:
+        """Listen on a socket file, of that mode and group (None: the process's).
 
         Raises InUseError when another server listens there, InvalidError with one clear line.
         """
         path = Path(path)
-        self._listeners.append(Listener(bind_unix(path), self._accepted, path))
+        sock = bind_unix(path, mode, group)
+        entrance = self._new_entrance(f"unix:{path}", access, max_connections)
+        accepted = partial(self._accepted, entrance, tls)
+        self._listeners.append(Listener(sock, entrance, accepted, path))
 
     async def drain(self, timeout: float) -> bool:  # noqa: ASYNC109 - forces instead of raising
         """Stop listening, let the requests that were received be answered, close everything.
@@ -56,6 +92,8 @@ class Server:
         """
         for listener in self._listeners:
             listener.close()
+        for entrance in self._entrances:
+            entrance.close()
         self._listeners.clear()
         for connection in self._connections.values():
             connection.finish()
@@ -74,13 +112,32 @@ class Server:
         _, pending = await asyncio.wait(self._connections, timeout=seconds)
         return not pending
 
-    def _accepted(self, sock: socket.socket, peer: str) -> None:
-        connection = Connection(sock, self._registry, peer, self._tls)
+    def _new_entrance(self, name: str, access: AccessList, max_connections: int) -> Entrance:
+        entrance = Entrance(name, access, max_connections)
+        self._entrances.append(entrance)
+        return entrance
+
+    def _accepted(
+        self, entrance: Entrance, tls: Tls | None, sock: socket.socket, identity: Identity
+    ) -> None:
+        connection = Connection(
+            sock,
+            self._registry,
+            identity,
+            entrance,
+            tls,
+            self._permissions,
+            self._handshake_timeout,
+        )
+        if not entrance.enter(connection):
+            sock.close()
+            return
         task = asyncio.get_running_loop().create_task(connection.run())
         self._connections[task] = connection
         task.add_done_callback(self._ended)
 
     def _ended(self, task: asyncio.Task[None]) -> None:
         connection = self._connections.pop(task)
+        connection.entrance.leave(connection)
         if not task.cancelled() and (error := task.exception()) is not None:
             log.error("%s: the connection failed", connection.peer, exc_info=error)

@@ -1,6 +1,8 @@
 """TLS for the server: certificates read at start, and the handshake of one connection.
 
 TLS 1.2 and up, X.509; with a client CA, clients without a certificate that it signed are refused.
+What the certificate calls a client is its DNS names, in any case of letters; a certificate without
+DNS names is known by its common name, as RFC 6125 has it for servers.
 Sessions are not resumed and not renegotiated: an NBD connection lasts, and what a session ticket
 would save is spent once. Errors of files name the file and what is wrong with it.
 """
@@ -11,13 +13,15 @@ import ssl
 import stat
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Final, cast
 
 from backends.errors import InvalidError
 from nbdserve.protocol.handshake import TlsMode
 from nbdserve.server.readiness import Readiness
 
 _RECEIVE_SIZE: Final = 16 << 10
+
+_Pairs = tuple[tuple[str, str], ...]
 
 log = logging.getLogger(__name__)
 
@@ -38,9 +42,25 @@ class TlsSession:
     incoming: ssl.MemoryBIO
     outgoing: ssl.MemoryBIO
 
+    @property
+    def certificate_names(self) -> tuple[str, ...]:
+        """What the client's certificate calls it, in lower case; empty when it showed none.
+
+        These are the DNS names among the alternative names; without any, the common name.
+        """
+        certificate = self.stream.getpeercert() or {}
+        names = [
+            name
+            for kind, name in cast(_Pairs, certificate.get("subjectAltName", ()))
+            if kind == "DNS"
+        ]
+        for parts in cast(tuple[_Pairs, ...], () if names else certificate.get("subject", ())):
+            names += [value for kind, value in parts if kind == "commonName"]
+        return tuple(name.lower() for name in names)
+
 
 class Tls:
-    """What the server's connections need: whether TLS is required, and the certificate to show."""
+    """What a listener's connections need: whether TLS is required, and the certificate to show."""
 
     def __init__(self, mode: TlsMode, context: ssl.SSLContext) -> None:
         self.mode = mode

@@ -37,7 +37,9 @@ import ssl
 from collections.abc import Callable
 from typing import Final, cast
 
+from nbdserve.server.listening import UNIX_SEND_BUFFER
 from nbdserve.server.polling import Polling
+from nbdserve.server.session import LINGER_TIMEOUT
 from nbdserve.server.tls import TlsSession, describe_error
 
 CHUNK: Final = 256 << 10
@@ -49,12 +51,8 @@ MAX_UNSENT: Final = 1 << 20
 DELIVERY_TIMEOUT: Final = 30.0
 """Seconds that a client may take nothing of what is left for it once the connection is over."""
 
-LINGER_TIMEOUT: Final = 1.0
-"""Seconds that a client has to end its stream after the server has."""
-
 _BULK: Final = 8 << 10  # received at once, after which more is on its way
 _RECORD: Final = 17 << 10  # more than the longest record, of which OpenSSL may hold a part
-_PAIR_SEND_BUFFER: Final = 1 << 20  # as for other Unix sockets: a reply of 1 MiB at once
 _WOULD_BLOCK: Final = (BlockingIOError, InterruptedError)
 
 # Used within one callback each, hence shared by all relays: there is one event loop.
@@ -81,7 +79,7 @@ class Relay:
         self._pair, self.inner = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         for end in (self._pair, self.inner):
             end.setblocking(False)
-            end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _PAIR_SEND_BUFFER)
+            end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, UNIX_SEND_BUFFER)
         # Numbers, since looking up a socket that is not registered makes a text of it first.
         self._sock_number, self._pair_number = sock.fileno(), self._pair.fileno()
         self._undelivered = memoryview(b"")  # decrypted, not yet taken by inner

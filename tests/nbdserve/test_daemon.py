@@ -220,15 +220,18 @@ def test_a_warning_when_the_network_can_connect(start: Start, data: Path) -> Non
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (["--tls", "optional"], "without encryption or authentication"),
-        ([], "without authentication (--tls-client-ca)"),
+        (["--tls", "optional"], "without encryption or authentication, or an access list"),
+        ([], "without authentication (tls_client_ca), or an access list"),
         (["--tls-client-ca", "ca-cert.pem"], ""),
+        (["--config", "with-list.toml"], ""),
     ],
 )
 def test_what_tls_leaves_to_warn_of(
     start: Start, data: Path, tmp_path: Path, options: list[str], said: str
 ) -> None:
     subprocess.run([MAKE_CERTIFICATES, tmp_path], check=True)
+    table = '[[listener]]\naddress = "0.0.0.0:0"\ntls = "off"\nallow_networks = ["10.0.0.0/8"]\n'
+    (tmp_path / "with-list.toml").write_text(table)
     process = start(
         "env", "--chdir", tmp_path, "PYTHONPATH=" + str(PROJECT),
         *PROGRAM, "serve", "--data", data, "--log-level", "warning", "--listen", "0.0.0.0:0",

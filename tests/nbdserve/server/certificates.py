@@ -13,6 +13,11 @@ def make_certificates(directory):
     return directory
 
 
+def make_client(directory, name):
+    """A directory in that one for another client, of that DNS name."""
+    subprocess.run([SCRIPT, "--client", name, directory, directory / name], check=True)
+
+
 def client_context(directory, *, identify=False):
     """What a client verifies the server with, and itself when ``identify``."""
     context = ssl.create_default_context(cafile=directory / "ca-cert.pem")

@@ -6,6 +6,8 @@ import tempfile
 from pathlib import Path
 
 from nbdserve.server import Server
+from nbdserve.server.connection import HANDSHAKE_TIMEOUT
+from nbdserve.server.permissions import Permissions
 
 from .memory_export import MemoryExport, MemoryRegistry
 from .nbd_client import Client
@@ -16,10 +18,10 @@ TIMEOUT = 20
 class Harness:
     """A server on a Unix socket, its registry, and clients of it."""
 
-    def __init__(self, exports, tls=None):
+    def __init__(self, exports, rules, handshake_timeout):
         self.registry = MemoryRegistry(*exports)
         self.export = exports[0]
-        self.server = Server(self.registry, tls)
+        self.server = Server(self.registry, Permissions(rules), handshake_timeout)
         self.directory = tempfile.TemporaryDirectory()
         self.path = str(Path(self.directory.name) / "nbd.sock")
         self.clients = []
@@ -48,13 +50,16 @@ async def settle(condition=lambda: False):
         await asyncio.sleep(0.001)
 
 
-def serve(test, *exports, tls=None):
-    """Run the coroutine function ``test(harness)``; all it opened must be closed after it."""
+def serve(test, *exports, rules=(), handshake_timeout=HANDSHAKE_TIMEOUT, **listener):
+    """Run the coroutine function ``test(harness)``; all it opened must be closed after it.
+
+    ``listener`` goes to ``Server.listen_unix``.
+    """
 
     async def main():
-        harness = Harness(exports or [MemoryExport()], tls)
+        harness = Harness(exports or [MemoryExport()], rules, handshake_timeout)
         with harness.directory:
-            await harness.server.listen_unix(harness.path)
+            await harness.server.listen_unix(harness.path, **listener)
             try:
                 async with asyncio.timeout(TIMEOUT):
                     await test(harness)

@@ -11,8 +11,6 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from nbdserve.server import connection
-
 from .harness import serve, settle
 from .memory_export import BLOCK, MemoryExport
 from .nbd_client import (
@@ -105,8 +103,7 @@ def test_registry_that_fails_is_an_error_of_the_option(caplog):
 
 
 @pytest.mark.parametrize("sent", [b"", FLAGS, FLAGS + GO[:-1], FLAGS + option(9, b"x" * 9)[:-1]])
-def test_handshake_that_takes_too_long(monkeypatch, sent, caplog):
-    monkeypatch.setattr(connection, "HANDSHAKE_TIMEOUT", 0.05)
+def test_handshake_that_takes_too_long(sent, caplog):
     caplog.set_level(logging.INFO)
 
     async def test(harness):
@@ -115,21 +112,19 @@ def test_handshake_that_takes_too_long(monkeypatch, sent, caplog):
         assert len(await client.at_end()) == GREETING
         assert "took too long" in caplog.text
 
-    serve(test)
+    serve(test, handshake_timeout=0.05)
     assert no_tracebacks(caplog)
 
 
-def test_slow_registry_does_not_use_up_the_clients_time(monkeypatch):
-    monkeypatch.setattr(connection, "HANDSHAKE_TIMEOUT", 0.1)
-
+def test_slow_opening_does_not_use_up_the_clients_time():
     async def test(harness):
         harness.registry.gate = asyncio.Event()
-        opening = asyncio.create_task(harness.connect())
+        opening = asyncio.create_task(harness.connect(style=SIMPLE))
         await asyncio.sleep(0.3)
         harness.registry.gate.set()
         assert (await (await opening).call(READ, 0, 1)).error == 0
 
-    serve(test)
+    serve(test, handshake_timeout=0.1)
 
 
 def test_client_that_does_not_read_the_list():
