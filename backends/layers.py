@@ -63,6 +63,13 @@ class DataFile(Protocol):
     def punch(self, offset: int, length: int) -> None:
         """Give the range's space back; it then reads as zeroes."""
 
+    def allocated_ranges(self, offset: int, length: int, limit: int) -> list[tuple[int, int]]:
+        """The first ``limit`` ranges (offset, length) of the range that may use disk space.
+
+        In order; it may wait for a disk. What is not in them uses none, up to the end of the last
+        one when there are ``limit``, else up to the end of the range.
+        """
+
     def cache(self, offset: int, length: int) -> None:
         """Ask for the range to be read ahead into the page cache."""
 

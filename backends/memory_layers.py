@@ -61,6 +61,19 @@ class MemoryDataFile:
                 else:
                     self._pages[page][start:stop] = bytes(stop - start)
 
+    def allocated_ranges(self, offset: int, length: int, limit: int) -> list[tuple[int, int]]:
+        first, last = offset >> _PAGE_SHIFT, (offset + length) >> _PAGE_SHIFT
+        found: list[tuple[int, int]] = []
+        for page in sorted(page for page in list(self._pages) if first <= page < last):
+            start = page << _PAGE_SHIFT
+            if found and sum(found[-1]) == start:
+                found[-1] = (found[-1][0], found[-1][1] + _PAGE)
+            elif len(found) == limit:
+                break
+            else:
+                found.append((start, _PAGE))
+        return found
+
     def cache(self, offset: int, length: int) -> None:
         pass
 

@@ -26,6 +26,7 @@ from snapshots.names import BLOCK_SHIFT
 from snapshots.open_views import OpenViews
 from snapshots.owner_map import OwnerMap
 from snapshots.pins import Pins
+from snapshots.punching import punch_allocated
 
 _log = logging.getLogger(__name__)
 
@@ -203,7 +204,7 @@ class Merging:
 
             def punch() -> None:
                 for first, last, _ in holds.runs(0, holds.blocks):
-                    opened.data.punch(first << BLOCK_SHIFT, (last - first) << BLOCK_SHIFT)
+                    punch_allocated(opened.data, first, last)
 
             with contextlib.suppress(OSError):
                 await self._views.threads.sync(punch)
