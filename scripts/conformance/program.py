@@ -14,7 +14,7 @@ from .runner import Runner
 from .target import Target
 from .tls import Tls, TlsError, gather
 from .uri import UriError, parse_uri
-from .verdicts import Level, Result, Unreachable, Verdict
+from .verdicts import Level, Refused, Result, Unreachable, Verdict
 
 GOOD, FINDINGS, USAGE, UNREACHABLE = range(4)
 
@@ -76,13 +76,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         target.explore()
     except Unreachable as error:
         return _complain(f"no connection: {error}", UNREACHABLE)
-    if target.facts.newstyle and target.facts.refusal:
-        # A server that insists on TLS can be checked for that much; any other has to let us in.
-        listed = ", ".join(target.facts.exports)
-        print(
-            f"nbd-conformance: {target.facts.refusal}" + (f"; it has {listed}" if listed else ""),
-            file=sys.stderr,
-        )
+    except Refused as error:
+        return _complain(f"{uri}: {error}", UNREACHABLE)
     results = _run(target, checks, options)
     if options.json:
         print(report.format_json(str(uri), target.facts, results))
@@ -90,8 +85,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(report.format_markdown(str(uri), target.facts, results))
     else:
         for note in target.facts.notes:
-            print(f"note: {note}" if note else "", end="\n" if note else "")
-        print(report.summarize(results))
+            print(f"note: {note}")
+        print(f"\n{report.summarize(results)}")
     return _status(results, strict=options.strict)
 
 

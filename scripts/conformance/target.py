@@ -8,13 +8,13 @@ import time
 from collections.abc import Sequence
 
 from .connection import Connection
-from .constants import Cmd, Flag, Info, Option
+from .constants import Cmd, Flag, Info, Option, Rep
 from .facts import Facts, TlsMode
 from .handshake import Answer, Export, Handshake, encode_info, encode_queries
 from .tls import Tls
 from .transmission import Mode, Transmission
 from .uri import Uri
-from .verdicts import Closed, Silent, Unavailable, Unreachable, Violation
+from .verdicts import Closed, Refused, Silent, Unavailable, Unreachable, Violation
 
 FIXED = 1 << 0
 NO_ZEROES = 1 << 1
@@ -237,11 +237,12 @@ class Target:
     # Finding out
 
     def explore(self) -> None:
-        """Find out what the server offers; raises Unreachable."""
+        """Find out what the server offers; raises Unreachable or Refused."""
         facts = self.facts
         try:
             self._explore_handshake()
-            self.need(facts.newstyle, "not a newstyle server: only its greeting can be checked")
+            if self.uri.tls:
+                self._explore_tls()
             self._explore_export()
         except Unavailable as unavailable:
             facts.refusal = str(unavailable)
@@ -256,9 +257,18 @@ class Target:
             try:
                 explore()
             except (Violation, Unavailable) as problem:
-                facts.notes.append(str(problem))
+                facts.notes.append(f"while finding out what the server offers: {problem}")
             finally:
                 self.finish()
+
+    def _explore_tls(self) -> None:
+        """What is wrong with certificates is wrong with all checks: better said once."""
+        if self.facts.tls is TlsMode.NOTLS:
+            raise Refused("the server does not offer TLS: use an nbd:// URI")
+        try:
+            self.haggle()
+        except Violation as violation:
+            raise Refused(f"TLS: {violation}") from None
 
     def _explore_handshake(self) -> None:
         facts = self.facts
@@ -270,33 +280,34 @@ class Target:
             if self.greet().ask(Option.STARTTLS).accepted:
                 facts.tls = TlsMode.SELECTIVE
                 refusal = self.greet().ask(Option.LIST)
-                if "TLS_REQD" in str(refusal):
+                if refusal.final == Rep.ERR_TLS_REQD:
                     facts.tls = TlsMode.FORCED
         except Violation as violation:
             facts.notes.append(f"NBD_OPT_STARTTLS: {violation}")
 
     def _explore_export(self) -> None:
         facts = self.facts
-        export = self._explore_info()
-        if export is None:
-            facts.info = False
-            handshake = self.haggle()
-            handshake.send_option(Option.EXPORT_NAME, self.name)
-            export = handshake.read_export()
+        self._explore_info()
+        # What is said when the export is opened counts: INFO may be wrong, and its checks find out.
+        handshake = self.haggle()
+        export = self.go(handshake, Mode.SIMPLE).export
         facts.size = export.size
         facts.flags = facts.plain_flags = Flag(export.flags)
 
-    def _explore_info(self) -> Export | None:
-        """Ask NBD_OPT_INFO; None when the server does not know it."""
+    def _explore_info(self) -> None:
         facts = self.facts
         if not facts.handshake_flags & FIXED:
-            return None
+            return
         handshake = self.haggle()
         answer = handshake.ask(Option.INFO, encode_info(self.name, (Info.BLOCK_SIZE,)))
         if not answer.accepted:
-            if "UNSUP" in str(answer):
-                return None
-            raise Unavailable(f"the server refuses the export {self.uri.export!r}: {answer}")
+            if answer.final == Rep.ERR_UNSUP:
+                return
+            listed = ", ".join(repr(name) for name, _ in self.haggle().ask(Option.LIST).exports)
+            raise Refused(
+                f"the server refuses the export {self.uri.export!r}: {answer}"
+                + (f"; it lists {listed}" if listed else "")
+            )
         facts.info = True
         blocks = answer.block_size()
         if blocks is not None:
@@ -305,23 +316,22 @@ class Target:
             # What is not possible is for the check of it to find; here it would only do harm.
             if not 0 < facts.minimum_block <= 1 << 16:
                 facts.minimum_block = 1
-        return answer.export()
 
     def _explore_replies(self) -> None:
         facts = self.facts
-        self.need(bool(facts.handshake_flags & FIXED), "no fixed newstyle")
+        if not facts.handshake_flags & FIXED:
+            return
         facts.structured = self.haggle().ask(Option.STRUCTURED_REPLY).accepted
         facts.extended = self.haggle().ask(Option.EXTENDED_HEADERS).accepted
 
     def _explore_contexts(self) -> None:
         facts = self.facts
-        self.need(facts.structured or facts.extended, "")
+        if not (facts.structured or facts.extended):
+            return
         handshake = self.haggle()
-        mode = Mode.EXTENDED if facts.extended else Mode.STRUCTURED
-        self.negotiate(handshake, mode)
+        self.negotiate(handshake, self.modes[-1])
         if facts.info:
-            export = self._read_info(handshake).export()
-            facts.flags = Flag(export.flags)
+            facts.flags = Flag(self._read_info(handshake).export().flags)
         answer = handshake.ask(Option.LIST_META_CONTEXT, encode_queries(self.name))
         names = [name for _, name in answer.contexts if not name.endswith(":")]
         if answer.accepted and names:
@@ -333,7 +343,8 @@ class Target:
 
     def _explore_names(self) -> None:
         facts = self.facts
-        self.need(facts.info, "")
+        if not facts.info:
+            return
         data = encode_info(UNLIKELY_NAME.encode())
         try:
             facts.serves_any_name = self.haggle().ask(Option.INFO, data).accepted

@@ -59,6 +59,13 @@ class Unreachable(Exception):  # noqa: N818
     """No connection to the server can be made; ``str()`` says why."""
 
 
+class Refused(Exception):  # noqa: N818
+    """The server does not let us to this export in this way; ``str()`` says why.
+
+    Not for checks: without the export there is nothing to check.
+    """
+
+
 @dataclass(frozen=True)
 class Result:
     """What came out of one check; the strings are for people."""

@@ -6,8 +6,13 @@ from collections.abc import Iterable
 
 from ..constants import Option, Rep
 from ..handshake import Answer, Handshake, encode_option
-from ..target import Target
+from ..target import FIXED, Target
 from ..verdicts import Closed, Violation
+
+
+def need_fixed(target: Target) -> None:
+    """Skip the check on a server that knows no option but EXPORT_NAME."""
+    target.need(bool(target.facts.handshake_flags & FIXED), "no fixed newstyle negotiation")
 
 
 def require_reply(answer: Answer, *wanted: Rep) -> None:

@@ -15,7 +15,7 @@ from ..constants import (
 from ..target import Target
 from ..transmission import Mode, Transmission
 from ..verdicts import Violation
-from .reads import beyond_the_end, overflowing
+from .ranges import beyond_the_end, overflowing
 from .requests import UNKNOWN_FLAG
 
 BLOCK_STATUS = Section("NBD_CMD_BLOCK_STATUS")

@@ -1,4 +1,4 @@
-"""NBD_OPT_STRUCTURED_REPLY, NBD_OPT_LIST_META_CONTEXT, NBD_OPT_SET_META_CONTEXT and their names."""
+"""NBD_OPT_LIST_META_CONTEXT, NBD_OPT_SET_META_CONTEXT, and the names of metadata contexts."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from ..transmission import Mode, Transmission
 from ..verdicts import Closed, Unavailable, Violation
 from .asking import check_in_step, check_refused, check_survives, require_error, require_reply
 
-STRUCTURED_REPLY = Section("NBD_OPT_STRUCTURED_REPLY")
 QUERYING = Section("Metadata querying")
 BASE = Section("The base: metadata namespace")
 LIST_META = Section("NBD_OPT_LIST_META_CONTEXT")
@@ -60,35 +59,6 @@ def _require_none(answer: Answer) -> None:
 def _require_no_status(transmission: Transmission) -> None:
     """No context is selected: BLOCK_STATUS must be refused."""
     transmission.refuse((Errno.EINVAL,), Cmd.BLOCK_STATUS, 0, 512)
-
-
-# STRUCTURED_REPLY
-
-
-@STRUCTURED_REPLY.should("the server SHOULD reject a request that includes data with ERR_INVALID")
-def with_data(target: Target) -> None:
-    target.need(target.facts.structured, "structured replies are not offered")
-    handshake = target.haggle()
-    answer = handshake.ask(Option.STRUCTURED_REPLY, b"data", "with 4 bytes")
-    require_reply(answer, Rep.ERR_INVALID)
-    check_in_step(handshake)
-
-
-@STRUCTURED_REPLY.rule("refused, it has not been negotiated: READ gets a simple reply")
-def refused_is_not_negotiated(target: Target) -> None:
-    target.need(target.facts.structured, "structured replies are not offered")
-    handshake = target.haggle()
-    if handshake.ask(Option.STRUCTURED_REPLY, b"data", "with 4 bytes").accepted:
-        raise Unavailable("the server accepts it with data")
-    target.go(handshake, Mode.SIMPLE).check_in_step()
-
-
-@STRUCTURED_REPLY.rule("a repeated message is acknowledged, or MAY fail with NBD_REP_ERR_INVALID")
-def twice(target: Target) -> None:
-    handshake = target.haggle()
-    target.negotiate(handshake, Mode.STRUCTURED)
-    require_reply(handshake.ask(Option.STRUCTURED_REPLY), Rep.ACK, Rep.ERR_INVALID)
-    target.go(handshake, Mode.STRUCTURED).check_in_step()
 
 
 # Names

@@ -7,31 +7,11 @@ from ..constants import DEFAULT_MAX_PAYLOAD, Cmd, CmdFlag, Errno, Flag
 from ..target import Target
 from ..transmission import Mode
 from ..verdicts import Closed, Violation
+from .ranges import beyond_the_end, overflowing, unaligned
 
 READ = Section("NBD_CMD_READ")
 SIMPLE_REPLY = Section("Simple reply message")
-BEYOND = Section("Error values of reads")
-
-
-def _offsets(target: Target) -> list[tuple[int, int]]:
-    """Offset and length of requests that go beyond the end, with whole blocks."""
-    block, size = target.block, target.end
-    past = size if size == target.facts.size else size + block
-    requests = [(past, block), (past + block, block), (1 << 62, block)]
-    if size >= block:
-        requests.append((past - block, 2 * block))
-    return requests
-
-
-def overflowing(target: Target) -> list[tuple[int, int]]:
-    """Offset and length whose sum is 2^64 or more."""
-    block = target.block
-    return [((1 << 64) - block, block), ((1 << 64) - block, 2 * block), ((1 << 63), block)]
-
-
-def beyond_the_end(target: Target) -> list[tuple[int, int]]:
-    """Offset and length of requests that go beyond the end of the export."""
-    return _offsets(target)
+ERROR_VALUES = Section("Error values")
 
 
 @SIMPLE_REPLY.must(
@@ -217,28 +197,29 @@ def length_of_4_gib(target: Target) -> None:
         transmission.refuse((Errno.EINVAL, Errno.EOVERFLOW), Cmd.READ, target.end, length)
 
 
-@BEYOND.should("it SHOULD return NBD_EINVAL if it receives a read beyond the size of the device")
-def beyond(target: Target) -> None:
+@ERROR_VALUES.should(
+    "it SHOULD return NBD_EINVAL if it receives a read beyond the size of the device"
+)
+def read_beyond(target: Target) -> None:
     for mode in target.modes:
         transmission = target.enter(mode)
         for offset, length in beyond_the_end(target):
             transmission.refuse((Errno.EINVAL,), Cmd.READ, offset, length)
 
 
-@BEYOND.should("offset + length beyond 2^64 is beyond the size of the device, too")
-def overflow(target: Target) -> None:
+@ERROR_VALUES.should("offset + length beyond 2^64 is beyond the size of the device, too")
+def read_overflow(target: Target) -> None:
     for mode in target.modes:
         transmission = target.enter(mode)
         for offset, length in overflowing(target):
             transmission.refuse((Errno.EINVAL,), Cmd.READ, offset, length)
 
 
-@BEYOND.should("NBD_EINVAL if a read request is not aligned to advertised minimum block sizes")
-def unaligned(target: Target) -> None:
-    minimum = target.facts.minimum_block
-    target.need(minimum > 1, "the minimum block size is 1")
-    target.need_size(2 * target.block)
+@ERROR_VALUES.should(
+    "NBD_EINVAL if a read request is not aligned to advertised minimum block sizes"
+)
+def read_unaligned(target: Target) -> None:
     for mode in target.modes:
         transmission = target.enter(mode)
-        for offset, length in ((1, minimum), (0, minimum + 1), (0, 1)):
+        for offset, length in unaligned(target):
             transmission.refuse((Errno.EINVAL,), Cmd.READ, offset, length)

@@ -8,10 +8,10 @@ from ..check import Section
 from ..constants import Cmd, Flag, Info, Option, Rep
 from ..facts import TlsMode
 from ..handshake import Handshake, encode_info, encode_option, encode_queries
-from ..target import FIXED, Target
+from ..target import Target
 from ..transmission import Mode
 from ..verdicts import Closed, Silent, Unavailable, Violation
-from .asking import check_in_step, require_error, require_reply
+from .asking import check_in_step, need_fixed, require_error, require_reply
 
 NOTLS = Section("NOTLS mode")
 FORCEDTLS = Section("FORCEDTLS mode")
@@ -23,7 +23,7 @@ _UNKNOWN_OPTION = 0x6E6F6E65
 
 
 def _need_mode(target: Target, *modes: TlsMode) -> None:
-    target.need(bool(target.facts.handshake_flags & FIXED), "no fixed newstyle negotiation")
+    need_fixed(target)
     names = " or ".join(mode.value for mode in modes)
     target.need(
         target.facts.tls in modes, f"the server is in {target.facts.tls.value}, not {names}"
@@ -137,7 +137,7 @@ def only_for_exports(target: Target) -> None:
 
 @STARTTLS.must("the server MUST either reply with NBD_REP_ACK or an error: to one with data, too")
 def with_data(target: Target) -> None:
-    target.need(bool(target.facts.handshake_flags & FIXED), "no fixed newstyle negotiation")
+    need_fixed(target)
     handshake = target.greet()
     try:
         answer = handshake.ask(Option.STARTTLS, b"data", "with 4 bytes")
