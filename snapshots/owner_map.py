@@ -101,6 +101,7 @@ class OwnerMap:
         raw = self.raw
         touched = self._touched
         position = first
+        last = min(last, self.blocks)
         while position < last:
             region = position >> REGION_SHIFT
             if not touched[region]:
