@@ -1,8 +1,13 @@
-"""The exports of a catalogue: ``VOL`` read-write, ``VOL@SNAP`` read-only."""
+"""The exports of a catalogue: ``VOL`` read-write, ``VOL@SNAP`` read-only.
+
+Both have the same metadata contexts: base:allocation, and those of snapshots/contexts.py. An open
+export holds what the contexts that its client chose need.
+"""
 
 from collections.abc import Callable, Sequence
 
 from backends.errors import InvalidError, NotFoundError
+from nbdserve.protocol.constants import BASE_ALLOCATION
 from nbdserve.server.exports import Export, ExportDescription, RemoteExport
 from nbdserve.workers.export import WorkerExport
 from snapshots.catalogue import Catalogue
@@ -21,12 +26,13 @@ class CatalogueExports:
 
     async def describe(self, name: str) -> ExportDescription:
         volume, snapshot = _parse(name)
+        contexts = (BASE_ALLOCATION, *self._catalogue.volume_contexts(volume))
         if snapshot is None:
             size = self._catalogue.volume_size(volume)
-            return ExportDescription(name, size, False, BLOCK_SIZE, "volume")
+            return ExportDescription(name, size, False, BLOCK_SIZE, "volume", contexts)
         for taken in self._catalogue.list_snapshots(volume):
             if taken.name == snapshot:
-                return ExportDescription(name, taken.size, True, BLOCK_SIZE, "snapshot")
+                return ExportDescription(name, taken.size, True, BLOCK_SIZE, "snapshot", contexts)
         raise NotFoundError(f"there is no snapshot {name}")
 
     async def open(
@@ -34,9 +40,9 @@ class CatalogueExports:
     ) -> Export | RemoteExport:
         volume, snapshot = _parse(name)
         if snapshot is None:
-            lease = await self._catalogue.open_volume(volume, revoke)
+            lease = await self._catalogue.open_volume(volume, revoke, contexts)
         else:
-            lease = await self._catalogue.open_snapshot(volume, snapshot, revoke)
+            lease = await self._catalogue.open_snapshot(volume, snapshot, revoke, contexts)
         assert isinstance(lease, Handle | WorkerExport)
         return lease
 

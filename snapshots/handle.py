@@ -54,7 +54,7 @@ class Handle:
         name: str,
         view: View,
         revoke: Callable[[], None],
-        bases: Mapping[str, View | None] = {},
+        bases: Mapping[str, View | None],
     ) -> None:
         self.name = name
         self.view = view

@@ -79,6 +79,12 @@ class LocalHost:
         bases: Mapping[str, str],
         revoke: Callable[[], None],
     ) -> Handle:
+        return self.handle(key, name, bases, revoke)
+
+    def handle(
+        self, key: str, name: str, bases: Mapping[str, str], revoke: Callable[[], None]
+    ) -> Handle:
+        """A client's part of an open view; bases that are closed by now are None."""
         found = {context: self._views.get(base) for context, base in bases.items()}
         return Handle(name, self.view(key), revoke, found)
 

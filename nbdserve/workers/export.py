@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from nbdserve.server.exports import Agreement
 from nbdserve.workers.channel import Channel
@@ -23,7 +23,12 @@ class Connections:
         self._next = 0
 
     def begin(
-        self, key: str, name: str, sock: socket.socket, agreement: Agreement
+        self,
+        key: str,
+        name: str,
+        bases: Mapping[str, str],
+        sock: socket.socket,
+        agreement: Agreement,
     ) -> RemoteServing:
         """Hand a client's socket over."""
         self._next += 1
@@ -43,6 +48,7 @@ class Connections:
             number,
             key,
             name,
+            bases,
             agreement.style.value,
             agreement.contexts,
             agreement.peer,
@@ -107,6 +113,7 @@ class WorkerExport:
         name: str,
         size: int,
         read_only: bool,
+        bases: Mapping[str, str],
         revoke: Callable[[], None],
     ) -> None:
         self.name = name
@@ -115,6 +122,7 @@ class WorkerExport:
         self.revoke = revoke
         self._connections = connections
         self._key = key
+        self._bases = bases
 
     def serve(self, sock: socket.socket, agreement: Agreement) -> RemoteServing:
-        return self._connections.begin(self._key, self.name, sock, agreement)
+        return self._connections.begin(self._key, self.name, self._bases, sock, agreement)

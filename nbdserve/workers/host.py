@@ -210,7 +210,7 @@ class WorkerHost:
     ) -> WorkerExport:
         if self._process is None:
             raise HostLostError(f"{name}: its worker has ended; try again")
-        return WorkerExport(self._process.connections, key, name, size, read_only, revoke)
+        return WorkerExport(self._process.connections, key, name, size, read_only, bases, revoke)
 
     # Calls
 

@@ -24,7 +24,6 @@ from nbdserve.protocol.constants import ReplyStyle
 from nbdserve.server.exports import Agreement
 from nbdserve.server.session import Session
 from nbdserve.workers.channel import Channel
-from snapshots.handle import Handle
 from snapshots.local_host import LocalHost
 from snapshots.threads import Threads
 
@@ -124,6 +123,7 @@ class Worker:
         number: int,
         key: str,
         name: str,
+        bases: dict[str, str],
         style: str,
         contexts: list[list[Any]],
         peer: str,
@@ -134,7 +134,7 @@ class Worker:
             if sock is None:
                 raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
             sock.setblocking(False)
-            export = Handle(name, self._host.view(key), _not_here)
+            export = self._host.handle(key, name, bases, _not_here)
             chosen = tuple((number, context) for number, context in contexts)
             agreement = Agreement(ReplyStyle(style), chosen, peer, received, relayed)
             session = Session(sock, export, agreement)
