@@ -151,7 +151,7 @@ class Connection:
         while True:
             readiness = self._readiness
             await readiness.send(handshake.data_to_send(), deadline)
-            # Neither has to wait while the client is quick.
+            # What was received may hold many questions, and each is some work.
             await asyncio.sleep(0)
             if loop.time() > deadline:
                 raise TimeoutError

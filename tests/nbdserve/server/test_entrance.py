@@ -1,6 +1,7 @@
 """Who may come in: access lists, places, and what a crowd of silent clients cannot do."""
 
 import asyncio
+import contextlib
 import os
 import struct
 import sys
@@ -17,7 +18,7 @@ from nbdserve.server.tls import load_tls
 from .certificates import make_certificates
 from .harness import serve, settle
 from .memory_export import MemoryExport, MemoryRegistry
-from .nbd_client import DISC, READ, option, string
+from .nbd_client import DISC, READ, option, request, string
 
 GREETING = 18
 FLAGS = struct.pack(">I", 3)
@@ -273,12 +274,12 @@ def read():
         pass
 reader = threading.Thread(target=read)
 reader.start()
-options = struct.pack(">8sII", b"IHAVEOPT", 3, 0) * 10000
 print("ready", flush=True)
 try:
-    sock.sendall(struct.pack(">I", 3))
+    sock.sendall(bytes.fromhex(sys.argv[2]))
+    flood = bytes.fromhex(sys.argv[3]) * 10000
     while True:
-        sock.sendall(options)
+        sock.sendall(flood)
 except OSError:
     pass
 reader.join()
@@ -293,26 +294,46 @@ def test_options_without_end_have_an_end_and_let_others_work(caplog):
         names = [f"{number:05}" for number in range(1000)]
         asked = []
         harness.registry.list_names = lambda: asked.append(1) or names
-        greedy = await asyncio.create_subprocess_exec(
-            sys.executable, "-c", GREEDY, harness.path, stdout=asyncio.subprocess.PIPE
-        )
-        try:
-            await greedy.stdout.readline()
+        async with flooding(harness, FLAGS, option(3)) as greedy:
             await settle(lambda: asked)
             before = len(asked)
-            await asyncio.sleep(0)
             client = await harness.connect()
             assert not (await client.call(READ, 0, 512)).error
             # Each turn of the event loop had one of its questions.
             assert 0 < len(asked) - before < 200
             assert await greedy.wait() == 0
-        finally:
-            if greedy.returncode is None:
-                greedy.kill()
-                await greedy.wait()
 
     serve(test, handshake_timeout=0.5)
     assert "the handshake took too long" in caplog.text
+
+
+def test_who_goes_on_after_the_end_is_closed_and_lets_others_work():
+    async def test(harness):
+        opened = FLAGS + option(7, string("disk") + b"\0\0") + request(DISC)
+        async with flooding(harness, opened, b"more") as greedy:
+            await settle(lambda: harness.registry.closed)
+            for _ in range(3):
+                client = await harness.connect()
+                assert not (await client.call(READ, 0, 512)).error
+            assert await greedy.wait() == 0
+
+    serve(test)
+
+
+@contextlib.asynccontextmanager
+async def flooding(harness, first, flood):
+    """A process that sends without end and reads all that it gets, until it is closed."""
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-c", GREEDY, harness.path, first.hex(), flood.hex()),
+        stdout=asyncio.subprocess.PIPE,
+    )
+    try:
+        assert await process.stdout.readline() == b"ready\n"
+        yield process
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
 
 
 def test_what_is_kept_of_a_client_that_pipelines_is_bounded():
