@@ -54,14 +54,23 @@ from nbdserve.server.permissions import ExportRule
 
 _TLS_KEYS: Final = ("tls", "tls_certificate", "tls_key", "tls_client_ca")
 KEYS: Final = (
-    *("data", "listen", "log_level", "workers"),
+    "data",
+    "listen",
+    "log_level",
+    "workers",
     *_TLS_KEYS,
-    *("handshake_timeout", "listener", "export"),
+    "handshake_timeout",
+    "listener",
+    "export",
 )
 LISTENER_KEYS: Final = (
     "address",
     *_TLS_KEYS,
-    *("allow_networks", "allow_users", "socket_mode", "socket_group", "max_connections"),
+    "allow_networks",
+    "allow_users",
+    "socket_mode",
+    "socket_group",
+    "max_connections",
 )
 EXPORT_KEYS: Final = ("name", "allow_certificates", "max_connections")
 MAX_HANDSHAKE_TIMEOUT: Final = 3600

@@ -15,7 +15,7 @@ from nbdserve.server.entrance import INTERVAL, LINES, AccessList, Entrance
 from nbdserve.server.identity import Identity
 from nbdserve.server.tls import load_tls
 
-from .certificates import make_certificates
+from .certificates import client_context, make_certificates
 from .harness import serve, settle
 from .memory_export import MemoryExport, MemoryRegistry
 from .nbd_client import DISC, READ, option, request, string
@@ -353,8 +353,10 @@ def test_what_is_kept_of_a_client_that_pipelines_is_bounded():
     serve(test)
 
 
-@pytest.mark.parametrize("stage", ["silent", "a hello in part", "a byte now and then"])
-def test_tls_handshakes_that_do_not_end(tmp_path, stage, caplog):
+@pytest.mark.parametrize(
+    "stage", ["silent", "a hello in part", "a byte now and then", "silence after it"]
+)
+def test_handshakes_with_tls_that_do_not_end(tmp_path, stage, caplog):
     caplog.set_level("INFO")
     certificates = make_certificates(tmp_path / "certificates")
     tls = load_tls(
@@ -376,6 +378,11 @@ def test_tls_handshakes_that_do_not_end(tmp_path, stage, caplog):
                 await asyncio.sleep(0.01)
                 if not harness.server.connections:
                     break
+        elif stage == "silence after it":
+            context = client_context(certificates)
+            await client.writer.start_tls(context, server_hostname="localhost")
+            await client.option(3)
+            client.writer.write(option(7, string("disk"))[:-1])
         await harness.no_connections()
 
     serve(test, tls=tls, handshake_timeout=0.2)

@@ -5,6 +5,8 @@ import errno
 import os
 import socket
 import stat
+import tempfile
+from ipaddress import ip_address
 from pathlib import Path
 
 import pytest
@@ -36,6 +38,35 @@ def test_unix_socket_file_is_the_owners_and_goes_with_the_server(tmp_path):
         assert not path.exists()
 
     asyncio.run(main())
+
+
+@pytest.mark.parametrize("mode", [0o660, 0o666, 0o600, 0o200])
+def test_socket_file_for_others(tmp_path, mode):
+    async def main():
+        path = tmp_path / "nbd.sock"
+        before = os.umask(0o077)
+        try:
+            server = new_server()
+            await server.listen_unix(path, mode=mode, group=os.getegid())
+        finally:
+            os.umask(before)
+        found = path.stat()
+        assert (stat.S_IMODE(found.st_mode), found.st_gid) == (mode, os.getegid())
+        await server.drain(1)
+        assert not path.exists()
+
+    asyncio.run(main())
+
+
+def test_group_that_may_not_be_given_is_said_and_leaves_nothing(tmp_path, monkeypatch):
+    def chown(*_):
+        raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
+
+    monkeypatch.setattr(os, "chown", chown)
+    path = tmp_path / "nbd.sock"
+    with pytest.raises(InvalidError, match="mode 0660 and group 4242: Operation not permitted"):
+        asyncio.run(new_server().listen_unix(path, mode=0o660, group=4242))
+    assert not path.exists()
 
 
 def test_stale_socket_file_is_replaced(tmp_path):
@@ -126,6 +157,34 @@ def test_tcp():
         assert await server.drain(5)
 
     asyncio.run(main())
+
+
+def test_who_connects():
+    """A mapped address is that of IPv4, so that the lists of networks mean what they say."""
+    both = socket.create_server(("::", 0), family=socket.AF_INET6, dualstack_ipv6=True)
+    with both:
+        for host in ("127.0.0.1", "::1"):
+            with socket.create_connection((host, both.getsockname()[1])) as client:
+                accepted, _ = both.accept()
+                with accepted:
+                    identity = listening._identify(accepted)
+                assert identity.address == ip_address(host)
+                assert identity.peer.endswith(f":{client.getsockname()[1]}")
+                assert (identity.user, identity.secure, identity.certificate_names) == (
+                    None,
+                    False,
+                    (),
+                )
+    with tempfile.TemporaryDirectory() as directory, socket.socket(socket.AF_UNIX) as server:
+        server.bind(f"{directory}/s")
+        server.listen()
+        with socket.socket(socket.AF_UNIX) as client:
+            client.connect(f"{directory}/s")
+            accepted, _ = server.accept()
+            with accepted:
+                identity = listening._identify(accepted)
+    assert (identity.user, identity.address) == (os.geteuid(), None)
+    assert identity.peer == f"unix:pid={os.getpid()},uid={os.geteuid()}"
 
 
 def test_all_addresses_of_a_name_share_the_port():
