@@ -7,8 +7,7 @@ event loop when nothing of it waits; ``write`` does it under a range lock, large
 Blocks that the head owns already are overwritten in place.
 
 **TRIM, WRITE_ZEROES.** Whole blocks lose their owner, so they read as zeroes at once; the edges are
-written. Their space in the head is punched out only after the journal record that makes them zero
-is durable, under a range lock, and only where they still are nobody's.
+written. Their space in the head is given back afterwards (punching.py).
 
 **FLUSH.** All FLUSHes that wait share one sync: the one that begins after they came. It captures
 what is pending and lets the head persist it (head.py). When that fails, the pages that could not
@@ -40,6 +39,7 @@ from snapshots.extent_log import Run
 from snapshots.head import Head
 from snapshots.names import BLOCK_SHIFT, BLOCK_SIZE
 from snapshots.owner_map import DATA, ZERO, OwnerMap
+from snapshots.punching import Punching, gaps
 from snapshots.range_lock import RangeLock
 from snapshots.threads import Threads
 from snapshots.view import View
@@ -84,6 +84,7 @@ class Volume(View):
         self._tasks: set[asyncio.Task[Any]] = set()
         self._sealing: list[Head] = []
         self._pacing = Pacing(self, threads)
+        self._punching = Punching(self, self._locks, threads)
 
     @property
     def failure(self) -> str | None:
@@ -303,6 +304,7 @@ class Volume(View):
                 head.end_write()
 
     async def _disown(self, first: int, last: int) -> None:
+        await self._punching.wait()
         async with self._locks.hold(first, last):
             self._check_writable()
             # From the first owned block to the end of what was ever touched, as one run: what is
@@ -368,7 +370,7 @@ class Volume(View):
             extents = await self._persist(head, head.capture())
             if head.wants_compaction and not head.sealed:
                 await self._compact(head)
-        self.start_task(self._punch(head, [run for run in extents if run[2] == ZERO]))
+        self._punching.add(head, [run for run in extents if run[2] == ZERO])
 
     async def _persist(self, head: Head, runs: list[Run]) -> list[Run]:
         try:
@@ -396,16 +398,6 @@ class Volume(View):
         if self.on_failure is not None:
             self.on_failure(why)
         _log.error("volume %s is read-only from now on: %s", self.name, why)
-
-    async def _punch(self, head: Head, runs: list[Run]) -> None:
-        for run_first, run_last, _ in runs:
-            for first in range(run_first, run_last, _TRIM_PIECE >> BLOCK_SHIFT):
-                last = min(run_last, first + (_TRIM_PIECE >> BLOCK_SHIFT))
-                async with self._locks.hold(first, last):
-                    if self.head is not head or self.failure:
-                        return
-                    holes = _gaps(self.owners, first, last)
-                    await asyncio.shield(self._threads.transfer(_punch_all, head, holes))
 
     # Snapshots
 
@@ -506,21 +498,9 @@ class Volume(View):
 
 
 def _not_owned_by(owners: OwnerMap, slot: int, first: int, last: int) -> list[tuple[int, int]]:
-    others = _gaps(owners, first, last)
+    others = gaps(owners, first, last)
     others += [(start, end) for start, end, owner in owners.runs(first, last) if owner != slot]
     return others
-
-
-def _gaps(owners: OwnerMap, first: int, last: int) -> list[tuple[int, int]]:
-    gaps = []
-    position = first
-    for start, end in owners.owned_runs(first, last):
-        if start > position:
-            gaps.append((position, start))
-        position = end
-    if position < last:
-        gaps.append((position, last))
-    return gaps
 
 
 def _punch_all(head: Head, holes: list[tuple[int, int]]) -> None:
