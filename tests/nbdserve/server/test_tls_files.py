@@ -110,8 +110,11 @@ def test_old_versions_are_not_spoken(certificates):
 
 
 def test_script_refuses_to_write_over_files(certificates):
-    before = (certificates / "ca-key.pem").read_bytes()
-    done = subprocess.run([SCRIPT, certificates], capture_output=True, text=True, check=False)
-    assert done.returncode == 1
-    assert "is there already" in done.stderr
-    assert (certificates / "ca-key.pem").read_bytes() == before
+    before = {path: path.read_bytes() for path in certificates.glob("*-key.pem")}
+    another = ["--client", "other.example.com", certificates]
+    for arguments in ([certificates], [*another, certificates]):
+        done = subprocess.run([SCRIPT, *arguments], capture_output=True, text=True, check=False)
+        assert done.returncode == 1
+        assert "is there already" in done.stderr
+    assert subprocess.run([SCRIPT, *another], capture_output=True, check=False).returncode == 2
+    assert {path: path.read_bytes() for path in certificates.glob("*-key.pem")} == before
