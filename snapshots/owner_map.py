@@ -72,13 +72,16 @@ class OwnerMap:
             first = end
 
     def _clear(self, first: int, last: int) -> None:
-        """Store 0, and where that is all of a region, give its memory back."""
+        """Store 0; of whole regions, the memory is given back."""
         raw, touched = self.raw, self._touched
-        begin = (first + REGION - 1) >> REGION_SHIFT
-        end = len(touched) if last == self.blocks else last >> REGION_SHIFT
-        if begin < end and touched.find(1, begin, end) >= 0:
-            raw.madvise(mmap.MADV_DONTNEED, begin << REGION_SHIFT, (end - begin) << REGION_SHIFT)
-            touched[begin:end] = bytes(end - begin)
+        unit = max(REGION, mmap.PAGESIZE)
+        begin = (first + unit - 1) // unit * unit
+        end = last if last == self.blocks else last // unit * unit
+        if begin < end:
+            regions = slice(begin >> REGION_SHIFT, (end + REGION - 1) >> REGION_SHIFT)
+            if 1 in touched[regions]:
+                raw.madvise(mmap.MADV_DONTNEED, begin, end - begin)
+                touched[regions] = bytes(len(touched[regions]))
         for start, stop in self._touched_ranges(first, last):
             raw[start:stop] = bytes(stop - start)
 
