@@ -11,7 +11,8 @@ from __future__ import annotations
 import asyncio
 import errno
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager
 from typing import Any
 
 import hypothesis.strategies as st
@@ -19,12 +20,14 @@ import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis.stateful import rule, run_state_machine_as_test
 
-from backends.errors import InUseError
+from backends.errors import InUseError, NotFoundError
 from snapshots import owner_map
 from snapshots import volume as volume_module
+from snapshots.catalogue import Catalogue
 from snapshots.contexts import ALLOCATION_DEPTH, context_names
 from snapshots.handle import Handle
-from tests.snapshots.stores import BLOCK
+from snapshots.owner_map import OwnerMap
+from tests.snapshots.stores import BLOCK, FaultyStore, run
 from tests.snapshots.test_model import VolumeModel, fractions, lengths, snapshots, volumes
 
 GIB = 1 << 30
@@ -301,6 +304,12 @@ def small_regions(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(owner_map, "_EMPTY", bytes(4))
     monkeypatch.setattr(owner_map, "REACH", 2)
 
+    def clear(self: OwnerMap, first: int, last: int) -> None:
+        """Without giving memory back, which goes by pages."""
+        self.raw[first:last] = bytes(last - first)
+
+    monkeypatch.setattr(OwnerMap, "_clear", clear)
+
 
 @pytest.mark.timeout(600)
 @pytest.mark.usefixtures("small_regions")
@@ -317,3 +326,248 @@ def test_no_changed_block_is_ever_called_clean(monkeypatch: pytest.MonkeyPatch) 
         ),
     )
     assert all(counted.values()), f"something was never tried: {counted}"
+
+
+# What they say, case by case
+
+
+@asynccontextmanager
+async def opened(size: int = SIZE) -> AsyncIterator[Catalogue]:
+    """A catalogue with a volume v, and nothing left open at its end."""
+    catalogue = await Catalogue.open(FaultyStore())
+    try:
+        await catalogue.create_volume("v", size)
+        yield catalogue
+        assert not catalogue._views._open
+    finally:
+        await catalogue.close()
+
+
+@asynccontextmanager
+async def client(
+    catalogue: Catalogue, name: str = "v", contexts: tuple[str, ...] | None = None
+) -> AsyncIterator[Handle]:
+    """An open volume or snapshot, with all contexts unless they are named."""
+    volume, _, snapshot = name.partition("@")
+    if contexts is None:
+        contexts = catalogue.volume_contexts(volume)
+    if snapshot:
+        lease = await catalogue.open_snapshot(volume, snapshot, lambda: None, contexts)
+    else:
+        lease = await catalogue.open_volume(volume, lambda: None, contexts)
+    assert isinstance(lease, Handle)
+    try:
+        yield lease
+    finally:
+        await catalogue.close_export(lease)
+
+
+async def write(handle: Handle, *blocks: int) -> None:
+    for block in blocks:
+        await handle.write(block * BLOCK, b"\x99" * BLOCK)
+
+
+def test_writes_trims_and_zeroes_since_a_snapshot_show_at_the_next_request() -> None:
+    async def scene() -> None:
+        async with opened() as catalogue, client(catalogue) as first:
+            await write(first, 1, 2, 3, 4)
+            await catalogue.create_snapshots([("v", "s")])
+            async with client(catalogue) as second:
+                assert changed(second, "s") == []
+                await first.write(2 * BLOCK + 7, b"a part of a block")
+                assert changed(second, "s") == [2]
+                await first.trim(3 * BLOCK, 4 * BLOCK)  # of which two blocks held nothing
+                assert changed(second, "s") == [2, 3, 4]
+                await first.write_zeroes(9 * BLOCK, BLOCK, no_hole=True)
+                await first.write_zeroes(10 * BLOCK, BLOCK, no_hole=False)
+                assert changed(second, "s") == [2, 3, 4, 9]
+                await write(second, 15)
+                assert changed(second, "s") == [2, 3, 4, 9, 15]
+                await first.trim(15 * BLOCK, BLOCK)  # it is as it was
+                assert changed(second, "s") == [2, 3, 4, 9]
+
+    run(scene())
+
+
+def test_snapshots_are_compared_with_older_younger_and_abandoned_ones() -> None:
+    async def scene() -> None:
+        async with opened() as catalogue:
+            for block, snapshot in enumerate(("one", "two", "three")):
+                async with client(catalogue) as handle:
+                    await write(handle, block)
+                await catalogue.create_snapshots([("v", snapshot)])
+            await catalogue.rollback("v", "one")
+            async with client(catalogue) as handle:
+                await write(handle, 5)
+                assert [changed(handle, name) for name in ("one", "two", "three")] == [
+                    [5],
+                    [1, 5],
+                    [1, 2, 5],
+                ]
+            await catalogue.create_snapshots([("v", "other")])
+            async with client(catalogue, "v@two") as handle:
+                assert [changed(handle, name) for name in ("one", "two", "three", "other")] == [
+                    [1],
+                    [],
+                    [2],
+                    [1, 5],
+                ]
+
+    run(scene())
+
+
+def test_what_lies_behind_the_end_of_a_smaller_snapshot_counts_where_it_holds_data() -> None:
+    async def scene() -> None:
+        async with opened() as catalogue:
+            async with client(catalogue) as handle:
+                await write(handle, 15)
+            await catalogue.create_snapshots([("v", "small")])
+            await catalogue.resize_volume("v", 2 * SIZE)
+            async with client(catalogue) as handle:
+                assert changed(handle, "small") == []
+                await write(handle, 16, 31)
+                assert changed(handle, "small") == [16, 31]
+            await catalogue.create_snapshots([("v", "large")])
+            await catalogue.rollback("v", "small")
+            async with client(catalogue) as handle:
+                assert handle.size == SIZE
+                assert changed(handle, "large") == []
+                await catalogue.resize_volume("v", 2 * SIZE)
+                assert changed(handle, "large") == []  # as far as this client sees
+            async with client(catalogue) as handle:
+                assert changed(handle, "large") == [16, 31]
+
+    run(scene())
+
+
+def test_a_depth_is_counted_from_the_top_and_a_next_head_counts_for_nothing() -> None:
+    async def scene() -> None:
+        async with opened() as catalogue:
+            for block, snapshot in enumerate(("one", "two")):
+                async with client(catalogue) as handle:
+                    await write(handle, *range(block, 4))
+                await catalogue.create_snapshots([("v", snapshot)])
+            async with client(catalogue) as handle:
+                await write(handle, 3)
+                await handle.trim(2 * BLOCK, BLOCK)
+                assert statuses(handle, ALLOCATION_DEPTH) == [3, 2, 0, 1] + [0] * 12
+                opened_view, _ = catalogue._leases[handle]
+                await catalogue._views.add_head(opened_view, "next")
+                assert len(handle.view.stack) == 4
+                assert statuses(handle, ALLOCATION_DEPTH) == [3, 2, 0, 1] + [0] * 12
+                await catalogue._views.remove_head(opened_view, "next")
+            async with client(catalogue, "v@two") as handle:
+                assert statuses(handle, ALLOCATION_DEPTH) == [2, 1, 1, 1] + [0] * 12
+
+    run(scene())
+
+
+def test_a_snapshot_that_is_compared_with_can_be_deleted_and_its_context_fails_from_then_on() -> (
+    None
+):
+    async def scene() -> None:
+        async with opened() as catalogue:
+            async with client(catalogue) as handle:
+                await write(handle, 1, 2)
+            await catalogue.create_snapshots([("v", "s")])
+            async with client(catalogue) as volume, client(catalogue, "v@s") as reader:
+                await write(volume, 2, 3)
+                with pytest.raises(InUseError, match="v@s is open"):
+                    await catalogue.delete_snapshot("v", "s")
+                assert changed(volume, "s") == [2, 3]
+                assert changed(reader, "s") == []
+            await catalogue.create_snapshots([("v", "t")])
+            async with client(catalogue) as volume, client(catalogue, "v@t") as snapshot:
+                await catalogue.delete_snapshot("v", "s")
+                assert not catalogue._manifests.merges
+                await catalogue.create_snapshots([("v", "s")])  # another one
+                for handle in (volume, snapshot):
+                    with pytest.raises(OSError, match="snapshot s was deleted") as failure:
+                        handle.status(dirty("s"), 0, SIZE, 1)
+                    assert failure.value.errno == errno.EIO
+                    assert changed(handle, "t") == []
+                    assert statuses(handle, ALLOCATION_DEPTH)
+            async with client(catalogue) as volume:
+                assert changed(volume, "s") == []
+
+    run(scene())
+
+
+def test_an_open_that_fails_leaves_nothing_open() -> None:
+    async def scene() -> None:
+        async with opened() as catalogue:
+            await catalogue.create_snapshots([("v", "s")])
+            with pytest.raises(NotFoundError, match="snapshot v@gone does not exist"):
+                async with client(catalogue, contexts=(dirty("s"), dirty("gone"))):
+                    pass
+            assert not catalogue._views._open
+            found = catalogue._manifests.get("v").snapshots[0].layer
+            store = catalogue._store
+            assert isinstance(store, FaultyStore)
+            content = store._logs[found].copy()
+            store._logs[found].clear()
+            with pytest.raises(NotFoundError, match="the layer cannot be read"):
+                async with client(catalogue):
+                    pass
+            assert not catalogue._views._open
+            store._logs[found].update(content)
+            async with client(catalogue) as handle:
+                assert changed(handle, "s") == []
+
+    run(scene())
+
+
+def test_views_that_are_compared_with_are_shared_and_closed_with_the_last_client() -> None:
+    async def scene() -> None:
+        async with opened() as catalogue:
+            await catalogue.create_snapshots([("v", "s")])
+            async with client(catalogue) as one:
+                async with client(catalogue) as two:
+                    assert one.bases[dirty("s")] is two.bases[dirty("s")]
+                    assert len(catalogue._views._open) == 2
+                assert changed(one, "s") == []
+                async with client(catalogue, contexts=(ALLOCATION_DEPTH,)):
+                    assert (await catalogue.show_volume("v")).clients == 2
+            assert not catalogue._views._open
+            with pytest.raises(InUseError):
+                async with client(catalogue, "v@s"):
+                    await catalogue.delete_volume("v", with_snapshots=True)
+
+    run(scene())
+
+
+def test_eight_tebibytes_are_one_answer_unless_much_was_touched() -> None:
+    async def scene() -> None:
+        size = 8 * TIB
+        async with opened(size) as catalogue:
+            async with client(catalogue) as handle:
+                await write(handle, 0, size // BLOCK - 1)
+            await catalogue.create_snapshots([("v", "s")])
+            async with client(catalogue) as handle:
+                await write(handle, TIB // BLOCK)
+                assert handle.status(dirty("s"), 0, size, 4096) == [
+                    (TIB, 0),
+                    (BLOCK, 1),
+                    (7 * TIB - BLOCK, 0),
+                ]
+                assert handle.status(ALLOCATION_DEPTH, 0, size, 4096) == [
+                    (BLOCK, 2),
+                    (TIB - BLOCK, 0),
+                    (BLOCK, 1),
+                    (7 * TIB - 2 * BLOCK, 0),
+                    (BLOCK, 2),
+                ]
+                await write(handle, *range(0, size // BLOCK, 32 * GIB // BLOCK))
+                for context in (dirty("s"), ALLOCATION_DEPTH):
+                    runs = handle.status(context, 0, size, 4096)
+                    assert size // 10 < sum(length for length, _ in runs) < size // 7
+                    assert [status for _, status in runs] == [1, 0] * (len(runs) // 2)
+                    assert sum(statuses_of(handle, context, 1)) == 256 * BLOCK
+
+    run(scene())
+
+
+def statuses_of(handle: Handle, context: str, wanted: int) -> Iterator[int]:
+    """The lengths of all runs with a status."""
+    runs = ask(lambda *asked: handle.status(context, *asked), 0, handle.size)
+    return (end - start for start, end, status in runs if status == wanted)

@@ -113,3 +113,50 @@ def test_runs_may_be_asked_for_while_the_map_changes_behind_them() -> None:
     assert seen == [(10, 4 * owner_map.REGION)]
     # No regular expression's match holds the mapping any more: it can be closed.
     tested.close()
+
+
+runs = st.lists(st.tuples(places, places, values), max_size=6)
+
+
+@settings(max_examples=60, deadline=None)
+@given(runs, runs, places, places, st.integers(0, BLOCKS), st.sampled_from([None, 1, 92]))
+def test_differences_are_those_of_two_bytearrays(
+    ours: list[tuple[int, int, int]],
+    theirs: list[tuple[int, int, int]],
+    low: int,
+    high: int,
+    shorter: int,
+    renamed: int | None,
+) -> None:
+    tested, other = OwnerMap(BLOCKS), OwnerMap(BLOCKS - shorter)
+    names = bytearray(range(256))
+    if renamed is not None:
+        names[renamed] = 2
+    for target, steps in ((tested, ours), (other, theirs)):
+        for one, two, value in steps:
+            target.set(min(one, two, target.blocks), min(max(one, two), target.blocks), value)
+    here, there = tested.raw[:], other.raw[:].translate(names).ljust(BLOCKS, b"\0")
+    marks = bytes(one != two for one, two in zip(here, there, strict=True))
+    for first, last in ((0, BLOCKS), (min(low, high), max(low, high))):
+        found = list(tested.differences(other, bytes(names) if renamed else None, first, last))
+        assert found == joined(runs_of(marks, first, last))
+    tested.close()
+    other.close()
+
+
+def test_a_scan_reaches_over_a_bounded_number_of_touched_regions() -> None:
+    blocks = (8 << 40) >> 12
+    tested = OwnerMap(blocks)
+    assert tested.reach(0, blocks) == blocks
+    steps = 3 * owner_map.REACH + 5
+    for step in range(steps):
+        tested.set(5000 * step * 40, 5000 * step * 40 + 1, 1)
+    position, calls = 0, 0
+    while position < blocks:
+        position, before = tested.reach(position, blocks), position
+        assert position > before
+        assert len(list(tested._touched_ranges(before, position))) <= owner_map.REACH
+        calls += 1
+    assert calls == 4
+    assert tested.reach(7, 100) == 100
+    tested.close()
