@@ -50,16 +50,34 @@ def data_directory() -> Iterator[Path]:
 
 
 @pytest.fixture
-def start_daemon() -> Iterator[Callable[..., Daemon]]:
+def transport(request: pytest.FixtureRequest) -> str:
+    """Return how clients reach the daemon, "plain" or "tls"; see parts.over_all_transports."""
+    return str(getattr(request, "param", "plain"))
+
+
+@pytest.fixture(scope="session")
+def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a directory with the certificates of a CA, a server and a client."""
+    require("openssl")
+    directory = tmp_path_factory.mktemp("certificates")
+    run(SCRIPTS / "make-test-certificates", directory)
+    return directory
+
+
+@pytest.fixture
+def start_daemon(transport: str, request: pytest.FixtureRequest) -> Iterator[Callable[..., Daemon]]:
     """Yield a function that starts a daemon over a data directory, with more arguments if given.
 
-    At the end every one that still runs must stop cleanly, and none may have printed a traceback.
+    It requires TLS when that is the test's transport. At the end every one that still runs must
+    stop cleanly, and none may have printed a traceback.
     """
     daemons = []
+    encrypted = transport == "tls"
+    certificates = request.getfixturevalue("certificates") if encrypted else None
 
     def start(data: Path, *arguments: str | Path) -> Daemon:
         data.mkdir(parents=True, exist_ok=True)
-        daemon = Daemon(data, *arguments)
+        daemon = Daemon(data, *arguments, certificates=certificates)
         daemons.append(daemon)
         daemon.start()
         return daemon

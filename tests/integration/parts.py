@@ -9,12 +9,16 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import boto3
 import pytest
+
+from nbdserve.control import address
+from nbdserve.control.client import Client as Control
+from nbdserve.control.client import path
 
 PROJECT = Path(__file__).resolve().parents[2]
 SCRIPTS = PROJECT / "scripts"
@@ -24,9 +28,13 @@ SYSTEM_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 # What a child is started with so that it cannot outlive the test run.
 DIE_WITH_PARENT = ("setpriv", "--pdeathsig", "KILL")
 
+over_all_transports = pytest.mark.parametrize("transport", ["plain", "tls"], indirect=True)
+"""For tests and modules (as ``pytestmark``): once with TLS off, once with TLS required."""
+
 KIB = 1 << 10
 MIB = 1 << 20
 GIB = 1 << 30
+TIB = 1 << 40
 
 
 def require(*programs: str) -> None:
@@ -35,6 +43,14 @@ def require(*programs: str) -> None:
     missing = [program for program in programs if shutil.which(program, path=path) is None]
     if missing:
         pytest.skip(f"{', '.join(missing)} not found: run scripts/install-test-dependencies")
+
+
+def unpacked(name: str, program: str) -> Path:
+    """Return a program that was unpacked beside the installed ones; skip the test without it."""
+    found = SCRIPTS.parent / ".cache" / name / "root" / "usr" / "bin" / program
+    if not (SCRIPTS.parent / ".cache" / name / "complete").exists():
+        pytest.skip(f"no {program} in .cache/{name}: run scripts/install-test-dependencies")
+    return found
 
 
 def require_root() -> None:
@@ -93,12 +109,15 @@ class Daemon:
     """`nbdserve serve` as a process of its own, over a data directory.
 
     The directory outlives the process, so that a test can stop or kill it and start it again;
-    `arguments` go to `nbdserve serve`.
+    `arguments` go to `nbdserve serve`. With certificates it requires TLS, which the URIs then say.
     """
 
-    def __init__(self, data: Path, *arguments: str | Path) -> None:
+    def __init__(
+        self, data: Path, *arguments: str | Path, certificates: Path | None = None
+    ) -> None:
         self.data = data
-        self.arguments = arguments
+        self.certificates = certificates
+        self.arguments = (*arguments, *serve_options(certificates)) if certificates else arguments
         self.socket = data / "nbd.sock"
         self.port = find_free_port()
         self.process: subprocess.Popen[bytes] | None = None
@@ -106,7 +125,7 @@ class Daemon:
         self.env = {**os.environ, "NBDSERVE_DATA": str(data)}
 
     def start(self) -> None:
-        """Start it and return when both sockets take connections."""
+        """Start it and return when all its sockets take connections."""
         assert self.process is None, "it runs already"
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
@@ -166,13 +185,58 @@ class Daemon:
         """Run a command with --json; return what it printed."""
         return json.loads(self.command(*arguments, "--json", env=env, timeout=timeout).stdout)
 
+    @property
+    def tls(self) -> bool:
+        """Whether it requires TLS."""
+        return self.certificates is not None
+
+    def create(self, volume: str, size: int) -> None:
+        """Create a volume of `size` bytes, without the half second that the command takes."""
+        self.control().post(path("volumes"), {"name": volume, "size": size})
+
+    def take_snapshot(self, *snapshots: str) -> None:
+        """Take snapshots (VOLUME@SNAPSHOT) of one instant, in the same way."""
+        self.control().post(path("snapshots"), {"snapshots": list(snapshots)})
+
+    def control(self) -> Control:
+        """Return a client of the control socket."""
+        return Control(lambda: address.connect(self.data))
+
     def uri(self, export: str) -> str:
-        """Return the URI of an export on the Unix socket."""
-        return f"nbd+unix:///{export}?socket={self.socket}"
+        """Return the URI of an export on the Unix socket, for libnbd.
+
+        It names no certificates, for libnbd reads files only if its user lets it (fio does not);
+        so with TLS nobody asks who serves, which for a Unix socket libnbd accepts.
+        """
+        return f"nbd{'s' if self.tls else ''}+unix:///{export}?socket={self.socket}"
 
     def tcp_uri(self, export: str) -> str:
-        """Return the URI of an export on the TCP port."""
+        """Return the URI of an export on the TCP port, for libnbd's own tools."""
+        if self.tls:
+            files = f"tls-certificates={self.certificates}"
+            return f"nbds://127.0.0.1:{self.port}/{export}?{files}"
         return f"nbd://127.0.0.1:{self.port}/{export}"
+
+    def image(self, export: str) -> str:
+        """Return what qemu's tools open, as a raw image, for an export on the Unix socket."""
+        if not self.tls:
+            return self.uri(export)
+        return _encrypted_image(export, {"type": "unix", "path": str(self.socket)})
+
+    def tcp_image(self, export: str) -> str:
+        """Return the same for the TCP port."""
+        if not self.tls:
+            return self.tcp_uri(export)
+        return _encrypted_image(
+            export, {"type": "inet", "host": "127.0.0.1", "port": str(self.port)}
+        )
+
+    @property
+    def qemu_objects(self) -> list[str]:
+        """What qemu's tools are told besides, for the images to be found."""
+        if not self.tls:
+            return []
+        return ["--object", f"tls-creds-x509,id=tls,endpoint=client,dir={self.certificates}"]
 
     def _accepts(self) -> bool:
         try:
@@ -180,9 +244,47 @@ class Daemon:
                 client.connect(str(self.socket))
             with socket.socket() as client:
                 client.connect(("127.0.0.1", self.port))
+            address.connect(self.data).close()
         except OSError:
             return False
         return True
+
+
+def _encrypted_image(export: str, server: dict[str, str]) -> str:
+    node = {"driver": "nbd", "server": server, "export": export}
+    # The certificate has the name localhost; a Unix socket has none.
+    return "json:" + json.dumps({"file": node | {"tls-creds": "tls", "tls-hostname": "localhost"}})
+
+
+def serve_options(certificates: Path) -> list[str | Path]:
+    """Return the options of `nbdserve serve` for a directory of scripts/make-test-certificates."""
+    return [
+        "--tls-certificate", certificates / "server-cert.pem",
+        "--tls-key", certificates / "server-key.pem",
+    ]  # fmt: skip
+
+
+def qemu_img(
+    daemon: Daemon, command: str, *arguments: str | Path, check: bool = True
+) -> subprocess.CompletedProcess[str]:
+    """Run a command of qemu-img with images of the daemon among its arguments."""
+    return run("qemu-img", command, *daemon.qemu_objects, *arguments, check=check)
+
+
+def qemu_io(daemon: Daemon, export: str, *commands: str) -> str:
+    """Run qemu-io commands in order on one connection; all must succeed and verify."""
+    output = run_qemu_io(daemon, export, *commands).stdout
+    assert "failed" not in output, output
+    return output
+
+
+def run_qemu_io(
+    daemon: Daemon, export: str, *commands: str, options: Sequence[str] = (), check: bool = True
+) -> subprocess.CompletedProcess[str]:
+    """Run qemu-io commands, which may fail."""
+    words = [word for command in commands for word in ("-c", command)]
+    arguments = [*daemon.qemu_objects, *options, "-f", "raw", *words, daemon.image(export)]
+    return run("qemu-io", *arguments, check=check)
 
 
 class S3Server:

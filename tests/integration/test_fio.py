@@ -3,21 +3,26 @@
 import subprocess
 import threading
 
+import pytest
+
 from .parts import DIE_WITH_PARENT, MIB, Daemon, require, run
 
 SIZE_MIB = 256
-SNAPSHOTS = 12
 
 
-def test_verified_load_while_snapshots_are_taken_every_second(daemon: Daemon) -> None:
+# Over TLS shorter: what snapshots do to a load is the same.
+@pytest.mark.parametrize(
+    ("transport", "count"), [("plain", 12), ("tls", 2)], indirect=["transport"]
+)
+def test_verified_load_while_snapshots_are_taken_every_second(daemon: Daemon, count: int) -> None:
     require("fio", "nbdcopy")
-    daemon.command("volume", "create", "disk", "--size", f"{SIZE_MIB}M")
+    daemon.create("disk", SIZE_MIB * MIB)
     enough = threading.Event()
     failures: list[str] = []
 
     def take_snapshots() -> None:
         try:
-            for number in range(SNAPSHOTS):
+            for number in range(count):
                 taken = daemon.command("snapshot", "create", f"disk@s{number}", check=False)
                 if taken.returncode:
                     failures.append(taken.stderr)
@@ -49,7 +54,7 @@ def test_verified_load_while_snapshots_are_taken_every_second(daemon: Daemon) ->
 
     listing = daemon.json("snapshot", "list", "disk")["snapshots"]
     names = [snapshot["name"] for snapshot in listing]
-    assert names == [f"s{number}" for number in range(SNAPSHOTS)]
+    assert names == [f"s{number}" for number in range(count)]
     for name in names:
         uri = daemon.uri(f"disk@{name}")
         assert run("nbdinfo", "--size", uri).stdout.strip() == str(SIZE_MIB * MIB)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from .parts import MIB, Daemon, require, require_root, run, run_nbdsh
+from .parts import GIB, MIB, Daemon, over_all_transports, require, require_root, run, run_nbdsh
 
 FILE_SYSTEM_MIB = 96
 
@@ -29,9 +29,10 @@ def small_file_system(tmp_path: Path) -> Iterator[Path]:
             run("umount", "--lazy", mounted)
 
 
+@over_all_transports
 def test_full_disk(small_file_system: Path, start_daemon: Callable[..., Daemon]) -> None:
     daemon = start_daemon(small_file_system / "data")
-    daemon.command("volume", "create", "disk", "--size", "1G")
+    daemon.create("disk", GIB)
     # A first layer that a snapshot holds, so that deleting the snapshot gives space back.
     run_nbdsh("h.pwrite(b'o' * 2**20, 0); h.pwrite(b'o' * 2**24, 2**26)", daemon.uri("disk"))
     daemon.command("snapshot", "create", "disk@first")
@@ -112,11 +113,12 @@ h.flush()
     run("nbdcopy", daemon.uri("disk@third"), "null:")
 
 
+@over_all_transports
 def test_space_that_other_files_took_and_gave_back(
     small_file_system: Path, start_daemon: Callable[..., Daemon]
 ) -> None:
     daemon = start_daemon(small_file_system / "data")
-    daemon.command("volume", "create", "disk", "--size", "64M")
+    daemon.create("disk", 64 * MIB)
     run_nbdsh("h.pwrite(b'a' * 2**20, 0); h.flush()", daemon.uri("disk"))
     ballast = small_file_system / "ballast"
     with ballast.open("wb") as file, pytest.raises(OSError, match="No space left"):

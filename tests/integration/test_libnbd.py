@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from .parts import MIB, Daemon, require, run, run_nbdsh
+from .parts import GIB, MIB, Daemon, over_all_transports, require, run, run_nbdsh
+
+pytestmark = over_all_transports
 
 
 @pytest.fixture(autouse=True)
@@ -29,8 +31,8 @@ def make_sparse_file(path: Path, size: int) -> None:
 
 
 def test_info(daemon: Daemon) -> None:
-    daemon.command("volume", "create", "disk", "--size", "10G")
-    daemon.command("snapshot", "create", "disk@first")
+    daemon.create("disk", 10 * GIB)
+    daemon.take_snapshot("disk@first")
     for uri in (daemon.uri("disk"), daemon.tcp_uri("disk")):
         assert run("nbdinfo", "--size", uri).stdout.strip() == str(10 << 30)
         export = json.loads(run("nbdinfo", "--json", uri).stdout)["exports"][0]
@@ -52,7 +54,7 @@ def test_info(daemon: Daemon) -> None:
 def test_list(daemon: Daemon) -> None:
     assert json.loads(run("nbdinfo", "--list", "--json", daemon.uri("")).stdout)["exports"] == []
     for name in ("one", "two", "three"):
-        daemon.command("volume", "create", name, "--size", "1M")
+        daemon.create(name, MIB)
     listing = json.loads(run("nbdinfo", "--list", "--json", daemon.uri("")).stdout)
     assert sorted(export["export-name"] for export in listing["exports"]) == [
         "one",
@@ -62,7 +64,7 @@ def test_list(daemon: Daemon) -> None:
 
 
 def test_map_follows_writes_and_trims(daemon: Daemon) -> None:
-    daemon.command("volume", "create", "disk", "--size", "16M")
+    daemon.create("disk", 16 * MIB)
 
     def read_map() -> list[tuple[int, int, int]]:
         output = run("nbdinfo", "--map", "--json", daemon.uri("disk")).stdout
@@ -78,31 +80,31 @@ def test_map_follows_writes_and_trims(daemon: Daemon) -> None:
         (8 * MIB + 4096, 8 * MIB - 4096, 3),
     ]
     assert read_map() == written
-    daemon.command("snapshot", "create", "disk@written")
+    daemon.take_snapshot("disk@written")
     assert read_map() == written
     run_nbdsh("h.trim(2**20, 2**20); h.zero(4096, 8 * 2**20)", daemon.uri("disk"))
     assert read_map() == [(0, 16 * MIB, 3)]
     assert run("nbdinfo", "--map", "--totals", daemon.uri("disk@written")).returncode == 0
 
 
-@pytest.mark.parametrize("transport", ["unix", "tcp"])
-def test_copy_both_ways(daemon: Daemon, tmp_path: Path, transport: str) -> None:
+@pytest.mark.parametrize("way", ["unix", "tcp"])
+def test_copy_both_ways(daemon: Daemon, tmp_path: Path, way: str) -> None:
     size = 96 * MIB + 4096
-    daemon.command("volume", "create", "disk", "--size", str(size))
-    uri = daemon.uri("disk") if transport == "unix" else daemon.tcp_uri("disk")
+    daemon.create("disk", size)
+    uri = daemon.uri("disk") if way == "unix" else daemon.tcp_uri("disk")
     source, copy = tmp_path / "source", tmp_path / "copy"
     make_sparse_file(source, size)
     run("nbdcopy", "--connections=4", "--flush", source, uri)
     run("nbdcopy", "--connections=4", uri, copy)
     run("cmp", source, copy)
-    daemon.command("volume", "create", "other", "--size", str(size))
+    daemon.create("other", size)
     run("nbdcopy", "--connections=4", uri, daemon.uri("other"))
     run("nbdcopy", "--connections=4", daemon.uri("other"), copy)
     run("cmp", source, copy)
 
 
 def test_structured_replies_carry_holes(daemon: Daemon) -> None:
-    daemon.command("volume", "create", "disk", "--size", "1M")
+    daemon.create("disk", MIB)
     output = run_nbdsh(
         """
 h.pwrite(b"a" * 4096, 0)
@@ -138,7 +140,7 @@ print("done")
 
 
 def test_simple_replies(daemon: Daemon) -> None:
-    daemon.command("volume", "create", "disk", "--size", "1M")
+    daemon.create("disk", MIB)
     output = run_nbdsh(
         f"""
 h.set_request_structured_replies(False)
@@ -157,7 +159,7 @@ print("done")
 
 
 def test_block_status(daemon: Daemon) -> None:
-    daemon.command("volume", "create", "disk", "--size", "1M")
+    daemon.create("disk", MIB)
     output = run_nbdsh(
         f"""
 h.add_meta_context(nbd.CONTEXT_BASE_ALLOCATION)
@@ -184,7 +186,7 @@ print("done")
 
 
 def test_flags_and_unaligned_ranges(daemon: Daemon) -> None:
-    daemon.command("volume", "create", "disk", "--size", "1M")
+    daemon.create("disk", MIB)
     output = run_nbdsh(
         """
 model = bytearray(2**20)
@@ -220,8 +222,8 @@ print("done")
 
 
 def test_errors_leave_the_connection_usable(daemon: Daemon) -> None:
-    daemon.command("volume", "create", "disk", "--size", "1M")
-    daemon.command("snapshot", "create", "disk@first")
+    daemon.create("disk", MIB)
+    daemon.take_snapshot("disk@first")
     output = run_nbdsh(
         f"""
 import errno
@@ -264,7 +266,7 @@ print("done")
 
 
 def test_options_before_an_export_is_chosen(daemon: Daemon) -> None:
-    daemon.command("volume", "create", "disk", "--size", "1M")
+    daemon.create("disk", MIB)
     output = run_nbdsh(
         f"""
 def refused(call, *arguments):
@@ -274,7 +276,7 @@ def refused(call, *arguments):
         return error.string
     raise AssertionError(f"{{call}} succeeded")
 h.set_opt_mode(True)
-h.connect_unix({str(daemon.socket)!r})
+h.connect_uri({daemon.uri("")!r})
 names = []
 assert h.opt_list(lambda name, description: names.append(name)) == 1
 assert names == ["disk"]
@@ -296,7 +298,7 @@ h.shutdown()
 
 other = nbd.NBD()
 other.set_opt_mode(True)
-other.connect_unix({str(daemon.socket)!r})
+other.connect_uri({daemon.uri("")!r})
 other.opt_abort()
 print("done")
 """
@@ -305,7 +307,7 @@ print("done")
 
 
 def test_many_requests_in_flight_on_many_connections(daemon: Daemon) -> None:
-    daemon.command("volume", "create", "disk", "--size", "64M")
+    daemon.create("disk", 64 * MIB)
     output = run_nbdsh(
         f"""
 import random

@@ -5,20 +5,24 @@ from pathlib import Path
 
 import pytest
 
-from .parts import KIB, MIB, Daemon, require, run
+from .parts import (
+    KIB,
+    MIB,
+    Daemon,
+    over_all_transports,
+    qemu_img,
+    qemu_io,
+    require,
+    run,
+    run_qemu_io,
+)
+
+pytestmark = over_all_transports
 
 
 @pytest.fixture(autouse=True)
 def _qemu_tools() -> None:
     require("qemu-img", "qemu-io")
-
-
-def qemu_io(uri: str, *commands: str) -> str:
-    """Run qemu-io commands in order on one connection; all must succeed and verify."""
-    arguments = [word for command in commands for word in ("-c", command)]
-    output = run("qemu-io", "-f", "raw", *arguments, uri).stdout
-    assert "failed" not in output, output
-    return output
 
 
 def find_zero_ranges(output: str) -> list[tuple[int, int]]:
@@ -36,19 +40,19 @@ def find_zero_ranges(output: str) -> list[tuple[int, int]]:
 def test_convert_compare_and_map_a_disk_image(
     daemon: Daemon, disk_image: Path, tmp_path: Path
 ) -> None:
-    daemon.command("volume", "create", "disk", "--size", "256M")
-    uri = daemon.uri("disk")
-    run("qemu-img", "convert", "-n", "-f", "qcow2", "-O", "raw", disk_image, uri)
-    run("qemu-img", "compare", "-f", "qcow2", "-F", "raw", disk_image, uri)
+    daemon.create("disk", 256 * MIB)
+    image = daemon.image("disk")
+    qemu_img(daemon, "convert", "-n", "-f", "qcow2", "-O", "raw", disk_image, image)
+    qemu_img(daemon, "compare", "-f", "qcow2", "-F", "raw", disk_image, image)
 
     holes = find_zero_ranges(run("qemu-img", "map", "--output=json", disk_image).stdout)
-    exported = find_zero_ranges(run("qemu-img", "map", "--output=json", "-f", "raw", uri).stdout)
+    exported = find_zero_ranges(qemu_img(daemon, "map", "--output=json", "-f", "raw", image).stdout)
     assert sum(end - start for start, end in holes) > 128 * MIB
     for start, end in holes:
         assert any(low <= start and end <= high for low, high in exported), (start, end, exported)
 
     copy = tmp_path / "copy.raw"
-    run("qemu-img", "convert", "-f", "raw", "-O", "raw", uri, copy)
+    qemu_img(daemon, "convert", "-f", "raw", "-O", "raw", image, copy)
     with copy.open("rb") as content:
         for start, end in exported:
             content.seek(start)
@@ -62,17 +66,18 @@ def test_convert_compare_and_map_a_disk_image(
 def test_convert_over_tcp_into_a_volume_that_holds_other_data(
     daemon: Daemon, disk_image: Path
 ) -> None:
-    daemon.command("volume", "create", "disk", "--size", "256M")
-    qemu_io(daemon.uri("disk"), "write -P 0x77 0 256M")
-    uri = daemon.tcp_uri("disk")
-    run("qemu-img", "convert", "-n", "-f", "qcow2", "-O", "raw", disk_image, uri)
-    run("qemu-img", "compare", "-f", "qcow2", "-F", "raw", disk_image, uri)
+    daemon.create("disk", 256 * MIB)
+    qemu_io(daemon, "disk", "write -P 0x77 0 256M")
+    image = daemon.tcp_image("disk")
+    qemu_img(daemon, "convert", "-n", "-f", "qcow2", "-O", "raw", disk_image, image)
+    qemu_img(daemon, "compare", "-f", "qcow2", "-F", "raw", disk_image, image)
 
 
 def test_patterns(daemon: Daemon) -> None:
-    daemon.command("volume", "create", "disk", "--size", "64M")
+    daemon.create("disk", 64 * MIB)
     qemu_io(
-        daemon.uri("disk"),
+        daemon,
+        "disk",
         "read -P 0 0 64M",
         "write -P 0x11 0 1M",
         "write -P 0x22 64k 128k",
@@ -100,9 +105,10 @@ def test_patterns(daemon: Daemon) -> None:
 
 @pytest.mark.parametrize("zero", ["write -z", "write -z -u", "discard"])
 def test_zeroes_and_discards(daemon: Daemon, zero: str) -> None:
-    daemon.command("volume", "create", "disk", "--size", "64M")
+    daemon.create("disk", 64 * MIB)
     qemu_io(
-        daemon.uri("disk"),
+        daemon,
+        "disk",
         "write -P 0xaa 0 8M",
         f"{zero} 1M 1M",
         "read -P 0xaa 0 1M",
@@ -118,11 +124,12 @@ def test_zeroes_and_discards(daemon: Daemon, zero: str) -> None:
     )
     if zero != "discard":
         # A discard may leave what is not a whole block; zeroes may not.
-        qemu_io(daemon.uri("disk"), "read -P 0 3146241 1000", "read -P 0 4198401 20000")
+        qemu_io(daemon, "disk", "read -P 0 3146241 1000", "read -P 0 4198401 20000")
     # Data over what was zeroed, and zeroes over snapshotted data.
-    daemon.command("snapshot", "create", "disk@before")
+    daemon.take_snapshot("disk@before")
     qemu_io(
-        daemon.uri("disk"),
+        daemon,
+        "disk",
         "write -P 0xbb 1500k 4k",
         f"{zero} 5M 1M",
         "read -P 0 1M 476k",
@@ -130,35 +137,35 @@ def test_zeroes_and_discards(daemon: Daemon, zero: str) -> None:
         "read -P 0 1504k 544k",
         "read -P 0 5M 1M",
     )
-    before = run(
-        "qemu-io", "-r", "-f", "raw", "-c", "read -P 0xaa 5M 1M", "-c", "read -P 0 1M 1M",
-        daemon.uri("disk@before"),
-    )  # fmt: skip
+    before = run_qemu_io(
+        daemon, "disk@before", "read -P 0xaa 5M 1M", "read -P 0 1M 1M", options=["-r"]
+    )
     assert "failed" not in before.stdout
 
 
 def test_snapshot_export_is_read_only(daemon: Daemon) -> None:
-    daemon.command("volume", "create", "disk", "--size", "1M")
-    daemon.command("snapshot", "create", "disk@first")
-    refused = run("qemu-io", "-f", "raw", "-c", "write 0 4k", daemon.uri("disk@first"), check=False)
+    daemon.create("disk", MIB)
+    daemon.take_snapshot("disk@first")
+    refused = run_qemu_io(daemon, "disk@first", "write 0 4k", check=False)
     assert refused.returncode != 0
     assert "Permission denied" in refused.stderr
-    run("qemu-io", "-r", "-f", "raw", "-c", "read -P 0 0 1M", daemon.uri("disk@first"))
+    run_qemu_io(daemon, "disk@first", "read -P 0 0 1M", options=["-r"])
 
 
 def test_requests_beyond_the_end(daemon: Daemon) -> None:
-    daemon.command("volume", "create", "disk", "--size", str(MIB + 4096))
-    uri = daemon.uri("disk")
-    qemu_io(uri, f"write -P 1 {MIB + 3584} 512", f"read -P 1 {MIB + 3584} 512")
-    info = json.loads(run("qemu-img", "info", "--output=json", "-f", "raw", uri).stdout)
+    daemon.create("disk", MIB + 4096)
+    qemu_io(daemon, "disk", f"write -P 1 {MIB + 3584} 512", f"read -P 1 {MIB + 3584} 512")
+    info = json.loads(
+        qemu_img(daemon, "info", "--output=json", "-f", "raw", daemon.image("disk")).stdout
+    )
     assert info["virtual-size"] == MIB + 4096
-    beyond = run("qemu-io", "-f", "raw", "-c", f"write {MIB + 3584} 1k", uri, check=False)
+    beyond = run_qemu_io(daemon, "disk", f"write {MIB + 3584} 1k", check=False)
     assert beyond.returncode != 0
 
 
 def test_unknown_export(daemon: Daemon) -> None:
-    daemon.command("volume", "create", "disk", "--size", str(64 * KIB))
-    refused = run("qemu-img", "info", daemon.uri("nothing"), check=False)
+    daemon.create("disk", 64 * KIB)
+    refused = qemu_img(daemon, "info", "-f", "raw", daemon.image("nothing"), check=False)
     assert refused.returncode == 1
-    assert "nothing" in refused.stderr
-    run("qemu-img", "info", daemon.uri("disk"))
+    assert "volume nothing does not exist" in refused.stderr
+    qemu_img(daemon, "info", "-f", "raw", daemon.image("disk"))

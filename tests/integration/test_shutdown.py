@@ -8,7 +8,21 @@ from pathlib import Path
 
 import pytest
 
-from .parts import DIE_WITH_PARENT, MIB, NBDSERVE, SYSTEM_PATH, Daemon, find_free_port, require, run
+from nbdserve.control.client import path
+
+from .parts import (
+    DIE_WITH_PARENT,
+    MIB,
+    NBDSERVE,
+    SYSTEM_PATH,
+    TIB,
+    Daemon,
+    find_free_port,
+    over_all_transports,
+    qemu_io,
+    require,
+    run,
+)
 
 # Keeps requests in flight until the daemon ends the connection; then reports which were answered.
 BUSY_CLIENT = """
@@ -53,9 +67,10 @@ print(json.dumps({
 """
 
 
+@over_all_transports
 def test_sigterm_drains(daemon: Daemon) -> None:
     require("nbdsh")
-    daemon.command("volume", "create", "disk", "--size", "16M")
+    daemon.create("disk", 16 * MIB)
     client = subprocess.Popen(
         [*DIE_WITH_PARENT, "/usr/bin/python3", "-c", BUSY_CLIENT, daemon.uri("disk")],
         stdout=subprocess.PIPE,
@@ -82,18 +97,19 @@ def test_sigterm_drains(daemon: Daemon) -> None:
             assert words <= {value.to_bytes(4, "little") for value in allowed}, slot
 
 
+@over_all_transports
 def test_restart_keeps_everything(daemon: Daemon, tmp_path: Path) -> None:
     require("nbdcopy", "qemu-img")
     source = tmp_path / "source"
     source.write_bytes(random.Random(1).randbytes(20 * MIB) + bytes(12 * MIB))
-    daemon.command("volume", "create", "disk", "--size", "32M")
+    daemon.create("disk", 32 * MIB)
     run("nbdcopy", source, daemon.uri("disk"))
-    daemon.command("snapshot", "create", "disk@one")
-    run("qemu-io", "-f", "raw", "-c", "write -P 7 5M 3M", "-c", "discard 1M 2M", daemon.uri("disk"))
+    daemon.take_snapshot("disk@one")
+    qemu_io(daemon, "disk", "write -P 7 5M 3M", "discard 1M 2M")
     daemon.command("volume", "create", "copy", "--from", "disk@one", "--size", "64M")
-    run("qemu-io", "-f", "raw", "-c", "write -P 8 40M 100k", daemon.uri("copy"))
-    daemon.command("snapshot", "create", "disk@two", "copy@two")
-    daemon.command("volume", "create", "empty", "--size", "16T")
+    qemu_io(daemon, "copy", "write -P 8 40M 100k")
+    daemon.take_snapshot("disk@two", "copy@two")
+    daemon.create("empty", 16 * TIB)
     exports = ["disk", "disk@one", "disk@two", "copy", "copy@two"]
 
     def read_all() -> dict[str, bytes]:
@@ -106,8 +122,8 @@ def test_restart_keeps_everything(daemon: Daemon, tmp_path: Path) -> None:
 
     def describe() -> list[object]:
         return [
-            daemon.json("volume", "list"),
-            daemon.json("snapshot", "list"),
+            daemon.control().get(path("volumes")),
+            daemon.control().get(path("snapshots")),
             daemon.json("snapshot", "diff", "disk@one", "disk@two"),
             *(run("nbdinfo", "--map", daemon.uri(export)).stdout for export in exports),
         ]

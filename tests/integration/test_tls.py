@@ -1,4 +1,7 @@
-"""Real clients over TLS: libnbd, qemu and fio; certificates of scripts/make-test-certificates."""
+"""What TLS adds for real clients: certificates, refusals, the end of a connection.
+
+That everything else works over TLS as well is for the other modules: see parts.over_all_transports.
+"""
 
 import random
 import shutil
@@ -9,38 +12,22 @@ from pathlib import Path
 
 import pytest
 
-from .parts import DIE_WITH_PARENT, MIB, SCRIPTS, Daemon, require, run, run_nbdsh
+from .parts import DIE_WITH_PARENT, MIB, SCRIPTS, Daemon, require, run, run_nbdsh, serve_options
 
 Start = Callable[..., Daemon]
 
 
 @pytest.fixture(autouse=True)
 def _clients() -> None:
-    require("nbdinfo", "nbdcopy", "nbdsh", "qemu-img", "openssl")
-
-
-@pytest.fixture(scope="module")
-def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a directory with those of a CA, a server and a client."""
-    return make_certificates(tmp_path_factory.mktemp("certificates"))
+    require("nbdinfo", "nbdcopy", "nbdsh", "qemu-img")
 
 
 @pytest.fixture(scope="module")
 def strangers(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return the same, signed by another CA."""
-    return make_certificates(tmp_path_factory.mktemp("strangers"))
-
-
-def make_certificates(directory: Path) -> Path:
+    """Return a directory with certificates of the same names, signed by another CA."""
+    directory = tmp_path_factory.mktemp("strangers")
     run(SCRIPTS / "make-test-certificates", directory)
     return directory
-
-
-def serve_options(certificates: Path) -> list[str | Path]:
-    return [
-        "--tls-certificate", certificates / "server-cert.pem",
-        "--tls-key", certificates / "server-key.pem",
-    ]  # fmt: skip
 
 
 @pytest.fixture
@@ -99,18 +86,6 @@ def test_qemu(tls_daemon: Daemon, certificates: Path, tmp_path: Path) -> None:
     uri = tls_uris(tls_daemon, "disk", certificates)[1]
     run("nbdcopy", uri, tmp_path / "back")
     run("cmp", file, tmp_path / "back")
-
-
-def test_fio_verifies_what_it_wrote(tls_daemon: Daemon) -> None:
-    require("fio")
-    # fio's libnbd may not be told of files; without, it does not verify who serves a Unix socket.
-    run(
-        "fio", "--thread", "--name=job", "--ioengine=nbd",
-        f"--uri=nbds+unix:///disk?socket={tls_daemon.socket}", "--rw=randwrite",
-        "--bsrange=512-256k", "--bs_unaligned=0", "--iodepth=16", "--size=32M",
-        "--verify=crc32c", "--verify_fatal=1", "--do_verify=1", "--verify_state_save=0",
-        "--randseed=5",
-    )  # fmt: skip
 
 
 def test_pipelined_writes_then_disconnect(tls_daemon: Daemon, certificates: Path) -> None:

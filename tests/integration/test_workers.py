@@ -11,7 +11,22 @@ from typing import Any
 
 import pytest
 
-from .parts import DIE_WITH_PARENT, MIB, NBDSERVE, SYSTEM_PATH, Daemon, require, run
+from nbdserve.control.client import path
+
+from .parts import (
+    DIE_WITH_PARENT,
+    MIB,
+    NBDSERVE,
+    SYSTEM_PATH,
+    Daemon,
+    over_all_transports,
+    qemu_img,
+    qemu_io,
+    require,
+    run,
+)
+
+pytestmark = over_all_transports
 
 # Writes numbered blocks and flushes each, until it gets a line or loses the connection; then it
 # says what it knows to be durable.
@@ -72,6 +87,14 @@ class Client:
         assert self.process.returncode == 0
         return json.loads(output)
 
+    def end_by_loss(self) -> Any:
+        """Wait until it has ended because its connection was lost; return what it says."""
+        assert self.process.stdout is not None
+        report = json.loads(self.process.stdout.readline())
+        assert self.process.wait(60) == 0
+        assert report["failure"] is not None
+        return report
+
 
 @pytest.fixture
 def connect(daemon: Daemon) -> Iterator[Callable[..., Client]]:
@@ -91,7 +114,8 @@ def connect(daemon: Daemon) -> Iterator[Callable[..., Client]]:
 
 def workers_of(daemon: Daemon) -> dict[int, int]:
     """The volumes that each worker has open, by its process."""
-    return {found["pid"]: found["volumes"] for found in daemon.json("status")["workers"]}
+    status = daemon.control().get(path("status"))
+    return {found["pid"]: found["volumes"] for found in status["workers"]}
 
 
 def until(condition: Callable[[], Any]) -> Any:
@@ -109,9 +133,9 @@ def worker_with_a_volume(daemon: Daemon) -> int:
     return pid
 
 
-def create(daemon: Daemon, *volumes: str, size: str = "16M") -> None:
+def create(daemon: Daemon, *volumes: str, size: int = 16 * MIB) -> None:
     for volume in volumes:
-        daemon.command("volume", "create", volume, "--size", size)
+        daemon.create(volume, size)
 
 
 def read(daemon: Daemon, export: str, copy: Path) -> bytes:
@@ -134,7 +158,7 @@ def test_volumes_are_spread_over_the_workers(
     daemon: Daemon, connect: Callable[..., Client]
 ) -> None:
     create(daemon, "a", "b", "c")
-    daemon.command("snapshot", "create", "a@one")
+    daemon.take_snapshot("a@one")
     assert sorted(workers_of(daemon).values()) == [0, 0]
     first = connect(WRITER, "a")
     assert sorted(workers_of(daemon).values()) == [0, 1]
@@ -144,7 +168,7 @@ def test_volumes_are_spread_over_the_workers(
     run("nbdinfo", "--size", daemon.uri("a@one"))
     third, again = connect(WRITER, "c"), connect(WRITER, "a")
     assert sorted(workers_of(daemon).values()) == [1, 2]
-    assert daemon.json("status")["clients"] == 4
+    assert daemon.control().get(path("status"))["clients"] == 4
     assert "with 2 volumes" in daemon.command("status").stdout
     for client in (first, second, third, again):
         assert client.end()["failure"] is None
@@ -161,8 +185,7 @@ def test_the_end_of_a_worker_takes_down_its_volumes_only(
     time.sleep(0.5)
     for _ in range(2):
         os.kill(pid, signal.SIGKILL)
-        report = lost.end()
-        assert report["failure"] is not None
+        report = lost.end_by_loss()
         check_durable(read(daemon, "a", tmp_path / "copy"), report)
         until(lambda: None not in workers_of(daemon))
         assert pid not in workers_of(daemon)
@@ -186,7 +209,7 @@ def test_a_worker_ends_in_the_middle_of_group_snapshots(
     """Each snapshot is there for both volumes or for none, and both go on being usable."""
     create(daemon, "a", "b")
     taken = set()
-    for number in range(8):
+    for number in range(2 if daemon.tls else 8):
         lost = connect(WRITER, "a")
         pid = worker_with_a_volume(daemon)
         kept = connect(WRITER, "b")
@@ -202,16 +225,17 @@ def test_a_worker_ends_in_the_middle_of_group_snapshots(
             assert len(error.splitlines()) == 1, error
         else:
             taken.add(name)
-        check_durable(read(daemon, "a", tmp_path / "copy"), lost.end())
+        report = lost.end_by_loss()
+        check_durable(read(daemon, "a", tmp_path / "copy"), report)
         report = kept.end()
         assert report["failure"] is None
         check_durable(read(daemon, "b", tmp_path / "copy"), report)
         for volume in "ab":
-            listing = daemon.json("snapshot", "list", volume)["snapshots"]
+            listing = daemon.control().get(path("volumes", volume, "snapshots"))["snapshots"]
             assert {found["name"] for found in listing} == taken
         assert daemon.stop() == 0  # a worker that ended often would be started late
         daemon.start()
-    daemon.command("snapshot", "create", "a@last", "b@last")
+    daemon.take_snapshot("a@last", "b@last")
 
 
 def wait_for_end(pid: int) -> None:
@@ -235,8 +259,7 @@ def test_the_end_of_the_daemon_is_the_end_of_its_workers(
     for pid in old:
         wait_for_end(pid)
     for volume, client in zip("ab", clients, strict=True):
-        report = client.end()
-        assert report["failure"] is not None
+        report = client.end_by_loss()
         check_durable(read(daemon, volume, tmp_path / "copy"), report)
 
 
@@ -253,11 +276,11 @@ def test_workers_share_the_lock_of_the_directory(daemon: Daemon) -> None:
 def test_a_group_snapshot_over_two_workers_is_one_instant(
     daemon: Daemon, connect: Callable[..., Client], tmp_path: Path
 ) -> None:
-    create(daemon, "a", "b", size="1M")
+    create(daemon, "a", "b", size=MIB)
     client = connect(ALTERNATE, "a", "b")
     assert sorted(workers_of(daemon).values()) == [1, 1]
     for number in range(25):
-        daemon.command("snapshot", "create", f"a@s{number}", f"b@s{number}")
+        daemon.take_snapshot(f"a@s{number}", f"b@s{number}")
     last = client.end()
     before = 0
     for number in range(25):
@@ -283,11 +306,11 @@ def test_a_worker_that_does_not_answer_stops_no_other(
     try:
         # It may stop in any phase of it; the daemon is told to give up only at the gate.
         daemon.command("snapshot", "list")
-        run("qemu-io", "-f", "raw", "-c", "write 8M 1M", "-c", "flush", daemon.uri("b"))
+        qemu_io(daemon, "b", "write 8M 1M", "flush")
         assert going.process.poll() is None
     finally:
         os.kill(pid, signal.SIGCONT)
-    daemon.command("snapshot", "create", "a@one", "b@one")
+    daemon.take_snapshot("a@one", "b@one")
     assert stuck.end()["failure"] is None
     assert going.end()["failure"] is None
 
@@ -324,12 +347,12 @@ def test_rollback_deletion_and_merging_while_workers_serve(
     create(daemon, "a", "b")
 
     def write(pattern: int, offset: str, length: str) -> None:
-        run("qemu-io", "-f", "raw", "-c", f"write -P {pattern} {offset} {length}", daemon.uri("a"))
+        qemu_io(daemon, "a", f"write -P {pattern} {offset} {length}")
 
     idle = connect(WRITER, "b")
     for number in range(1, 5):
         write(number, f"{number}M", "2M")
-        daemon.command("snapshot", "create", f"a@s{number}")
+        daemon.take_snapshot(f"a@s{number}")
     expected = {
         name: read(daemon, f"a@{name}", tmp_path / "copy") for name in ("s1", "s2", "s3", "s4")
     }
@@ -344,7 +367,7 @@ def test_rollback_deletion_and_merging_while_workers_serve(
     assert refused.returncode == 1
     assert busy.process.poll() is None
     daemon.command("snapshot", "rollback", "a@s4", "--force")
-    assert busy.end()["failure"] is not None
+    busy.end_by_loss()
     assert read(daemon, "a", tmp_path / "copy") == expected["s4"]
     assert idle.end()["failure"] is None
     assert daemon.json("volume", "show", "a")["layers"] == 2
@@ -352,7 +375,7 @@ def test_rollback_deletion_and_merging_while_workers_serve(
 
 def test_real_clients_of_both_workers_at_once(daemon: Daemon, tmp_path: Path) -> None:
     require("fio", "qemu-img", "nbdinfo", "nbdcopy")
-    create(daemon, "a", "b", size="64M")
+    create(daemon, "a", "b", size=64 * MIB)
     loads = [
         subprocess.Popen(
             [*DIE_WITH_PARENT, "fio", "--name=load", "--ioengine=nbd",
@@ -367,10 +390,10 @@ def test_real_clients_of_both_workers_at_once(daemon: Daemon, tmp_path: Path) ->
         output, _ = load.communicate(timeout=240)
         assert load.returncode == 0, output
         assert "err= 0" in output, output
-    daemon.command("snapshot", "create", "a@one", "b@one")
+    daemon.take_snapshot("a@one", "b@one")
     for volume in "ab":
-        uri = daemon.uri(volume)
-        run("qemu-img", "compare", "-f", "raw", "-F", "raw", uri, daemon.uri(f"{volume}@one"))
-        assert run("nbdinfo", "--size", uri).stdout.strip() == str(64 * MIB)
-        run("qemu-img", "convert", "-f", "raw", "-O", "raw", uri, tmp_path / volume)
+        image, snapshot = daemon.image(volume), daemon.image(f"{volume}@one")
+        qemu_img(daemon, "compare", "-f", "raw", "-F", "raw", image, snapshot)
+        assert run("nbdinfo", "--size", daemon.uri(volume)).stdout.strip() == str(64 * MIB)
+        qemu_img(daemon, "convert", "-f", "raw", "-O", "raw", image, tmp_path / volume)
         assert (tmp_path / volume).read_bytes() == read(daemon, volume, tmp_path / "copy")
