@@ -192,6 +192,26 @@ class Operations:
             assert request.command == CMD_CACHE
             await export.cache(offset, length)
 
+    def cut_read(self, request: Request, size: int) -> list[tuple[bytes, int, int]]:
+        """The chunks that a READ may come in, each of at most ``size`` bytes of data.
+
+        As (header, offset, length of the data that follows it); the last one is flagged DONE.
+        """
+        style, cookie, begin, length = self._style, request.cookie, request.offset, request.length
+        end = begin + length
+        offset = begin
+        chunks = []
+        for run, data in self.read_runs(request.flags, begin, length) or [(length, True)]:
+            stop = offset + run
+            while offset < stop:
+                step = min(stop - offset, size) if data else run
+                flags = REPLY_FLAG_DONE if offset + step == end else 0
+                make = data_chunk_header if data else hole_chunk
+                header = make(style, cookie, begin, offset, step, flags)
+                chunks.append((header, offset, step if data else 0))
+                offset += step
+        return chunks
+
     async def _read(self, request: Request) -> bytes | bytearray:
         offset, length, cookie = request.offset, request.length, request.cookie
         if not length:

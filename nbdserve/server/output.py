@@ -81,8 +81,12 @@ class Output:
             self.buffer[tail : tail + size] = reply
             self.tail = tail + size
         else:
-            self._queue.append(memoryview(reply))
-            self.queued += size
+            self.enqueue(reply)
+
+    def enqueue(self, reply: bytes | bytearray) -> None:
+        """Add a reply, or a chunk of one, behind what was added with this before."""
+        self._queue.append(memoryview(reply))
+        self.queued += len(reply)
 
     @property
     def end(self) -> int:

@@ -13,6 +13,8 @@ One ``recv_into`` takes as many requests as the client has sent; a loop goes thr
   reply is sent when it is ready, so replies overtake each other and nothing waits for a slow disk.
 - But a short READ that was refused is tried once more in the next turn of the loop: the first try
   made the kernel begin to read, and a task costs more than a quick disk takes.
+- A READ beyond MAX_IN_PLACE that may come in chunks is read piece by piece, each when the client
+  has taken most of what came before; so it takes the memory of a piece.
 - With extended headers it is the same, requests and replies are just longer.
 - A long WRITE is **streamed**: what has come of it is written in pieces of PIECE bytes while the
   rest is on its way, still in the processor's cache. What ``try_write`` refuses of it is received
@@ -22,7 +24,7 @@ One ``recv_into`` takes as many requests as the client has sent; a loop goes thr
 Bounds. At most MAX_REQUESTS tasks and about MAX_BYTES of their memory and of unsent replies, beside
 the two buffers. A connection at a bound is **stalled**: it keeps what it has received, reads no
 more, and goes on when a task ends or the client takes its replies. Memory that is over the bound
-alone (one request of the largest payload) is granted when nothing else is in flight. A client
+alone (a request of the largest payload) is granted when nothing else is in flight. A client
 that has sent very many requests is stalled for one turn of the loop, for others to have theirs.
 
 End. DISC, the client's end of stream and ``finish`` let everything that was received be answered;
@@ -43,6 +45,7 @@ from typing import Any, Final
 from nbdserve.protocol.constants import (
     CMD_BLOCK_STATUS,
     CMD_DISC,
+    CMD_FLAG_DF,
     CMD_FLAG_FUA,
     CMD_FLAG_PAYLOAD_LEN,
     CMD_READ,
@@ -56,6 +59,7 @@ from nbdserve.protocol.constants import (
     REQUEST_MAGIC,
     SIMPLE_REPLY_MAGIC,
     STRUCTURED_REPLY_MAGIC,
+    ErrorCode,
     ReplyStyle,
 )
 from nbdserve.protocol.replies import (
@@ -65,7 +69,13 @@ from nbdserve.protocol.replies import (
     data_header,
     empty_read_reply,
 )
-from nbdserve.protocol.requests import EXTENDED_REQUEST, REQUEST, Request, payload_length
+from nbdserve.protocol.requests import (
+    EXTENDED_REQUEST,
+    REQUEST,
+    Refusal,
+    Request,
+    payload_length,
+)
 from nbdserve.server.exports import Export
 from nbdserve.server.operations import (
     MIN_SPARSE_READ,
@@ -91,7 +101,10 @@ MIN_LOAN: Final = 32 << 10
 MAX_REQUESTS: Final = 256
 """Most tasks of one connection."""
 
-MAX_BYTES: Final = MAX_PAYLOAD
+MAX_LONG_READS: Final = 4
+"""Most READs of one connection that are read piece by piece at the same time."""
+
+MAX_BYTES: Final = 8 << 20
 """Most bytes of payloads, of replies being made and of unsent replies outside the buffers."""
 
 # What plain requests and their replies begin with, as one number instead of three.
@@ -121,6 +134,7 @@ _FULL: Final = 1 << 20  # of the output buffer: beyond, room only for what is un
 _MIN_ROOM: Final = 256 << 10  # of the receive buffer: below, what is left moves to its front
 _SHORT: Final = 64 << 10  # READs that are tried again
 _WOULD_BLOCK: Final = (BlockingIOError, InterruptedError)
+_SHUTTING_DOWN: Final = Refusal(ErrorCode.ESHUTDOWN, "the server is shutting down")
 
 log = logging.getLogger(__name__)
 
@@ -178,7 +192,9 @@ class Transmission:
         self._skip = 0
         self._skip_reply = b""
         self._missed: list[tuple[int, int, int]] = []  # cookie, offset, length of READs
-        self._tasks: set[asyncio.Task[None]] = set()  # the loop itself keeps weak references
+        self._tasks: dict[asyncio.Task[None], Request] = {}  # what they have not answered yet
+        self._long_reads = 0
+        self._room: asyncio.Future[None] | None = None  # what long READs wait for
         self._running = 0  # tasks, and what was missed
         self._bytes = 0  # memory of tasks and of the large WRITE
         self._stalled = False
@@ -211,7 +227,17 @@ class Transmission:
         self._sock.close()
         self._output.discard()
         self._large = self._stream = None
+        self._wake_long_reads()
         self._check_closed()
+
+    def expire(self) -> None:
+        """End although requests still run: those are answered with ESHUTDOWN, as far as it goes."""
+        if self._gone:
+            return
+        for request in self._tasks.values():
+            self._output.append(self._operations.refused(request, _SHUTTING_DOWN))
+        self._send()
+        self.abort()
 
     def mark(self) -> int:
         """Where the stream of replies ends now, in bytes."""
@@ -508,7 +534,9 @@ class Transmission:
         if length >= self._loan_from and self._lend(cookie, offset, length, output.tail):
             return True
         if length > MAX_IN_PLACE:
-            return self._defer(request, length)
+            simple = self._style is ReplyStyle.SIMPLE
+            whole = simple or request.flags & CMD_FLAG_DF
+            return self._defer(request, length) if whole else self._read_in_pieces(request)
         try:
             runs = operations.read_runs(request.flags, offset, length)
             size = read_reply_size(self._style, length, runs)
@@ -557,13 +585,13 @@ class Transmission:
         if done:
             self._written(request)
         else:
-            self._launch(self._operations.perform(request, bytes(payload)), length)
+            self._launch(request, self._operations.perform(request, bytes(payload)), length)
         return total
 
     def _written(self, request: Request) -> None:
         """Answer a WRITE that is done, but for the flush that FUA asks for."""
         if request.flags & CMD_FLAG_FUA:
-            self._launch(self._operations.flush(request), 0)
+            self._launch(request, self._operations.flush(request), 0)
         else:
             self._output.append(self._operations.succeeded(request))
 
@@ -618,11 +646,12 @@ class Transmission:
         """Have a READ tried again, or done by a task; unless that stalls."""
         if length > _SHORT:
             return self._defer(Request(0, CMD_READ, cookie, offset, length), length)
-        if not self._may_start(0):
+        if not self._may_start(length):
             return False
         if not self._missed:
             self._loop.call_soon(self._read_again)
         self._missed.append((cookie, offset, length))
+        self._bytes += length  # should it become a task
         self._running += 1
         return True
 
@@ -631,6 +660,7 @@ class Transmission:
         self._running -= len(missed)
         output = self._output
         size = DATA_HEADER[self._style]
+        self._bytes -= sum(length for _, _, length in missed)
         for cookie, offset, length in () if self._gone else missed:
             place = output.tail + size
             stop = place + length
@@ -643,12 +673,53 @@ class Transmission:
                 continue
             if not done:
                 request = Request(0, CMD_READ, cookie, offset, length)
-                self._launch(self._operations.perform(request), length)
+                self._launch(request, self._operations.perform(request), length)
                 continue
             header = data_header(self._style, cookie, offset, length)
             output.view[place - size : place] = header
             output.tail = stop
         self._wake()
+
+    # Long reads
+
+    def _read_in_pieces(self, request: Request) -> bool:
+        """Let a task send a READ chunk by chunk, unless that stalls."""
+        if self._long_reads >= MAX_LONG_READS:
+            self._stalled = True
+            return False
+        if not self._may_start(MAX_IN_PLACE):
+            return False
+        self._long_reads += 1
+        self._launch(request, self._send_pieces(request), MAX_IN_PLACE)
+        return True
+
+    async def _send_pieces(self, request: Request) -> bytes:
+        try:
+            for header, offset, length in self._operations.cut_read(request, MAX_IN_PLACE):
+                reply = bytearray(len(header) + length)
+                reply[: len(header)] = header
+                if length:
+                    await self._export.read(offset, memoryview(reply)[len(header) :])
+                while self._output.queued > MAX_IN_PLACE and not self._gone:
+                    if self._room is None:
+                        self._room = self._loop.create_future()
+                    await self._room
+                if self._gone:
+                    break
+                self._output.enqueue(reply)
+                self._plan_wake()
+        except Exception as error:
+            if not self._gone:
+                self._output.enqueue(self._operations.failed(request.cookie, request.offset, error))
+        finally:
+            self._long_reads -= 1
+        return b""
+
+    def _wake_long_reads(self) -> None:
+        """Let long READs go on, when there is room for their next piece, or no use in it."""
+        if self._room is not None and (self._gone or self._output.queued <= MAX_IN_PLACE):
+            self._room.set_result(None)
+            self._room = None
 
     # Tasks
 
@@ -665,7 +736,7 @@ class Transmission:
         if not self._may_start(size):
             return False
         data = None if payload is None else bytes(payload)
-        self._launch(self._operations.perform(request, data), size)
+        self._launch(request, self._operations.perform(request, data), size)
         return True
 
     def _launch_large(self) -> None:
@@ -673,14 +744,16 @@ class Transmission:
         request, memory = self._large
         self._large = None
         self._bytes -= len(memory)
-        self._launch(self._operations.perform(request, memory), len(memory))
+        self._launch(request, self._operations.perform(request, memory), len(memory))
 
-    def _launch(self, operation: Coroutine[Any, Any, bytes | bytearray], size: int) -> None:
+    def _launch(
+        self, request: Request, operation: Coroutine[Any, Any, bytes | bytearray], size: int
+    ) -> None:
         self._bytes += size
         self._running += 1
         task = self._loop.create_task(self._answer(operation, size))
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        self._tasks[task] = request
+        task.add_done_callback(self._tasks.__delitem__)
 
     async def _answer(self, operation: Coroutine[Any, Any, bytes | bytearray], size: int) -> None:
         try:
@@ -728,7 +801,9 @@ class Transmission:
         if self._gone:
             return
         pending = not self._output.empty
-        if self._send():
+        sent = self._send()
+        self._wake_long_reads()
+        if sent:
             self._stop_writing()
             if pending and self._stalled:  # the client has just taken what there was no room for
                 self._plan_wake()

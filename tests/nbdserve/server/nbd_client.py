@@ -52,6 +52,7 @@ class Client:
         self.style = style
         self.lengths = {}  # cookie -> length of the READ
         self.offsets = {}  # cookie -> offset, with extended headers
+        self.chunks = {}  # cookie -> what came of its reply
 
     @classmethod
     async def raw(cls, path):
@@ -105,14 +106,13 @@ class Client:
         return await self.reply()
 
     async def reply(self):
-        """Receive one whole reply."""
-        chunks = []
+        """Receive until a reply is whole; chunks of several may come mixed."""
         while True:
             (magic,) = struct.unpack(">I", await self.reader.readexactly(4))
             if magic == 0x67446698:
-                assert not chunks
                 assert self.style is not EXTENDED
                 error, cookie = struct.unpack(">IQ", await self.reader.readexactly(12))
+                assert cookie not in self.chunks
                 length = self.lengths.pop(cookie, None)
                 assert length is None or self.style is SIMPLE
                 data = await self.reader.readexactly(0 if error or not length else length)
@@ -127,10 +127,11 @@ class Client:
                 assert self.style is STRUCTURED
                 header = await self.reader.readexactly(16)
                 flags, kind, cookie, length = struct.unpack(">HHQI", header)
+            chunks = self.chunks.setdefault(cookie, [])
             chunks.append((kind, await self.reader.readexactly(length)))
             if flags & 1:
                 self.lengths.pop(cookie, None)
-                return _assemble(cookie, chunks)
+                return _assemble(cookie, self.chunks.pop(cookie))
 
     async def at_end(self):
         """Read until the server's end of stream; returns what came."""

@@ -11,6 +11,7 @@ Deterministic but for the timing of threads: a failure names the seed and the re
 
 import asyncio
 import contextlib
+import functools
 import random
 import socket
 import struct
@@ -36,6 +37,7 @@ from .twin import (
     LONG_CHUNK,
     LONG_CHUNK_MAGIC,
     NO_HOLE,
+    OFFSET_DATA,
     PAYLOAD_LEN,
     READ,
     SIMPLE_MAGIC,
@@ -266,15 +268,18 @@ class Wire:
         self.sock = sock
         self.dice = dice
 
-    async def exchange(self, message, size):
-        """Send ``message``, receive ``size`` bytes; returns what came, which may be less."""
+    async def exchange(self, message, size, whole=lambda received: True):
+        """Send ``message``, receive ``size`` bytes, and more until ``whole`` is content.
+
+        Returns what came, which may be less.
+        """
         rest = memoryview(message)
         # Most in one piece; some byte by byte around the borders of requests.
         cuts = self.dice.pick((1 << 30, 1 << 30, 1 << 16, 5000, 100))
         cuts = max(cuts, len(message) // 50)
         received = bytearray()
         deadline = time.monotonic() + PATIENCE
-        while rest or len(received) < size:
+        while rest or len(received) < size or not whole(received):
             moved = 0
             if rest:
                 try:
@@ -299,7 +304,10 @@ class Wire:
 
 
 def take_apart(stream, lengths):
-    """{cookie: whole reply}; ``lengths`` are those of the data of simple replies, by cookie."""
+    """{cookie: whole reply}; ``lengths`` are those of the data of simple replies, by cookie.
+
+    A reply in chunks comes as one list of (type, payload), data that was cut joined again.
+    """
     found = {}
     at = 0
     while at < len(stream):
@@ -308,18 +316,43 @@ def take_apart(stream, lengths):
         if magic == SIMPLE_MAGIC:
             _, error, cookie = SIMPLE_REPLY.unpack_from(stream, at)
             at += SIMPLE_REPLY.size + (0 if error else lengths.get(cookie, 0))
+            assert cookie not in found, f"two replies to {cookie:#x}"
+            found[cookie] = bytes(stream[start:at])
+            continue
+        layout = LONG_CHUNK if magic == LONG_CHUNK_MAGIC else CHUNK
+        magic, flags, kind, cookie, *_, size = layout.unpack_from(stream, at)
+        known = magic in (CHUNK_MAGIC, LONG_CHUNK_MAGIC)
+        assert known, f"no reply begins at byte {at} of the batch"
+        at += layout.size
+        if at + size > len(stream):
+            raise struct.error("a chunk's payload is cut off")
+        payload = stream[at : at + size]
+        at += size
+        chunks = found.setdefault(cookie, [])
+        assert not chunks or chunks[-1] is not None, f"two replies to {cookie:#x}"
+        if chunks and kind == chunks[-1][0] == OFFSET_DATA and follows(chunks[-1][1], payload):
+            chunks[-1][1].extend(payload[8:])
         else:
-            while True:
-                layout = LONG_CHUNK if magic == LONG_CHUNK_MAGIC else CHUNK
-                magic, flags, _, cookie, *_, size = layout.unpack_from(stream, at)
-                known = magic in (CHUNK_MAGIC, LONG_CHUNK_MAGIC)
-                assert known, f"no reply begins at byte {at} of the batch"
-                at += layout.size + size
-                if flags & 1:
-                    break
-        assert cookie not in found, f"two replies to {cookie:#x}"
-        found[cookie] = bytes(stream[start:at])
+            chunks.append((kind, bytearray(payload)))
+        if flags & 1:
+            chunks.append(None)
     return found
+
+
+def all_answered(amount, stream):
+    """Whether a stream of replies, some of them in chunks, is complete."""
+    try:
+        found = take_apart(stream, {})
+    except struct.error:
+        return False
+    ended = [isinstance(reply, bytes) or reply[-1] is None for reply in found.values()]
+    return len(ended) == amount and all(ended)
+
+
+def follows(data, more):
+    """Whether a chunk's data begins where another's ends."""
+    (offset,), (place,) = struct.unpack_from(">Q", data), struct.unpack_from(">Q", more)
+    return offset + len(data) - 8 == place
 
 
 def explain(seed, number, batch, expected, stream, lengths):
@@ -330,18 +363,21 @@ def explain(seed, number, batch, expected, stream, lengths):
     except (AssertionError, struct.error) as error:
         found = {}
         lines.append(f"the replies make no sense: {error}")
-    for (flags, command, cookie, offset, length, _), reply in zip(batch, expected, strict=True):
-        other = found.get(cookie)
-        if other != reply:
+    wanted = take_apart(b"".join(expected), lengths)
+    for flags, command, cookie, offset, length, _ in batch:
+        if found.get(cookie) != wanted[cookie]:
             lines.append(
                 f"command {command} flags {flags:#x} offset {offset} length {length}:"
-                f" expected {len(reply)} bytes, {reply[:64].hex()}…,"
-                f" got {'nothing' if other is None else f'{len(other)} bytes, {other[:64].hex()}…'}"
+                f" expected {show(wanted[cookie])}, got {show(found.get(cookie))}"
             )
-            if other is not None and len(other) == len(reply):
-                differing = next(i for i in range(len(reply)) if reply[i] != other[i])
-                lines.append(f"first different byte: {differing}")
     return "\n".join(lines[:20])
+
+
+def show(reply):
+    """The beginning of a reply, or of each of its chunks."""
+    if isinstance(reply, list):
+        return [chunk and (chunk[0], len(chunk[1]), chunk[1][:40].hex()) for chunk in reply]
+    return "nothing" if reply is None else (len(reply), reply[:40].hex())
 
 
 async def compare(export, twin, generator, seed, amount, between=None):
@@ -377,10 +413,16 @@ async def compare(export, twin, generator, seed, amount, between=None):
                 request[2]: size - SIMPLE_REPLY.size
                 for request, size in zip(batch, sizes, strict=True)
             }
-        stream = await wire.exchange(message, sum(map(len, expected)))
+        size = sum(map(len, expected))
+        cut = any(command == READ and length > MIB for _, command, _, _, length, _ in batch)
+        if cut and not twin.simple:
+            whole = functools.partial(all_answered, len(batch))
+            stream = await wire.exchange(message, size, whole)
+        else:
+            stream = await wire.exchange(message, size)
         agreed = stream == b"".join(expected)
         if not agreed:  # another order, as tasks have it
-            wanted = {request[2]: reply for request, reply in zip(batch, expected, strict=True)}
+            wanted = take_apart(b"".join(expected), lengths)
             with contextlib.suppress(AssertionError, struct.error):
                 agreed = take_apart(stream, lengths) == wanted
         if not agreed:
