@@ -20,9 +20,10 @@ from tests.nbdserve.server.nbd_client import (
     WRITE_ZEROES,
     Client,
     extents,
+    statuses,
 )
 
-CONTEXTS = ((1, "base:allocation"),)
+ALLOCATION = ("base:allocation",)
 _ERRNO = {1: 1, 5: 5, 12: 12, 22: 22, 28: 28}
 
 
@@ -36,23 +37,25 @@ async def open_over_workers(path, count=2, log_level="warning"):
 class RemoteHandle:
     """What ``Handle`` is to a view of this process; any number of requests at a time."""
 
-    def __init__(self, lease, serving, client):
+    def __init__(self, lease, serving, client, contexts):
         self.lease = lease
         self.serving = serving
         self.size = lease.size
+        self._contexts = dict(contexts)
         self._client = client
         self._waiting = {}
         self._cookie = 0
         self._reader = asyncio.get_running_loop().create_task(self._read_replies())
 
     @classmethod
-    async def begin(cls, lease):
+    async def begin(cls, lease, names=ALLOCATION):
         ours, theirs = socket.socketpair()
         for end in (ours, theirs):
             end.setblocking(False)
-        serving = lease.serve(theirs, Agreement(STRUCTURED, CONTEXTS, "test", b"", False))
+        contexts = tuple(enumerate(names, 1))
+        serving = lease.serve(theirs, Agreement(STRUCTURED, contexts, "test", b"", False))
         reader, writer = await asyncio.open_unix_connection(sock=ours, limit=1 << 20)
-        return cls(lease, serving, Client(reader, writer, STRUCTURED))
+        return cls(lease, serving, Client(reader, writer, STRUCTURED), contexts)
 
     async def end(self, catalogue):
         """Disconnect, and give the lease back once the worker says that it is over."""
@@ -114,3 +117,8 @@ class RemoteHandle:
         """(length, holds data) of all of it."""
         reply = await self._call(BLOCK_STATUS, 0, self.size)
         return [(length, not flags & 1) for length, flags in extents(reply)]
+
+    async def list_statuses(self):
+        """(length, status) of all of it, for each context by its name."""
+        reply = await self._call(BLOCK_STATUS, 0, self.size)
+        return {self._contexts[number]: found for number, found in statuses(reply)}

@@ -12,8 +12,9 @@ import pytest
 from backends.errors import InUseError, UnavailableError
 from nbdserve.workers.host import WorkerHost
 from snapshots import sealing
+from snapshots.contexts import ALLOCATION_DEPTH
 from snapshots.host import HostLostError
-from tests.nbdserve.workers.remote import RemoteHandle, open_over_workers
+from tests.nbdserve.workers.remote import ALLOCATION, RemoteHandle, open_over_workers
 from tests.snapshots.stores import until
 
 MIB = 1 << 20
@@ -51,13 +52,16 @@ def check_layers(tmp_path):
     assert before == asyncio.run(check())
 
 
-async def connect(catalogue, name, revoke=lambda: None):
+async def open_lease(catalogue, name, revoke=lambda: None, contexts=()):
     volume, _, snapshot = name.partition("@")
     if snapshot:
-        lease = await catalogue.open_snapshot(volume, snapshot, revoke)
-    else:
-        lease = await catalogue.open_volume(volume, revoke)
-    return await RemoteHandle.begin(lease)
+        return await catalogue.open_snapshot(volume, snapshot, revoke, contexts)
+    return await catalogue.open_volume(volume, revoke, contexts)
+
+
+async def connect(catalogue, name, revoke=lambda: None, contexts=ALLOCATION):
+    lease = await open_lease(catalogue, name, revoke, contexts)
+    return await RemoteHandle.begin(lease, contexts)
 
 
 async def read(catalogue, name):
@@ -93,6 +97,80 @@ def test_a_volume_and_its_snapshots_are_in_one_worker(tmp_path):
         assert [info.volumes for info in catalogue.list_workers()] == [0, 0]
         assert (await read(catalogue, "a"))[:BLOCK] == b"x" * BLOCK
         assert not any(await read(catalogue, "a@one"))
+
+    run(tmp_path, scene)
+
+
+def test_contexts_are_answered_by_the_worker_from_views_beside_the_client_s(tmp_path):
+    contexts = (*ALLOCATION, ALLOCATION_DEPTH, "qemu:dirty-bitmap:one", "qemu:dirty-bitmap:two")
+
+    async def scene(catalogue):
+        volume = await connect(catalogue, "a")
+        await volume.write(0, b"1" * 2 * BLOCK)
+        await catalogue.create_snapshots([("a", "one")])
+        await volume.write(BLOCK, b"2" * 2 * BLOCK)
+        await catalogue.create_snapshots([("a", "two")])
+        handle = await connect(catalogue, "a", contexts=contexts)
+        await volume.write(5 * BLOCK, b"3" * BLOCK)
+        rest = MIB - 6 * BLOCK
+        assert list((await handle.list_statuses()).values()) == [
+            [(3 * BLOCK, 0), (2 * BLOCK, 3), (BLOCK, 0), (rest, 3)],
+            [(BLOCK, 3), (2 * BLOCK, 2), (2 * BLOCK, 0), (BLOCK, 1), (rest, 0)],
+            [(BLOCK, 0), (2 * BLOCK, 1), (2 * BLOCK, 0), (BLOCK, 1), (rest, 0)],
+            [(5 * BLOCK, 0), (BLOCK, 1), (rest, 0)],
+        ]
+        snapshot = await connect(catalogue, "a@one", contexts=contexts[2:])
+        rest = MIB - 3 * BLOCK
+        assert list((await snapshot.list_statuses()).values()) == [
+            [(MIB, 0)],
+            [(BLOCK, 0), (2 * BLOCK, 1), (rest, 0)],
+        ]
+        assert sorted(info.volumes for info in catalogue.list_workers()) == [0, 1]
+        for each in (volume, handle, snapshot):
+            await each.end(catalogue)
+        assert not catalogue._views._open
+
+    run(tmp_path, scene)
+
+
+def test_a_context_fails_when_its_snapshot_is_deleted_before_or_behind_the_hand_over(tmp_path):
+    contexts = ("qemu:dirty-bitmap:one",)
+
+    async def scene(catalogue):
+        await catalogue.create_snapshots([("a", "one")])
+        early = await connect(catalogue, "a", contexts=contexts)
+        lease = await open_lease(catalogue, "a", contexts=contexts)
+        assert await early.list_statuses() == {contexts[0]: [(MIB, 0)]}
+        await catalogue.delete_snapshot("a", "one")
+        late = await RemoteHandle.begin(lease, contexts)
+        for handle in (early, late):
+            with pytest.raises(OSError, match=os.strerror(errno.EIO)):
+                await handle.list_statuses()
+            await handle.write(0, b"x" * BLOCK)  # the rest goes on
+        await catalogue.create_snapshots([("a", "one")])
+        with pytest.raises(OSError, match=os.strerror(errno.EIO)):
+            await early.list_statuses()
+        for handle in (early, late):
+            await handle.end(catalogue)
+
+    run(tmp_path, scene)
+
+
+def test_views_that_are_compared_with_are_gone_with_their_worker(tmp_path):
+    contexts = ("qemu:dirty-bitmap:one",)
+
+    async def scene(catalogue):
+        await catalogue.create_snapshots([("a", "one")])
+        handle = await connect(catalogue, "a", contexts=contexts)
+        await kill(host_of(catalogue, "a"))
+        with pytest.raises(ConnectionError):
+            await handle.list_statuses()
+        await handle.serving.transmit()
+        await catalogue.close_export(handle.lease)
+        assert not catalogue._views._open
+        handle = await connect(catalogue, "a", contexts=contexts)
+        assert await handle.list_statuses() == {contexts[0]: [(MIB, 0)]}
+        await handle.end(catalogue)
 
     run(tmp_path, scene)
 
