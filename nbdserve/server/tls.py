@@ -35,28 +35,14 @@ class TlsSession:
     """An established session, without a socket.
 
     What the client sends is written into ``incoming`` and read from ``stream``; what is written to
-    ``stream`` is read from ``outgoing`` and sent to the client.
+    ``stream`` is read from ``outgoing`` and sent to the client. ``certificate_names`` is what the
+    client's certificate calls it, in lower case; empty when it showed none.
     """
 
     stream: ssl.SSLObject
     incoming: ssl.MemoryBIO
     outgoing: ssl.MemoryBIO
-
-    @property
-    def certificate_names(self) -> tuple[str, ...]:
-        """What the client's certificate calls it, in lower case; empty when it showed none.
-
-        These are the DNS names among the alternative names; without any, the common name.
-        """
-        certificate = self.stream.getpeercert() or {}
-        names = [
-            name
-            for kind, name in cast(_Pairs, certificate.get("subjectAltName", ()))
-            if kind == "DNS"
-        ]
-        for parts in cast(tuple[_Pairs, ...], () if names else certificate.get("subject", ())):
-            names += [value for kind, value in parts if kind == "commonName"]
-        return tuple(name.lower() for name in names)
+    certificate_names: tuple[str, ...]
 
 
 class Tls:
@@ -88,7 +74,7 @@ class Tls:
                 raise TlsError(describe_error(error)) from None
             else:
                 await readiness.send(outgoing.read(), deadline)
-                return TlsSession(stream, incoming, outgoing)
+                return TlsSession(stream, incoming, outgoing, _certificate_names(stream))
 
 
 def load_tls(mode: TlsMode, certificate: Path, key: Path, client_ca: Path | None) -> Tls:
@@ -118,6 +104,23 @@ def load_tls(mode: TlsMode, certificate: Path, key: Path, client_ca: Path | None
         context.load_verify_locations(client_ca)
         context.verify_mode = ssl.CERT_REQUIRED
     return Tls(mode, context)
+
+
+def _certificate_names(stream: ssl.SSLObject) -> tuple[str, ...]:
+    """The DNS names of the client's certificate; without any, its common name.
+
+    Raises TlsError when its CA signed something that cannot be read.
+    """
+    try:
+        certificate = stream.getpeercert() or {}
+    except (ValueError, ssl.SSLError):
+        raise TlsError("the names in the client's certificate cannot be read") from None
+    alternatives = cast(_Pairs, certificate.get("subjectAltName", ()))
+    names = [name for kind, name in alternatives if kind == "DNS"]
+    if not names:
+        subject = cast(tuple[_Pairs, ...], certificate.get("subject", ()))
+        names = [value for parts in subject for kind, value in parts if kind == "commonName"]
+    return tuple(name.lower() for name in names)
 
 
 def describe_error(error: ssl.SSLError) -> str:

@@ -10,7 +10,7 @@ from nbdserve.server.identity import Identity
 from nbdserve.server.permissions import ExportRule, PermissionRefusedError, Permissions
 from nbdserve.server.tls import load_tls
 
-from .certificates import client_context, make_certificates, make_client
+from .certificates import client_context, make_certificates, make_client, make_odd_client
 from .harness import serve, settle
 from .memory_export import MemoryExport
 from .nbd_client import DISC, option, request, string
@@ -197,6 +197,38 @@ def test_common_name_where_a_certificate_has_no_dns_names(certificates):
         assert await listing(other) == []
 
     serve(test, *exports(), rules=by_common_name, tls=load(certificates, TlsMode.REQUIRED))
+
+
+@pytest.mark.parametrize(
+    ("alternative_name", "listed"),
+    [
+        ("DER:30:05:82:03:ff:fe:61", None),  # not UTF-8
+        ("DER:30:03:82:01:61", []),  # "a"
+        ("DER:30:05:82:03:61:00:62", []),  # "a", NUL, "b"
+        ("DNS:*.example.com", []),
+        ("IP:192.0.2.1", NAMES),  # no DNS name: the common name counts
+        ("DER:30:00", NAMES),
+    ],
+)
+def test_certificates_with_odd_names(certificates, tmp_path, alternative_name, listed, caplog):
+    caplog.set_level("INFO")
+    name = f"odd-{tmp_path.name}"
+    make_odd_client(certificates, name, alternative_name)
+    rules = [ExportRule("*", frozenset({name.lower(), "backup.example.com", "b"}))]
+
+    async def test(harness):
+        client = await greet(harness)
+        await start_tls(client, client_context(certificates / name, identify=True))
+        if listed is None:
+            assert await client.at_end() == b""
+        else:
+            assert await listing(client) == listed
+
+    tls = load(certificates, TlsMode.REQUIRED)
+    serve(test, *exports(), rules=rules, tls=tls)
+    assert not [record for record in caplog.records if record.exc_info]
+    if listed is None:
+        assert "the names in the client's certificate cannot be read" in caplog.text
 
 
 def test_the_first_rule_that_is_for_an_export_holds():
