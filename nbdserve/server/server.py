@@ -87,7 +87,8 @@ class Server:
     async def drain(self, timeout: float) -> bool:  # noqa: ASYNC109 - forces instead of raising
         """Stop listening, let the requests that were received be answered, close everything.
 
-        After ``timeout`` seconds what is left is dropped. Returns whether all was answered; if not,
+        After ``timeout`` seconds what still runs is answered with ESHUTDOWN, and dropped. Returns
+        whether all was done; if not,
         requests may still be running on exports that are not yet closed in the registry.
         """
         for listener in self._listeners:
@@ -100,8 +101,11 @@ class Server:
         if not await self._wait(timeout):
             for connection in self._connections.values():
                 log.warning("%s: dropped, its requests took too long", connection.peer)
-                connection.abort()
-            await self._wait(1.0)
+                connection.expire()
+            if not await self._wait(1.0):
+                for connection in self._connections.values():
+                    connection.abort()
+                await self._wait(1.0)
             return False
         return True
 

@@ -2,7 +2,8 @@
 
 The daemon's calls go to a ``LocalHost``. A connection comes as a socket with what its handshake led
 to, and is served as it would be in the daemon; ``over`` is told when its last request has ended,
-``gone`` when its socket is closed. The daemon's ``finish`` and ``abort`` end it from outside.
+``gone`` when its socket is closed. The daemon's ``finish``, ``expire`` and ``abort`` end it from
+outside.
 
 When the daemon is gone so is this process, at once, as if it had crashed with it: another daemon
 may be waiting for the directory. ``stop`` comes after all views are closed: connections that are
@@ -100,13 +101,11 @@ class Worker:
             self._serve(sock, *arguments)
         elif name == "stop":
             self._stop.set()
-        elif name in ("finish", "abort"):
+        elif name in ("finish", "expire", "abort"):
             (number,) = arguments
             session = self._sessions.get(number)  # it may just have ended
-            if session is not None and name == "finish":
-                session.finish()
-            elif session is not None:
-                session.abort()
+            if session is not None:
+                getattr(session, name)()
         else:
             raise ValueError(f"event {name!r}")
 

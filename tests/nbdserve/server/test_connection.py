@@ -223,11 +223,19 @@ def test_drain_gives_up_at_its_time_out():
     async def test(harness):
         harness.export.refuse_reads = True
         harness.export.gate = asyncio.Event()
-        client = await harness.connect()
-        client.send(READ, 0, 512)
-        await settle(lambda: harness.export.waiting == 1)
+        clients = [await harness.connect(style=style) for style in STYLES]
+        for number, client in enumerate(clients, 1):
+            client.send(READ, 0, 512, cookie=7)
+            client.send(FLUSH, cookie=8)
+            await settle(lambda number=number: harness.export.waiting == 2 * number)
+        waiting = await harness.raw()
         assert await harness.server.drain(0.05) is False
-        assert await client.at_end() == b""
+        for client in clients:
+            replies = [await client.reply() for _ in range(2)]
+            assert {reply.cookie for reply in replies} == {7, 8}
+            assert {reply.error for reply in replies} == {errno.ESHUTDOWN}
+            assert await client.at_end() == b""
+        await waiting.at_end()
         assert harness.registry.closed == 0
         harness.export.gate.set()
         await harness.no_connections()
