@@ -10,12 +10,17 @@ one network of 64 bits, which a single host can have for itself) or one user. So
 without using them loses them, and an honest client has to keep its own for some milliseconds only.
 One that has opened an export is never disturbed: when such have all places, the newcomer is closed.
 
+Clients in their handshake also have to leave descriptors for everything else, and take three each
+(the socket, and the ends of a relay). So a listener has at most an eighth as many of them as the
+process may have descriptors; beyond that it is the same as when all places are taken.
+
 What is logged of clients that have opened nothing goes through ``report``: at most LINES lines in
 INTERVAL seconds, the others as a number. So nobody fills the disk by connecting.
 """
 
 import asyncio
 import logging
+import resource
 from collections.abc import Hashable
 from dataclasses import dataclass
 from ipaddress import IPv4Network, IPv6Address, IPv6Network
@@ -82,8 +87,10 @@ class Entrance:
         self._access = access
         self._max_connections = max_connections
         self._inside: set[Visitor] = set()  # who has a place
+        self._max_arriving = resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 8
         # Those in their handshake by who they are, each group's oldest first.
         self._arriving: dict[Hashable, dict[Visitor, None]] = {}
+        self._arriving_count = 0
         self._window: asyncio.TimerHandle | None = None
         self._lines = 0
         self._unlogged = 0
@@ -97,20 +104,25 @@ class Entrance:
 
     def enter(self, visitor: Visitor) -> bool:
         """Take a place for a visitor that begins its handshake; False when there is none."""
-        if len(self._inside) >= self._max_connections and not self._make_room():
+        full = len(self._inside) >= self._max_connections
+        if (full or self._arriving_count >= self._max_arriving) and not self._make_room():
             self._refuse(visitor.identity, f"all {self._max_connections} connections are taken")
             return False
         self._inside.add(visitor)
         self._arriving.setdefault(_origin(visitor.identity), {})[visitor] = None
+        self._arriving_count += 1
         return True
 
     def settle(self, visitor: Visitor) -> None:
         """The visitor's handshake is over, and its place is its own."""
         origin = _origin(visitor.identity)
         group = self._arriving.get(origin, {})
-        group.pop(visitor, None)
+        if visitor not in group:
+            return
+        del group[visitor]
+        self._arriving_count -= 1
         if not group:
-            self._arriving.pop(origin, None)
+            del self._arriving[origin]
 
     def leave(self, visitor: Visitor) -> None:
         """The visitor is gone."""

@@ -1,5 +1,6 @@
 """`nbdserve serve` as a process: what it says, what it refuses, how it ends."""
 
+import contextlib
 import json
 import os
 import resource
@@ -251,6 +252,29 @@ def test_it_may_open_as_many_files_as_it_is_allowed(start: Start, data: Path) ->
     )  # fmt: skip
     read_addresses(process, 1)
     assert resource.prlimit(process.pid, resource.RLIMIT_NOFILE) == (700, 700)
+
+
+def test_silent_clients_leave_descriptors_for_everything_else(start: Start, data: Path) -> None:
+    unix = f"unix:{data}/nbd.sock"
+    process = start("prlimit", "--nofile=200:200", *PROGRAM, "serve", "--data", data,
+                    "--log-level", "error", "--listen", unix)  # fmt: skip
+    read_addresses(process, 1)
+    with contextlib.ExitStack() as stack:
+        clients = []
+        for _ in range(300):
+            client = stack.enter_context(socket.socket(socket.AF_UNIX))
+            client.connect(f"{data}/nbd.sock")
+            assert client.recv(16) == b"NBDMAGICIHAVEOPT"
+            clients.append(client)
+        command("volume", "create", "a", "--size", "1M", "--data", data)
+        command("snapshot", "create", "a@one", "--data", data)
+        # The last one was not dropped.
+        abort = bytes.fromhex("00000003") + b"IHAVEOPT" + bytes.fromhex("0000000200000000")
+        clients[-1].sendall(abort)
+        assert clients[-1].makefile("rb").read()[-8:] == bytes.fromhex("0000000100000000")
+    process.terminate()
+    _, error = process.communicate(timeout=60)
+    assert (process.returncode, error) == (0, "")
 
 
 def test_a_second_signal_ends_it_at_once(start: Start, data: Path) -> None:
