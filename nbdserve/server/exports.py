@@ -15,6 +15,7 @@ from typing import Protocol, runtime_checkable
 
 from nbdserve.protocol.constants import ReplyStyle
 from nbdserve.protocol.options import ExportDescription
+from snapshots.lending import Borrower
 
 __all__ = [
     "Agreement",
@@ -60,18 +61,8 @@ class Serving(Protocol):
         """End now."""
 
 
-class Borrower(Protocol):
-    """A connection whose replies refer to what it was lent until the client has received them."""
-
-    def mark(self) -> int:
-        """Where its stream of replies ends now."""
-
-    def has_passed(self, mark: int) -> bool:
-        """Whether the client has received its replies up to ``mark``."""
-
-
-class Export(Protocol):
-    """One opened export."""
+class OpenedExport(Protocol):
+    """What every export is to a client, wherever its data is."""
 
     @property
     def name(self) -> str:
@@ -88,6 +79,10 @@ class Export(Protocol):
     @property
     def block_size(self) -> int:
         """Preferred block size in bytes; requests may have any size and alignment."""
+
+
+class Export(OpenedExport, Protocol):
+    """One opened export, in this process."""
 
     def try_read(self, offset: int, buffer: memoryview) -> bool:
         """Fill ``buffer`` at once; False when that would block (its content is then undefined)."""
@@ -140,24 +135,8 @@ class Export(Protocol):
 
 
 @runtime_checkable
-class RemoteExport(Protocol):
+class RemoteExport(OpenedExport, Protocol):
     """One export that another process has open."""
-
-    @property
-    def name(self) -> str:
-        """Name that clients know it by."""
-
-    @property
-    def size(self) -> int:
-        """Size in bytes."""
-
-    @property
-    def read_only(self) -> bool:
-        """Whether writes are refused."""
-
-    @property
-    def block_size(self) -> int:
-        """Preferred block size in bytes."""
 
     def serve(self, sock: socket.socket, agreement: Agreement) -> Serving:
         """Take the socket, which is not to be used here any more, and begin."""

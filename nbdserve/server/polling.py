@@ -8,8 +8,9 @@ these rules:
 - Only for a client whose next request came soon after the reply, several times running.
 - For LONGEST seconds after each reply, and a TURN in a row; then the loop has its turn.
 - Only while nobody else is served: when another connection had a turn since this one's last, the
-  loop is busy anyway, and polling would take time from the others.
-- Never behind a TLS relay in the same loop, which has to bring the next request: it disturbs.
+  loop is busy anyway, and polling would take time from the others. A TLS relay in the same loop
+  counts as somebody else (``disturb``), and what it relays is never waited for: it has to bring it.
+- In the middle of a request, whose rest is on its way, the first rule does not count.
 - MISSES in vain, and it is over until the client has shown again that it is quick. An idle or slow
   client costs nothing.
 """
@@ -47,15 +48,17 @@ class Polling:
         """Something other than a transmission was served: a relay, which polling would hold up."""
         Polling._served = None
 
-    def woken(self) -> None:
-        """The event loop says that there is something to receive."""
+    def woken(self) -> bool:
+        """The event loop says that there is something to receive; whether nobody else is served."""
         if Polling._served is not self:
             Polling._served = self
             self._quick = 0
-        elif perf_counter() - self._replied < _SOON:
+            return False
+        if perf_counter() - self._replied < _SOON:
             self._quick += 1
         else:
             self._quick = 0
+        return True
 
     def replied(self) -> bool:
         """Everything received is answered and sent: whether to try to receive again at once."""

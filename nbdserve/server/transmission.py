@@ -85,6 +85,7 @@ from nbdserve.server.operations import (
 )
 from nbdserve.server.output import BUFFER_SIZE, Output, allocate
 from nbdserve.server.polling import LONGEST, TURN, Polling
+from snapshots.lending import MIN_LOAN
 
 INPUT_SIZE: Final = (1 << 20) + (64 << 10)
 """Bytes of the receive buffer: a WRITE of 1 MiB and what follows it."""
@@ -94,9 +95,6 @@ PIECE: Final = 128 << 10
 
 MAX_IN_PLACE: Final = 1 << 20
 """Longest READ, in bytes, that is tried in place."""
-
-MIN_LOAN: Final = 32 << 10
-"""Shortest READ, in bytes, that is sent from the page cache without a copy where possible."""
 
 MAX_REQUESTS: Final = 256
 """Most tasks of one connection."""
@@ -254,10 +252,10 @@ class Transmission:
     # Receiving
 
     def _on_readable(self) -> None:
-        self._polling.woken()
+        alone = self._polling.woken()
         # A relay of ours needs the processor that waiting for it would take.
         if self._receive() and not self._relayed:
-            if self._is_amid():
+            if alone and self._is_amid():
                 self._receive_rest()
             if self._answered() and self._polling.replied():
                 self._poll()
@@ -289,7 +287,6 @@ class Transmission:
         """Whether all that was received is answered and sent, and more may come."""
         return (
             self._reading
-            and self._start == self._end
             and not (self._running or self._stalled or self._is_amid())
             and self._output.empty
         )

@@ -8,7 +8,8 @@ import tempfile
 import pytest
 
 from nbdserve.protocol.constants import ReplyStyle
-from nbdserve.server.transmission import MAX_BYTES, MIN_LOAN, Transmission
+from nbdserve.server.transmission import MAX_BYTES, Transmission
+from snapshots.lending import MIN_LOAN
 
 from .harness import serve, settle
 from .memory_export import MemoryExport

@@ -59,6 +59,18 @@ def test_nobody_is_polled_while_two_are_served(clock: Clock) -> None:
         assert not clock.serve(other, SOON)
 
 
+def test_the_rest_of_a_request_is_waited_for_while_nobody_else_is_served(clock: Clock) -> None:
+    one, other = Polling(), Polling()
+    assert not one.woken()
+    assert one.woken()
+    assert not other.woken()
+    assert not one.woken()
+    clock.now += LATE
+    assert one.woken()
+    Polling.disturb()
+    assert not one.woken()
+
+
 def test_another_client_ends_it(clock: Clock) -> None:
     one, other = Polling(), Polling()
     assert clock.serve(one, SOON, times=20)

@@ -148,10 +148,10 @@ class Generator:
         return flags, command, cookie, offset, length, payload
 
     def _extend(self, flags, command, length, payload):
-        """A payload is announced; seldom where none belongs, or not where one does."""
+        """A payload is announced; seldom where none belongs, or one comes without."""
         seldom = not self.dice.below(200)
         if command == WRITE:
-            return (flags, length, b"") if seldom else (flags | PAYLOAD_LEN, length, payload)
+            return flags if seldom else flags | PAYLOAD_LEN, length, payload
         if command == BLOCK_STATUS and length and not self.dice.below(3):
             wanted = self.dice.pick(([CONTEXT], [CONTEXT], [CONTEXT], [2], [CONTEXT] * 2, []))
             payload = struct.pack(f">Q{len(wanted)}I", length, *wanted)
