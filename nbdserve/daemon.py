@@ -18,6 +18,7 @@ import signal
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from backends.block_device import is_rotational
 from backends.errors import InUseError, StorageError
 from backends.local_layers import LocalLayerStore
 from nbdserve.addresses import UnixAddress
@@ -62,7 +63,7 @@ async def run(configuration: Configuration, announce: Callable[[str], None]) -> 
         control = ControlServer(State(catalogue, store, host))
         permissions = Permissions(configuration.exports)
         timeout = configuration.handshake_timeout
-        server = Server(CatalogueExports(catalogue), permissions, timeout)
+        server = Server(CatalogueExports(catalogue, is_rotational(store.path)), permissions, timeout)
         await _serve(configuration, certificates, server, control, announce, stop)
     finally:
         await catalogue.close()

@@ -18,8 +18,9 @@ from snapshots.names import BLOCK_SIZE, check_name, parse_snapshot_name
 class CatalogueExports:
     """An ``ExportRegistry``. A name that could never be one is simply not found."""
 
-    def __init__(self, catalogue: Catalogue) -> None:
+    def __init__(self, catalogue: Catalogue, rotational: bool = False) -> None:
         self._catalogue = catalogue
+        self._rotational = rotational
 
     def list_names(self) -> list[str]:
         return self._catalogue.volume_names()
@@ -29,11 +30,18 @@ class CatalogueExports:
         contexts = (BASE_ALLOCATION, *self._catalogue.volume_contexts(volume))
         if snapshot is None:
             size = self._catalogue.volume_size(volume)
-            return ExportDescription(name, size, False, BLOCK_SIZE, "volume", contexts)
+            return self._description(name, size, False, "volume", contexts)
         for taken in self._catalogue.list_snapshots(volume):
             if taken.name == snapshot:
-                return ExportDescription(name, taken.size, True, BLOCK_SIZE, "snapshot", contexts)
+                return self._description(name, taken.size, True, "snapshot", contexts)
         raise NotFoundError(f"there is no snapshot {name}")
+
+    def _description(
+        self, name: str, size: int, read_only: bool, kind: str, contexts: tuple[str, ...]
+    ) -> ExportDescription:
+        return ExportDescription(
+            name, size, read_only, BLOCK_SIZE, kind, contexts, self._rotational
+        )
 
     async def open(
         self, name: str, contexts: Sequence[str], revoke: Callable[[], None]

@@ -24,7 +24,7 @@ def run(path: Path, work: Callable[[Catalogue, CatalogueExports], Awaitable[None
                 await catalogue.create_volume(name, MIB)
             await catalogue.create_snapshots([("a", "one")])
             await catalogue.resize_volume("a", 2 * MIB)
-            await work(catalogue, CatalogueExports(catalogue))
+            await work(catalogue, CatalogueExports(catalogue, True))
         finally:
             await catalogue.close()
 
@@ -39,6 +39,7 @@ def test_exports_are_volumes_and_snapshots(tmp_path: Path) -> None:
             ("a", 2 * MIB, False, 4096),
             ("a@one", MIB, True, 4096),
         ]
+        assert all(description.rotational for description in described)
         for description in described:
             export = await exports.open(description.name, (), lambda: None)
             assert (export.name, export.size) == (description.name, description.size)
