@@ -39,7 +39,7 @@ from snapshots.manifest import MAX_LAYERS, Manifest, Snapshot
 from snapshots.manifest_store import ManifestStore
 from snapshots.merging import Merging
 from snapshots.names import check_name, check_volume_size
-from snapshots.open_views import OpenView, OpenViews
+from snapshots.open_views import OpenViews
 from snapshots.pins import Pins
 from snapshots.sealing import LOW_WATER, Sealing
 from snapshots.transfer import Import, Pin
@@ -80,8 +80,6 @@ class Catalogue:
         self._listings = Listings(store, self._manifests, self._views)
         self._imports = Imports(store, self._manifests)
         self._upkeep = Upkeep(store, self._manifests, self._views, self._merging)
-        # The view that a client has, and those that it only compares with.
-        self._leases: dict[Lease, tuple[OpenView, list[OpenView]]] = {}
         self._upkeep_task: asyncio.Task[None] | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._closed = False
@@ -401,7 +399,7 @@ class Catalogue:
             bases = _bases(manifest, contexts)
             view = await self._views.acquire_volume(manifest)
             self._listings.forget(manifest.id)
-            return await self._lease(manifest, view, name, manifest.size, bases, revoke)
+            return await self._views.add_lease(view, manifest, name, manifest.size, bases, revoke)
 
     async def _open_snapshot(
         self, volume: str, snapshot: str, revoke: Callable[[], None], contexts: Sequence[str]
@@ -412,39 +410,13 @@ class Catalogue:
             bases = _bases(manifest, contexts)
             view = await self._views.acquire_snapshot(manifest, found)
             name = f"{volume}@{snapshot}"
-            return await self._lease(manifest, view, name, found.size, bases, revoke)
+            return await self._views.add_lease(view, manifest, name, found.size, bases, revoke)
 
     @_to_its_end
     async def close_export(self, lease: Lease) -> None:
         """A client is done with what it opened."""
-        view, bases = self._leases.pop(lease)
-        if self._closed:
-            return  # closed with everything else
-        for base in bases:
-            await self._views.release(base)
-        await self._views.end_lease(view, lease)
-
-    async def _lease(
-        self,
-        manifest: Manifest,
-        view: OpenView,
-        name: str,
-        size: int,
-        bases: Mapping[str, Snapshot],
-        revoke: Callable[[], None],
-    ) -> Lease:
-        """Lease a view to a client, and open what its contexts compare with; or release it."""
-        acquired: dict[str, OpenView] = {}
-        try:
-            for context, base in bases.items():
-                acquired[context] = await self._views.acquire_snapshot(manifest, base)
-            lease = self._views.add_lease(view, name, size, acquired, revoke)
-        except BaseException:
-            for opened in (*acquired.values(), view):
-                await self._views.release(opened)
-            raise
-        self._leases[lease] = (view, list(acquired.values()))
-        return lease
+        if not self._closed:  # else it was closed with everything else
+            await self._views.end_lease(lease)
 
     # Other processes
 

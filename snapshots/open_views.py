@@ -69,6 +69,7 @@ class OpenViews:
         self._store = store
         self._manifests = manifests
         self._open: dict[str, OpenView] = {}
+        self._leases: dict[Lease, tuple[OpenView, ...]] = {}
         # What is cached of a volume that failed may not be what is on disk, opened again or not.
         self._failures: dict[str, str] = {}
 
@@ -274,33 +275,46 @@ class OpenViews:
 
     # Clients
 
-    def add_lease(
+    async def add_lease(
         self,
         view: OpenView,
+        manifest: Manifest,
         name: str,
         size: int,
-        bases: Mapping[str, OpenView],
+        bases: Mapping[str, Snapshot],
         revoke: Callable[[], None],
     ) -> Lease:
-        """Let a client have a view that the caller has acquired for it.
+        """Let a client have a view that the caller has acquired for it, or release it.
 
-        So are ``bases``, by the metadata contexts that compare with them.
+        ``bases`` are the snapshots that its metadata contexts compare with, by the contexts' names:
+        their views are open until the lease ends.
         """
-        if view.lost or any(base.host is not view.host or base.lost for base in bases.values()):
-            raise HostLostError(f"{name}: its worker has ended; try again")
-        keys = {context: base.key for context, base in bases.items()}
-        read_only = view.key != view.volume
-        lease = view.host.lease(view.key, name, size, read_only, keys, revoke)
+        opened: dict[str, OpenView] = {}
+        try:
+            for context, snapshot in bases.items():
+                opened[context] = await self.acquire_snapshot(manifest, snapshot)
+            if any(each.lost or each.host is not view.host for each in (view, *opened.values())):
+                raise HostLostError(f"{name}: its worker has ended; try again")
+            keys = {context: base.key for context, base in opened.items()}
+            read_only = view.key != view.volume
+            lease = view.host.lease(view.key, name, size, read_only, keys, revoke)
+        except BaseException:
+            for each in (*opened.values(), view):
+                await self.release(each)
+            raise
         view.leases.add(lease)
         view.empty.clear()
+        self._leases[lease] = (view, *opened.values())
         return lease
 
-    async def end_lease(self, view: OpenView, lease: Lease) -> None:
+    async def end_lease(self, lease: Lease) -> None:
         """A client is gone; release what was acquired for it."""
+        view, *bases = self._leases.pop(lease)
         view.leases.discard(lease)
         if not view.leases:
             view.empty.set()
-        await self.release(view)
+        for each in (*bases, view):
+            await self.release(each)
 
     # Snapshots
 

@@ -511,7 +511,7 @@ def test_a_cancelled_caller_leaves_nothing_half_done(turns: int) -> None:
                     await catalogue.close_export(result)
                 await catalogue.list_volumes()
                 await quiet(catalogue)
-                await until(lambda: not catalogue._leases)
+                await until(lambda: not catalogue._views._leases)
                 live = catalogue._manifests.live_layers()
                 await until(lambda: set(store._data) == catalogue._manifests.live_layers())
                 assert live == catalogue._manifests.live_layers()

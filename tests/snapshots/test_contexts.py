@@ -451,7 +451,7 @@ def test_a_depth_is_counted_from_the_top_and_a_next_head_counts_for_nothing() ->
                 await write(handle, 3)
                 await handle.trim(2 * BLOCK, BLOCK)
                 assert statuses(handle, ALLOCATION_DEPTH) == [3, 2, 0, 1] + [0] * 12
-                opened_view, _ = catalogue._leases[handle]
+                opened_view, *_ = catalogue._views._leases[handle]
                 await catalogue._views.add_head(opened_view, "next")
                 assert len(handle.view.stack) == 4
                 assert statuses(handle, ALLOCATION_DEPTH) == [3, 2, 0, 1] + [0] * 12
