@@ -2,6 +2,7 @@
 # make test   set up what is missing, then lint, types and every test, real clients and servers
 #             included
 # make check  format, lint, types and the fast tests
+# make torture  fuzz for TORTURE_MINUTES, which keeps what it finds: see docs/testing.md
 # make bench  measure beside nbdkit and qemu-nbd; BENCH="--quick" only sees that it runs
 
 PYTHON ?= python3
@@ -11,10 +12,12 @@ BIN := $(VENV)/bin
 PORT ?= 10809
 # Options of the benchmark: --rounds N, --seconds N, --quick, --directory DIR, --results DIR.
 BENCH ?=
+# How long torture takes.
+TORTURE_MINUTES ?= 10
 # Python without the suffix that tools find it by.
 SCRIPTS := scripts/kernel-vm scripts/s3-test-server
 
-.PHONY: run test check lint bench
+.PHONY: run test check lint torture bench
 .DELETE_ON_ERROR:
 
 $(VENV)/installed: pyproject.toml
@@ -46,6 +49,10 @@ lint: $(VENV)/installed
 
 check: lint
 	$(BIN)/python -m pytest -m 'not integration'
+
+torture: $(VENV)/installed
+	@scripts/install-test-dependencies
+	@$(BIN)/python -m tests.fuzz.torture --minutes $(TORTURE_MINUTES)
 
 $(VENV)/installed-bench: $(VENV)/installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[bench]'

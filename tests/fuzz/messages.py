@@ -110,7 +110,8 @@ def request(dice, framing, size, cookie, longest=1 << 20):
             flags |= wire.PAYLOAD_LEN
     elif dice.random() < 0.01:
         flags |= wire.PAYLOAD_LEN
-    if flags & wire.PAYLOAD_LEN and framing == wire.EXTENDED_HEADERS:
+    announced = flags & wire.PAYLOAD_LEN or command == wire.WRITE
+    if announced and framing == wire.EXTENDED_HEADERS:
         length = min(length, longest)
     header = wire.pack_request(framing, flags, command, cookie, offset, length)
     return wire.unpack_request(framing, header, 0)[1], header

@@ -35,8 +35,6 @@ def faults(framing, request, payload, size, read_only, contexts):
         allowed |= wire.PAYLOAD_LEN
     if flags & ~allowed:
         found.add(errno.EINVAL)
-    if command == wire.WRITE and extended and not flags & wire.PAYLOAD_LEN:
-        found.add(errno.EINVAL)
     if command == wire.FLUSH:
         return found | ({errno.EINVAL} if request.offset or length else set()), length, contexts
     if command in _CHANGING and read_only:

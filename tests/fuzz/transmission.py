@@ -176,7 +176,7 @@ def _request(stream, terms, cookie, command, flags, fields, repeat):
         numbers = [CONTEXTS[place & 1][0], CONTEXTS[~place & 1][0], 7, 9][: place >> 1 & 3]
         payload = struct.pack(f">Q{len(numbers)}I", length, *numbers) + bytes(place >> 3 & 1)
         length = len(payload)
-    elif (extended and flags & wire.PAYLOAD_LEN) or (not extended and command == wire.WRITE):
+    elif (extended and flags & wire.PAYLOAD_LEN) or command == wire.WRITE:
         # A client may announce more than it sends; beyond the largest payload this one does.
         sent = min(length, wire.MAX_PAYLOAD + 1)
         start = cookie * 8191 % (len(POOL) // 2)

@@ -177,10 +177,8 @@ def unpack_request(framing, data, at):
     """Read the header at ``at``; returns (magic, Request)."""
     layout = _WIDE if framing == EXTENDED_HEADERS else _COMPACT
     magic, flags, command, cookie, offset, length = layout.unpack_from(data, at)
-    if framing == EXTENDED_HEADERS:
-        payload = length if flags & PAYLOAD_LEN else 0
-    else:
-        payload = length if command == WRITE else 0
+    announced = framing == EXTENDED_HEADERS and flags & PAYLOAD_LEN
+    payload = length if announced or command == WRITE else 0
     return magic, Request(flags, command, cookie, offset, length, payload)
 
 
