@@ -5,13 +5,14 @@ Rules (specification, "Request message", "Request types", "Error values"):
 - A compact request is 28 bytes: magic, command flags, command, cookie, offset, length. Behind a
   WRITE follow ``length`` bytes of payload.
 - An extended request is 32 bytes, its length has 64 bits. A payload follows where PAYLOAD_LEN is
-  set, and ``length`` is then the payload's: always behind a WRITE, and behind a BLOCK_STATUS that
-  asks for some contexts only. Otherwise ``length`` says how much of the export is meant.
+  set, and ``length`` is then the payload's: behind a WRITE, and behind a BLOCK_STATUS that asks for
+  some contexts only. Otherwise ``length`` says how much of the export is meant. A WRITE must have
+  PAYLOAD_LEN set, but qemu's client (10.0) sends it without: its payload follows all the same.
 - A refused request's payload must be read past, or everything behind it is misread.
 - A wrong magic cannot be answered: the stream is out of step, the connection ends. So it does when
   an extended request announces a payload larger than the largest.
 - EINVAL: unknown commands; unknown flags, and flags that the command does not take (FUA is taken by
-  all); an extended WRITE without PAYLOAD_LEN; READ, TRIM, CACHE and BLOCK_STATUS beyond the end;
+  all); READ, TRIM, CACHE and BLOCK_STATUS beyond the end;
   FLUSH with an offset or a length; BLOCK_STATUS without a context or a length, or for contexts that
   were not chosen; a WRITE, or a READ without structured replies, larger than the largest payload.
 - EPERM: WRITE, TRIM and WRITE_ZEROES on a read-only export.
@@ -101,9 +102,8 @@ class Refusal:
 
 def payload_length(request: Request, style: ReplyStyle) -> int:
     """Bytes of payload that follow a request."""
-    if style is ReplyStyle.EXTENDED:
-        return request.length if request.flags & CMD_FLAG_PAYLOAD_LEN else 0
-    return request.length if request.command == CMD_WRITE else 0
+    announced = style is ReplyStyle.EXTENDED and request.flags & CMD_FLAG_PAYLOAD_LEN
+    return request.length if announced or request.command == CMD_WRITE else 0
 
 
 def validate_request(request: Request, terms: Terms) -> Refusal | None:
@@ -135,9 +135,6 @@ def validate_request(request: Request, terms: Terms) -> Refusal | None:
         return Refusal(ErrorCode.EPERM, f"{name} on a read-only export")
     if command == CMD_BLOCK_STATUS and flags & CMD_FLAG_PAYLOAD_LEN:
         return _validate_status_payload(length, len(terms.contexts))
-    needed = CMD_FLAG_PAYLOAD_LEN if terms.style is ReplyStyle.EXTENDED else 0
-    if command == CMD_WRITE and flags & needed != needed:
-        return Refusal(ErrorCode.EINVAL, "WRITE without PAYLOAD_LEN")
     if offset + length > terms.size:
         growing = command in (CMD_WRITE, CMD_WRITE_ZEROES)
         return Refusal(

@@ -151,25 +151,6 @@ def one_request_of_more_than_4_gib(target: Target) -> None:
 # PAYLOAD_LEN
 
 
-@PAYLOAD_LEN.rule(
-    "with extended headers, the flag MUST be set for NBD_CMD_WRITE: one without has no payload, "
-    "and is refused",
-    writes=True,
-)
-def missing_on_write(target: Target) -> None:
-    _need(target)
-    target.need_size(target.block)
-    for length in (0, target.block):
-        transmission = target.enter(Mode.EXTENDED)
-        try:
-            reply = transmission.call(Cmd.WRITE, 0, length)
-            if not reply.error:
-                raise Violation("an error", str(reply))
-            transmission.check_in_step()
-        except Closed:
-            continue  # the client broke a MUST
-
-
 @PAYLOAD_LEN.should(
     "for other commands the flag will trigger an NBD_EINVAL error; a server SHOULD gracefully "
     "consume the payload"
