@@ -307,11 +307,12 @@ class Volume(View):
         await self._punching.wait()
         async with self._locks.hold(first, last):
             self._check_writable()
-            # From the first owned block to the end of what was ever touched, as one run: what is
-            # not owned in between is zero as it is.
+            # Of what was ever touched all is nobody's from now on. It is noted from the first owned
+            # block to the end, as one run: what is not owned in between is zero as it is.
+            spans = list(self.owners.touched_spans(first, last))
             runs = [
                 (run[0], end)
-                for start, end in self.owners.touched_spans(first, last)
+                for start, end in spans
                 if (run := next(self.owners.owned_runs(start, end), None)) is not None
             ]
             head = self.head
@@ -320,8 +321,9 @@ class Volume(View):
                 head = self.head
                 if len(head.pending) + len(runs) > head.zero_limit:
                     raise OSError(errno.ENOSPC, "no space left for the journal")
-            for start, end in runs:
+            for start, end in spans:
                 self.owners.set(start, end, 0)
+            for start, end in runs:
                 head.take_zeroes(start, end)
             if runs and len(head.pending) >= SYNC_FROM:
                 self.start_task(self.flush())

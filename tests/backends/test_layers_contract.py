@@ -215,3 +215,46 @@ def test_a_layer_can_be_measured_while_its_logs_are_replaced(tmp_path: Path) -> 
         await replacing
 
     run(scenario())
+
+
+def test_what_uses_space_is_found(store: LayerStore) -> None:
+    async def scenario() -> None:
+        await store.create_layer("a")
+        data = await store.open_data("a", writable=True)
+        assert data.allocated_ranges(0, 1 << 50, 10) == []
+        tebibyte = 1 << 40
+        places = [16 * BLOCK, 64 * BLOCK, tebibyte - 16 * BLOCK, tebibyte + 64 * BLOCK]
+        for place in places:
+            data.write(place, b"\1" * (16 * BLOCK))
+        data.write_zeroes(32 * BLOCK, 16 * BLOCK)
+        data.sync()
+
+        def find(offset: int, length: int, limit: int) -> set[int]:
+            ranges = data.allocated_ranges(offset, length, limit)
+            assert len(ranges) <= limit
+            position = offset
+            for start, size in ranges:
+                assert position <= start < start + size <= offset + length
+                position = start + size
+            return {
+                block
+                for start, size in ranges
+                for block in range(start // BLOCK, (start + size) // BLOCK)
+            }
+
+        def blocks(place: int) -> set[int]:
+            return set(range(place // BLOCK, place // BLOCK + 16))
+
+        everything = blocks(32 * BLOCK).union(*map(blocks, places))
+        assert find(0, 2 * tebibyte, 100) == everything
+        assert find(0, 2 * tebibyte, 1) <= blocks(16 * BLOCK) | blocks(32 * BLOCK)
+        assert find(20 * BLOCK, 14 * BLOCK, 100) == set(range(20, 34)) & everything
+        assert find(48 * BLOCK, 16 * BLOCK, 100) == set()
+        assert find(tebibyte - BLOCK, 128 * BLOCK, 100) == {
+            block for block in everything if block >= tebibyte // BLOCK - 1
+        }
+        data.punch(0, 2 * tebibyte)
+        assert find(0, 2 * tebibyte, 100) == set()
+        data.close()
+
+    run(scenario())

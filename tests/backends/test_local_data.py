@@ -294,3 +294,34 @@ def test_a_file_that_another_process_makes_is_found(data: LocalDataFile, tmp_pat
     assert buffer == b"x" * BLOCK
     assert data.try_read(ROW_SIZE, memoryview(buffer))
     other.close()
+
+
+def test_where_the_file_system_cannot_tell_all_may_use_space(
+    data: LocalDataFile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EOPNOTSUPP, "not supported")
+
+    monkeypatch.setattr(local_data.fcntl, "ioctl", refuse)
+    data.write(5 * BLOCK, b"x" * BLOCK)
+    piece = 64 << 20
+    assert data.allocated_ranges(BLOCK, 2 * piece, 9) == [
+        (BLOCK, piece),
+        (BLOCK + piece, piece),
+    ]
+    assert data.allocated_ranges(0, ROW_SIZE, 2) == [(0, piece), (piece, piece)]
+    assert data.allocated_ranges(ROW_SIZE, ROW_SIZE, 2) == []
+    data.close()
+
+
+def test_an_error_while_looking_for_extents_is_told(
+    data: LocalDataFile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(errno.EIO, "broken")
+
+    data.write(0, b"x" * BLOCK)
+    monkeypatch.setattr(local_data.fcntl, "ioctl", fail)
+    with pytest.raises(OSError, match="broken"):
+        data.allocated_ranges(0, BLOCK, 1)
+    data.close()
