@@ -26,8 +26,8 @@ REGION_SHIFT = 15
 REGION = 1 << REGION_SHIFT
 _MAP_NORESERVE = 0x4000
 
-REACH = 32
-"""Most touched regions that are scanned at a time: 4 GiB of volume, what 32 bits can ask about."""
+REACH = 16
+"""Most touched regions that are scanned at a time: 2 GiB of volume, some milliseconds at worst."""
 
 _EMPTY = bytes(REGION)
 _IS_OTHER = bytes((0,)) + bytes((1,)) * 255
