@@ -63,7 +63,8 @@ async def run(configuration: Configuration, announce: Callable[[str], None]) -> 
         control = ControlServer(State(catalogue, store, host))
         permissions = Permissions(configuration.exports)
         timeout = configuration.handshake_timeout
-        server = Server(CatalogueExports(catalogue, is_rotational(store.path)), permissions, timeout)
+        exports = CatalogueExports(catalogue, is_rotational(store.path))
+        server = Server(exports, permissions, timeout)
         await _serve(configuration, certificates, server, control, announce, stop)
     finally:
         await catalogue.close()

@@ -117,6 +117,7 @@ _PLAIN_CHUNK: Final = STRUCTURED_REPLY_MAGIC << 32 | REPLY_FLAG_DONE << 16 | REP
 _EXTENDED_UNPACK: Final = Struct(">QQQQ").unpack_from
 _EXTENDED_READ: Final = EXTENDED_REQUEST_MAGIC << 32 | CMD_READ
 _EXTENDED_WRITE: Final = EXTENDED_REQUEST_MAGIC << 32 | CMD_FLAG_PAYLOAD_LEN << 16 | CMD_WRITE
+_UNFLAGGED_WRITE: Final = EXTENDED_REQUEST_MAGIC << 32 | CMD_WRITE  # qemu's (see requests.py)
 _EXTENDED_REPLY: Final = Struct(">QQQQ")  # magic, flags, type; cookie; offset; length
 _EXTENDED_DONE: Final = EXTENDED_REPLY_MAGIC << 32 | REPLY_FLAG_DONE << 16
 _EXTENDED_SUCCESS: Final = _EXTENDED_DONE | REPLY_TYPE_NONE
@@ -348,9 +349,11 @@ class Transmission:
         extended = layout is EXTENDED_REQUEST
         structured = self._style is ReplyStyle.STRUCTURED
         if extended:
-            unpack, plain_read, plain_write = _EXTENDED_UNPACK, _EXTENDED_READ, _EXTENDED_WRITE
+            unpack, plain_read = _EXTENDED_UNPACK, _EXTENDED_READ
+            plain_writes = (_EXTENDED_WRITE, _UNFLAGGED_WRITE)
         else:
-            unpack, plain_read, plain_write = _PLAIN_UNPACK, _PLAIN_READ, _PLAIN_WRITE
+            unpack, plain_read = _PLAIN_UNPACK, _PLAIN_READ
+            plain_writes = (_PLAIN_WRITE, _PLAIN_WRITE)
         pack_simple, pack_data = _PLAIN_REPLY.pack_into, _PLAIN_DATA.pack_into
         pack_extended, pack_extended_data = _EXTENDED_REPLY.pack_into, _EXTENDED_DATA.pack_into
         header = DATA_HEADER[self._style]
@@ -402,7 +405,7 @@ class Transmission:
                         break
                     start += request_size
                     continue
-            elif kind == plain_write and offset + length <= writable and length:
+            elif kind in plain_writes and offset + length <= writable and length:
                 payload = start + request_size
                 stop = payload + length
                 if stop <= end and tail <= _FULL:
