@@ -4,6 +4,8 @@
 # make check  format, lint, types and the fast tests
 # make torture  fuzz for TORTURE_MINUTES, which keeps what it finds: see docs/testing.md
 # make bench  measure beside nbdkit and qemu-nbd; BENCH="--quick" only sees that it runs
+# make conformance  check nbdserve and its peers against the specification; writes
+#             docs/conformance.md
 
 PYTHON ?= python3
 VENV := .venv
@@ -15,9 +17,9 @@ BENCH ?=
 # How long torture takes.
 TORTURE_MINUTES ?= 10
 # Python without the suffix that tools find it by.
-SCRIPTS := scripts/kernel-vm scripts/s3-test-server
+SCRIPTS := scripts/kernel-vm scripts/s3-test-server scripts/nbd-conformance scripts/conformance-table
 
-.PHONY: run test check lint torture bench
+.PHONY: run test check lint torture bench conformance
 .DELETE_ON_ERROR:
 
 $(VENV)/installed: pyproject.toml
@@ -61,3 +63,7 @@ $(VENV)/installed-bench: $(VENV)/installed
 bench: $(VENV)/installed-bench
 	@scripts/install-test-dependencies --bench
 	@$(BIN)/python -m scripts.bench $(BENCH)
+
+conformance: $(VENV)/installed
+	@scripts/install-test-dependencies
+	@$(BIN)/python scripts/conformance-table

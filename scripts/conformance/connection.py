@@ -15,10 +15,12 @@ import socket
 import ssl
 import time
 
+from .strings import shown
 from .verdicts import Closed, Silent, Violation
 
 _PIECE = 1 << 20
 _BYTES_PER_SECOND = 1 << 20
+_READ_AHEAD = 64 << 10
 _MOST_AHEAD = 128 << 20
 """Bytes that are taken in while we send; a server that sends more is not waited for."""
 
@@ -122,6 +124,8 @@ class Connection:
         """Carry out the TLS handshake; raises Closed, Silent or Violation."""
         expected = "a TLS handshake"
         self.journal.append("TLS handshake")
+        if self._ahead:
+            raise Violation("nothing in plain text behind NBD_REP_ACK", shown(self._ahead))
         self._sock.settimeout(_remaining(self._limit(0)))
         try:
             self._sock = context.wrap_socket(
@@ -163,9 +167,11 @@ class Connection:
             return b""
         try:
             self._sock.settimeout(_remaining(limit))
-            return self._receive_now(length)
+            data = self._receive_now(max(length, _READ_AHEAD))
         except (TimeoutError, socket.timeout, ssl.SSLWantReadError):
             raise Silent(expected, f"nothing in {self.timeout:g} s") from None
+        self._ahead += data[length:]
+        return data[:length]
 
     def _receive_now(self, length: int) -> bytes:
         """What the socket gives; nothing, and ``_end`` set, at the end of the connection."""

@@ -110,9 +110,11 @@ class Handshake:
         if style != OPTION_MAGIC:
             raise Violation("IHAVEOPT behind NBDMAGIC", shown(struct.pack(">Q", style)))
         (self.flags,) = struct.unpack(">H", connection.receive(2, "handshake flags"))
+        self.client_flags = 0
 
     def send_client_flags(self, flags: int) -> None:
         """Answer the greeting."""
+        self.client_flags = flags
         self.connection.send(struct.pack(">I", flags), f"client flags {flags:#x}")
 
     def send_option(self, option: int, data: bytes = b"", what: str = "") -> None:
@@ -178,6 +180,10 @@ class Handshake:
                 "a reply type of the specification", f"type {kind:#x}", Level.RULE, _FORMAT
             )
         return False
+
+    def read_reserved(self) -> bytes:
+        """Read the zeroes behind that, unless NO_ZEROES was negotiated."""
+        return b"" if self.client_flags & 2 else self.connection.receive(124, "124 reserved bytes")
 
     def read_export(self) -> Export:
         """Read what follows an EXPORT_NAME that is granted, without the zeroes."""

@@ -77,6 +77,7 @@ def format_json(uri: str, facts: Facts, results: Sequence[Result]) -> str:
             {
                 "check": result.check,
                 "section": result.section,
+                "declared": result.declared.value,
                 "level": result.level.value,
                 "sentence": result.sentence,
                 "verdict": result.verdict.value,

@@ -108,7 +108,9 @@ class Runner:
             try:
                 target.greet()
                 return True
-            except (Unreachable, Violation, Unavailable) as problem:
+            except Unavailable:
+                return True
+            except (Unreachable, Violation) as problem:
                 if time.monotonic() > deadline:
                     self._gone = f"not run: the server is gone ({problem})"
                     return False
@@ -144,7 +146,14 @@ def _since(begun: float) -> float:
 
 def _result(check: Check, verdict: Verdict, seconds: float, reason: str = "") -> Result:
     return Result(
-        check.name, check.section, check.level, check.sentence, verdict, seconds, reason=reason
+        check.name,
+        check.section,
+        check.level,
+        check.level,
+        check.sentence,
+        verdict,
+        seconds,
+        reason=reason,
     )
 
 
@@ -154,6 +163,7 @@ def _failed(check: Check, violation: Violation, journal: list[str], seconds: flo
     return Result(
         check.name,
         check.section,
+        check.level,
         violation.level or check.level,
         check.sentence,
         Verdict.FAIL,

@@ -26,6 +26,6 @@ def decode(data: bytes, what: str) -> str:
     return text
 
 
-def shown(data: bytes) -> str:
+def shown(data: bytes | bytearray) -> str:
     """Bytes fit for one line of a message."""
     return repr(bytes(data[:60])) + (f"... ({len(data)} bytes)" if len(data) > 60 else "")

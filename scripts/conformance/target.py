@@ -35,6 +35,7 @@ class Target:
         self.journal: list[str] = []
         """What was sent on behalf of the present check, in words."""
         self._connections: list[Connection] = []
+        self._tls_contexts: dict[ssl.TLSVersion | None, ssl.SSLContext] = {}
         self._deadline = 0.0
         self.begin()
 
@@ -79,7 +80,7 @@ class Target:
     def _greet(self, connection: Connection, client_flags: int | None = None) -> Handshake:
         handshake = Handshake(connection)
         if client_flags is None:
-            client_flags = FIXED | (NO_ZEROES & handshake.flags)
+            client_flags = (FIXED | NO_ZEROES) & handshake.flags
         handshake.send_client_flags(client_flags)
         return handshake
 
@@ -104,7 +105,10 @@ class Target:
 
     def start_tls(self, handshake: Handshake, highest: ssl.TLSVersion | None = None) -> None:
         """The TLS handshake, once NBD_OPT_STARTTLS has been acknowledged."""
-        handshake.connection.start_tls(self.tls.context(highest), self.tls.server_name or None)
+        if highest not in self._tls_contexts:  # making one takes longer than a connection
+            self._tls_contexts[highest] = self.tls.context(highest)
+        context = self._tls_contexts[highest]
+        handshake.connection.start_tls(context, self.tls.server_name or None)
 
     def enter(
         self,
@@ -170,6 +174,7 @@ class Target:
         else:
             handshake.send_option(Option.EXPORT_NAME, self.name)
             export = handshake.read_export()
+            handshake.read_reserved()
         return self.transmit(handshake, mode, export, contexts or {})
 
     def transmit(
@@ -358,17 +363,27 @@ class Target:
 
     def _open_socket(self) -> socket.socket:
         if self.uri.path:
+            return self._open_unix_socket()
+        sock = socket.create_connection((self.uri.host, self.uri.port), self.timeout)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        return sock
+
+    def _open_unix_socket(self) -> socket.socket:
+        limit = time.monotonic() + self.timeout
+        while True:
             sock = socket.socket(socket.AF_UNIX)
             sock.settimeout(self.timeout)
             try:
                 sock.connect(self.uri.path)
+                return sock
+            except BlockingIOError:  # more than the server takes in at once: no waiting in connect
+                sock.close()
+                if time.monotonic() > limit:
+                    raise
+                time.sleep(0.01)
             except OSError:
                 sock.close()
                 raise
-            return sock
-        sock = socket.create_connection((self.uri.host, self.uri.port), self.timeout)
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        return sock
 
 
 def is_alive(witness: Transmission) -> bool:

@@ -40,6 +40,11 @@ from .verdicts import Level, Violation
 _LARGEST_REPLY = 80 << 20
 """Bytes of payload of one chunk that we are ready to read: more than any check asks for."""
 _MOST_CHUNKS = 1 << 20
+_FORMAT = "Structured reply types: the format of reply chunks"
+_STATUS_CHUNKS = (
+    "NBD_REPLY_TYPE_BLOCK_STATUS: a successful block status request MUST have exactly one status "
+    "chunk per negotiated metadata context ID"
+)
 
 
 class Mode(Enum):
@@ -346,6 +351,7 @@ class Transmission:
             context in wanted and context not in reply.statuses,
             f"one chunk for each of the context IDs {sorted(wanted)}",
             f"one for {context}" + (" once more" if context in reply.statuses else ""),
+            _STATUS_CHUNKS,
         )
         _require(all(length for length, _ in runs), "descriptors of nonzero length", "length 0")
         reply.statuses[context] = runs
@@ -358,6 +364,7 @@ class Transmission:
                 covered == reply.length,
                 f"content that covers all {reply.length} bytes of the request",
                 f"{covered} bytes",
+                "NBD_CMD_READ: the server MUST send enough data chunks to cover the entire region",
             )
             reply.data = b"".join(
                 bytes(length) if data is None else data
@@ -369,6 +376,7 @@ class Transmission:
                 set(reply.statuses) == wanted,
                 f"a chunk for each of the context IDs {sorted(wanted)}",
                 f"chunks for {sorted(reply.statuses)}",
+                _STATUS_CHUNKS,
             )
 
 
@@ -405,10 +413,10 @@ def _check_error_value(reply: Reply) -> None:
         )
 
 
-def _require(true: bool, expected: str, came: str) -> None:
+def _require(true: bool, expected: str, came: str, sentence: str = _FORMAT) -> None:
     if not true:
-        _fail(expected, came)
+        raise Violation(expected, came, Level.MUST, sentence)
 
 
 def _fail(expected: str, came: str, level: Level = Level.MUST) -> None:
-    raise Violation(expected, came, level, "Structured reply types: the format of reply chunks")
+    raise Violation(expected, came, level, _FORMAT)

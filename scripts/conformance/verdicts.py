@@ -72,7 +72,10 @@ class Result:
 
     check: str
     section: str
+    declared: Level
+    """The check's own level."""
     level: Level
+    """That of what was violated, which may be another sentence than the check's own."""
     sentence: str
     verdict: Verdict
     seconds: float

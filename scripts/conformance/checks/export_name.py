@@ -35,7 +35,9 @@ def no_zeroes(target: Target) -> None:
 
 @EXPORT_NAME.rule("124 bytes, zeroes (reserved), unless NBD_FLAG_C_NO_ZEROES was negotiated")
 def zeroes(target: Target) -> None:
-    transmission = _transmit(target, _open_by_name(target, target.name, FIXED))
+    transmission = _transmit(
+        target, _open_by_name(target, target.name, FIXED & target.facts.handshake_flags)
+    )
     reserved = transmission.connection.receive(124, "124 reserved bytes")
     if reserved.strip(b"\0"):
         raise Violation("124 zeroes", reserved.hex(" "))
@@ -98,6 +100,5 @@ def with_structured_replies(target: Target) -> None:
     target.negotiate(handshake, Mode.STRUCTURED)
     handshake.send_option(Option.EXPORT_NAME, target.name)
     export = handshake.read_export()
-    if not handshake.flags & NO_ZEROES:
-        handshake.connection.receive(124, "124 reserved bytes")
+    handshake.read_reserved()
     target.transmit(handshake, Mode.STRUCTURED, export, {}).check_in_step()

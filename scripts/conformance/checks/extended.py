@@ -151,6 +151,29 @@ def one_request_of_more_than_4_gib(target: Target) -> None:
 # PAYLOAD_LEN
 
 
+@PAYLOAD_LEN.rule(
+    "the flag MUST be set by the client for NBD_CMD_WRITE. qemu's client (10.0) sends its data "
+    "without: that is written, refused, or reason to disconnect, never a cause to lose step",
+    writes=True,
+)
+def missing_on_write(target: Target) -> None:
+    """What a server does then is not said: what it must not do is say one thing and do another."""
+    _need(target)
+    target.need_writable()
+    target.need_size(target.block)
+    data = b"p" * target.block
+    transmission = target.enter(Mode.EXTENDED)
+    transmission.succeed(Cmd.WRITE, 0, payload=bytes(target.block))
+    try:
+        reply = transmission.call(Cmd.WRITE, 0, payload=data, exact_flags=True)
+        transmission.check_in_step()
+    except Closed:
+        return
+    found = target.enter(Mode.EXTENDED).succeed(Cmd.READ, 0, target.block).data
+    if found != (bytes(target.block) if reply.error else data):
+        raise Violation(f"what follows from the reply ({reply})", "other data")
+
+
 @PAYLOAD_LEN.should(
     "for other commands the flag will trigger an NBD_EINVAL error; a server SHOULD gracefully "
     "consume the payload"

@@ -20,15 +20,19 @@ TRANSMISSION_FLAGS = Section("Transmission flags")
 _ALL = (Info.NAME, Info.DESCRIPTION, Info.BLOCK_SIZE)
 
 
-def _info(target: Target, option: int = Option.INFO, information: tuple[int, ...] = _ALL) -> Answer:
+def _need_info(target: Target) -> None:
     target.need(target.facts.info, target.facts.refusal or "NBD_OPT_INFO is not offered")
+
+
+def _info(target: Target, option: int = Option.INFO, information: tuple[int, ...] = _ALL) -> Answer:
+    _need_info(target)
     answer = target.haggle().ask(option, encode_info(target.name, information))
     require_reply(answer, Rep.ACK)
     return answer
 
 
 def _malformed(target: Target) -> list[tuple[str, bytes]]:
-    target.need(target.facts.info, target.facts.refusal or "NBD_OPT_INFO is not offered")
+    _need_info(target)
     name = target.name or b"name"
     return [
         ("without data", b""),
@@ -69,7 +73,7 @@ def malformed_go_is_invalid(target: Target) -> None:
 
 @INFO_AND_GO.rule("the data ends with the list of information requests: more is invalid")
 def trailing_data(target: Target) -> None:
-    target.need(target.facts.info, target.facts.refusal or "NBD_OPT_INFO is not offered")
+    _need_info(target)
     data = encode_info(target.name, (Info.NAME,)) + b"more"
     check_refused(target, Option.INFO, [("with 4 bytes behind its fields", data)], Rep.ERR_INVALID)
 
@@ -77,7 +81,7 @@ def trailing_data(target: Target) -> None:
 @INFO_AND_GO.rule("NBD_REP_ERR_UNKNOWN: the chosen export does not exist on this server")
 def unknown_export(target: Target) -> None:
     target.need_refused_names()
-    target.need(target.facts.info, target.facts.refusal or "NBD_OPT_INFO is not offered")
+    _need_info(target)
     for option in (Option.INFO, Option.GO):
         handshake = target.haggle()
         answer = handshake.ask(option, encode_info(UNLIKELY_NAME.encode()))
@@ -87,7 +91,7 @@ def unknown_export(target: Target) -> None:
 @INFO_AND_GO.must("the server MUST simply error inbound options: haggling goes on after a refusal")
 def refused_then_granted(target: Target) -> None:
     target.need_refused_names()
-    target.need(target.facts.info, target.facts.refusal or "NBD_OPT_INFO is not offered")
+    _need_info(target)
     handshake = target.haggle()
     for option in (Option.INFO, Option.GO):
         require_error(handshake.ask(option, encode_info(UNLIKELY_NAME.encode())))
@@ -97,7 +101,7 @@ def refused_then_granted(target: Target) -> None:
 @INFO_AND_GO.should("on NBD_REP_ERR_UNKNOWN the server SHOULD NOT send NBD_REP_INFO replies")
 def unknown_export_has_no_info(target: Target) -> None:
     target.need_refused_names()
-    target.need(target.facts.info, target.facts.refusal or "NBD_OPT_INFO is not offered")
+    _need_info(target)
     answer = target.haggle().ask(Option.INFO, encode_info(UNLIKELY_NAME.encode(), _ALL))
     if answer.infos:
         raise Violation("no NBD_REP_INFO", str(answer))
@@ -105,7 +109,7 @@ def unknown_export_has_no_info(target: Target) -> None:
 
 @INFO_AND_GO.rule("a zero length name specifies the default export (if any)")
 def empty_name(target: Target) -> None:
-    target.need(target.facts.info, target.facts.refusal or "NBD_OPT_INFO is not offered")
+    _need_info(target)
     handshake = target.haggle()
     answer = handshake.ask(Option.INFO, encode_info(b""), "''")
     if answer.accepted:
@@ -124,7 +128,7 @@ def unknown_requests(target: Target) -> None:
 
 @INFO_AND_GO.rule("a client that repeats an information request gets an answer all the same")
 def repeated_requests(target: Target) -> None:
-    target.need(target.facts.info, target.facts.refusal or "NBD_OPT_INFO is not offered")
+    _need_info(target)
     handshake = target.haggle()
     try:
         handshake.ask(Option.INFO, encode_info(target.name, _ALL * 3), "each request three times")
@@ -138,7 +142,7 @@ def repeated_requests(target: Target) -> None:
     "reply with the same set of information"
 )
 def info_then_go(target: Target) -> None:
-    target.need(target.facts.info, target.facts.refusal or "NBD_OPT_INFO is not offered")
+    _need_info(target)
     for information in ((), (Info.BLOCK_SIZE,), _ALL):
         for mode in target.modes:
             handshake = target.haggle()
@@ -154,15 +158,16 @@ def info_then_go(target: Target) -> None:
 
 @INFO_AND_GO.must("the server MUST NOT send any zero padding bytes after the NBD_REP_ACK of GO")
 def no_padding(target: Target) -> None:
-    target.need(target.facts.info, target.facts.refusal or "NBD_OPT_INFO is not offered")
-    target.go(target.haggle(FIXED), Mode.SIMPLE).check_in_step()
+    _need_info(target)
+    flags = FIXED & target.facts.handshake_flags
+    target.go(target.haggle(flags), Mode.SIMPLE).check_in_step()
 
 
 @INFO_AND_GO.must(
     "the server MUST NOT send NBD_REP_ERR_BLOCK_SIZE_REQD if NBD_INFO_BLOCK_SIZE was requested"
 )
 def block_size_requested(target: Target) -> None:
-    target.need(target.facts.info, target.facts.refusal or "NBD_OPT_INFO is not offered")
+    _need_info(target)
     for option in (Option.INFO, Option.GO):
         answer = target.haggle().ask(option, encode_info(target.name, (Info.BLOCK_SIZE,)))
         if answer.final == Rep.ERR_BLOCK_SIZE_REQD:
@@ -174,7 +179,7 @@ def block_size_requested(target: Target) -> None:
     "constraints: clients that do not ask for them, like Linux's, are let in"
 )
 def without_requests(target: Target) -> None:
-    target.need(target.facts.info, target.facts.refusal or "NBD_OPT_INFO is not offered")
+    _need_info(target)
     target.need(target.facts.minimum_block <= 512, "the smallest block is larger than 512 bytes")
     target.enter(information=()).check_in_step()
 
@@ -199,16 +204,16 @@ def once(target: Target) -> None:
 
 @REP_INFO.rule("NBD_INFO_NAME is the name that would appear in the reply to NBD_OPT_LIST")
 def name(target: Target) -> None:
-    payload = _info(target).info(Info.NAME)
-    if payload is None:
-        raise Unavailable("NBD_INFO_NAME is not sent")
-    listed = [name for name, _ in target.haggle().ask(Option.LIST).exports]
-    if not listed:
-        raise Unavailable("no export is listed")
-    if target.facts.serves_any_name:
-        raise Unavailable("the server has an export under every name")
-    if payload.decode() not in listed:
-        raise Violation(f"one of the listed names {listed}", payload.decode())
+    _need_info(target)
+    target.need_refused_names()
+    handshake = target.haggle()
+    listed = [name for name, _ in handshake.ask(Option.LIST).exports]
+    target.need(bool(listed), "no export is listed")
+    for wanted in listed[:20]:
+        data = encode_info(wanted.encode(), (Info.NAME,))
+        payload = handshake.ask(Option.INFO, data, repr(wanted)).info(Info.NAME)
+        if payload is not None and payload.decode() not in listed:
+            raise Violation(f"one of the listed names {listed}", payload.decode())
 
 
 @REP_INFO.rule("NBD_INFO_DESCRIPTION: a description of the export, suitable for direct display")
@@ -280,7 +285,7 @@ def size_in_blocks(target: Target) -> None:
 
 def _flags(target: Target, mode: Mode) -> Flag:
     """What the server says after ``mode`` has been negotiated."""
-    target.need(target.facts.info, target.facts.refusal or "NBD_OPT_INFO is not offered")
+    _need_info(target)
     handshake: Handshake = target.haggle()
     target.negotiate(handshake, mode)
     answer = handshake.ask(Option.INFO, encode_info(target.name))

@@ -302,7 +302,10 @@ def unique_ids(target: Target) -> None:
         raise Violation(f"{', '.join(wanted)}, each with an ID of its own", str(answer.contexts))
 
 
-@SET_META.rule("one reply for each selected context: a query that is repeated selects it once")
+@SET_META.must(
+    "one reply for each selected metadata context, each with a unique ID: a query that is repeated "
+    "selects it once"
+)
 def repeated_query(target: Target) -> None:
     name = target.need_context()
     answer = _query(target, _ready(target), Option.SET_META_CONTEXT, (name, name, name))
