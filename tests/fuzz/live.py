@@ -9,14 +9,18 @@ a thread of its own, and notes what it is denied.
 
 import contextlib
 import random
+import select
 import socket
+import ssl
 import struct
 import threading
+import time
 
 from . import messages, wire
 
 PARKED = 16
 TIMEOUT = 60  # seconds in which the daemon answers a client that behaves
+_WOULD_BLOCK = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
 
 
 class Address:
@@ -292,22 +296,40 @@ class Storm:
             expected[cookie] = request
             data.append(header + self.dice.randbytes(request.payload))
         data.append(wire.pack_request(framing, 0, wire.DISC, 0, 0, 0))
-        sock.settimeout(TIMEOUT)
-        sender = threading.Thread(target=self._try_send, args=(sock, b"".join(data)), daemon=True)
-        sender.start()
-        while piece := sock.recv(1 << 20):
+        for piece in self._converse(sock, b"".join(data)):
             reader.feed(piece)
             while (reply := reader.take()) is not None:
                 wire.check(reply.cookie in expected, f"a reply to nothing: {reply}")
                 del expected[reply.cookie]
-        sender.join(TIMEOUT)
         wire.check(not expected and not reader.amid, f"no reply to {expected}")
         sock.close()
 
     @staticmethod
-    def _try_send(sock, data):
-        with contextlib.suppress(OSError):  # what is missing is missed in the replies
-            sock.sendall(data)
+    def _converse(sock, data):
+        """Send and receive at the same time until the stream ends; yields what comes.
+
+        In one thread: two must not use one TLS connection.
+        """
+        rest = memoryview(data)
+        sock.setblocking(False)
+        last = time.monotonic()
+        while True:
+            moved = False
+            if rest:
+                with contextlib.suppress(*_WOULD_BLOCK):
+                    rest = rest[sock.send(rest[: 1 << 16]) :]
+                    moved = True
+            with contextlib.suppress(*_WOULD_BLOCK):
+                piece = sock.recv(1 << 20)
+                if not piece:
+                    return
+                moved = True
+                yield piece
+            if moved:
+                last = time.monotonic()
+            else:
+                wire.check(time.monotonic() < last + TIMEOUT, "the daemon is silent")
+                select.select([sock], [], [], 0.002)
 
     def _open(self):
         name, size = self.dice.choice(list(self._exports.items()))
