@@ -169,6 +169,53 @@ class ContextsModel(VolumeModel):
                 self.hold_snapshot(name, sorted(taken)[blocks % len(taken)])
             self.check_all()
 
+    @rule(
+        name=volumes,
+        snapshot=snapshots,
+        places=st.lists(st.tuples(fractions, st.integers(1, 4)), min_size=1, max_size=6),
+        before=st.integers(0, 6),
+    )
+    def write_around_a_gate(
+        self, name: str, snapshot: str, places: list[tuple[float, int]], before: int
+    ) -> None:
+        """Writes in threads that begin and end on either side of a snapshot's gate."""
+        modelled = self.model.get(name)
+        if modelled is None or snapshot in modelled.snapshots:
+            return
+        handle = self.handle(name)
+        found = (self.place(name, where, blocks * BLOCK, True) for where, blocks in places)
+        taken = bytearray(handle.size)
+        writes: list[tuple[int, bytes]] = []
+        for offset, length in found:
+            if not any(taken[offset : offset + length]):
+                taken[offset : offset + length] = b"\1" * length
+                writes.append((offset, bytes([100 + len(writes)]) * length))
+
+        async def scene() -> bytes:
+            started = [asyncio.ensure_future(handle.write(*each)) for each in writes[:before]]
+            await asyncio.sleep(0)
+            taking = asyncio.ensure_future(self.catalogue.create_snapshots([(name, snapshot)]))
+            for each in writes[before:]:
+                await asyncio.sleep(0.0002)
+                started.append(asyncio.ensure_future(handle.write(*each)))
+            await asyncio.gather(taking, *started)
+            opened = await self.catalogue.open_snapshot(name, snapshot, lambda: None)
+            assert isinstance(opened, Handle)
+            try:
+                return await self.read_all(opened)
+            finally:
+                await self.catalogue.close_export(opened)
+
+        # Each is in the snapshot or is not: it tells.
+        content = self.run(scene())
+        for offset, data in writes:
+            old = bytes(modelled.content[offset : offset + len(data)])
+            assert content[offset : offset + len(data)] in (old, data)
+            modelled.put(offset, data)
+        modelled.snapshots[snapshot] = content
+        self.reconnect(name)
+        self.check_all()
+
     # Snapshots that stay open
 
     @rule(name=volumes, snapshot=snapshots)
@@ -319,8 +366,8 @@ def test_no_changed_block_is_ever_called_clean(monkeypatch: pytest.MonkeyPatch) 
     run_state_machine_as_test(
         ContextsModel,
         settings=settings(
-            max_examples=60,
-            stateful_step_count=60,
+            max_examples=40,
+            stateful_step_count=50,
             deadline=None,
             suppress_health_check=list(HealthCheck),
         ),
