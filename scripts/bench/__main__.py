@@ -18,6 +18,7 @@ from scripts.bench.probe_gate import measure_gate
 from scripts.bench.probe_layers import measure_layers
 from scripts.bench.probe_memory import measure_memory
 from scripts.bench.probe_open import measure_opening
+from scripts.bench.probe_trim import measure_trim
 from scripts.bench.process import BenchError, tell
 from scripts.bench.results import Results
 from scripts.bench.scale import FULL, QUICK, Scale
@@ -123,6 +124,7 @@ def measure(scale: Scale, directory: Path, results: Results) -> Iterator[None]:
             ("opening", measure_opening),
             ("layers", measure_layers),
             ("memory", measure_memory),
+            ("trim", measure_trim),
         ):
             tell(f"{name}:")
             # Socket paths are short in the one, the file system to measure is under the other.

@@ -1,6 +1,7 @@
 """A small NBD client: what the benchmark fills volumes and times single requests with.
 
-Blocking, one connection over a Unix socket, simple replies only. With TLS it does not ask who
+Blocking, one connection over a Unix socket, simple replies, or extended ones to requests without
+data. With TLS it does not ask who
 serves, as fio does not.
 """
 
@@ -18,12 +19,17 @@ from nbdserve.protocol.constants import (
     CMD_DISC,
     CMD_FLUSH,
     CMD_READ,
+    CMD_TRIM,
     CMD_WRITE,
+    CMD_WRITE_ZEROES,
+    EXTENDED_REPLY_MAGIC,
+    EXTENDED_REQUEST_MAGIC,
     FLAG_C_FIXED_NEWSTYLE,
     FLAG_C_NO_ZEROES,
     INIT_PASSWD,
     OPTION_MAGIC,
     OPTION_REPLY_MAGIC,
+    REPLY_TYPE_NONE,
     REQUEST_MAGIC,
     SIMPLE_REPLY_MAGIC,
     Info,
@@ -37,15 +43,23 @@ _OPTION: Final = struct.Struct(">QII")
 _OPTION_REPLY: Final = struct.Struct(">QIII")
 _REQUEST: Final = struct.Struct(">IHHQQI")
 _REPLY: Final = struct.Struct(">IIQ")
+_EXTENDED_REQUEST: Final = struct.Struct(">IHHQQQ")
+_EXTENDED_REPLY: Final = struct.Struct(">IHHQQQ")
 _INFO_EXPORT: Final = struct.Struct(">HQH")
 _IN_FLIGHT: Final = 64
 _TIMEOUT: Final = 120.0
 
 
 class Client:
-    """An open connection to an export of ``size`` bytes; a context manager."""
+    """An open connection to an export of ``size`` bytes; a context manager.
 
-    def __init__(self, path: Path, export: str, *, tls: bool = False) -> None:
+    With ``extended`` headers, lengths have 64 bits, and neither ``read`` nor ``write`` works.
+    """
+
+    def __init__(
+        self, path: Path, export: str, *, tls: bool = False, extended: bool = False
+    ) -> None:
+        self._extended = extended
         self._socket = socket.socket(socket.AF_UNIX)
         self._wait_all = 0 if tls else socket.MSG_WAITALL
         self._socket.settimeout(_TIMEOUT)
@@ -54,6 +68,8 @@ class Client:
             self._greet()
             if tls:
                 self._start_tls()
+            if extended:
+                self._choose_extended_headers()
             self.size = self._go(export)
         except BaseException:
             self._socket.close()
@@ -73,7 +89,11 @@ class Client:
     def close(self) -> None:
         """Disconnect, and wait until the server has seen it."""
         try:
-            self._socket.sendall(_REQUEST.pack(REQUEST_MAGIC, 0, CMD_DISC, 0, 0, 0))
+            if self._extended:
+                bye = _EXTENDED_REQUEST.pack(EXTENDED_REQUEST_MAGIC, 0, CMD_DISC, 0, 0, 0)
+            else:
+                bye = _REQUEST.pack(REQUEST_MAGIC, 0, CMD_DISC, 0, 0, 0)
+            self._socket.sendall(bye)
             while self._socket.recv(1 << 16):
                 pass
         except OSError:
@@ -110,7 +130,22 @@ class Client:
 
     def flush(self) -> None:
         """Make everything written durable."""
-        self._socket.sendall(_REQUEST.pack(REQUEST_MAGIC, 0, CMD_FLUSH, 0, 0, 0))
+        self._carry_out(CMD_FLUSH, 0, 0)
+
+    def trim(self, offset: int, length: int) -> None:
+        """Drop a range and wait for the reply."""
+        self._carry_out(CMD_TRIM, offset, length)
+
+    def write_zeroes(self, offset: int, length: int) -> None:
+        """Zero a range, holes allowed, and wait for the reply."""
+        self._carry_out(CMD_WRITE_ZEROES, offset, length)
+
+    def _carry_out(self, command: int, offset: int, length: int) -> None:
+        if self._extended:
+            header = _EXTENDED_REQUEST.pack(EXTENDED_REQUEST_MAGIC, 0, command, 0, offset, length)
+        else:
+            header = _REQUEST.pack(REQUEST_MAGIC, 0, command, 0, offset, length)
+        self._socket.sendall(header)
         self._take_reply()
 
     def _greet(self) -> None:
@@ -128,6 +163,12 @@ class Client:
         context.check_hostname = False
         context.verify_mode = ssl.CERT_NONE
         self._socket = context.wrap_socket(self._socket)
+
+    def _choose_extended_headers(self) -> None:
+        self._socket.sendall(_OPTION.pack(OPTION_MAGIC, Option.EXTENDED_HEADERS, 0))
+        _, _, kind, length = _OPTION_REPLY.unpack(self._receive(_OPTION_REPLY.size))
+        if kind != OptionReply.ACK:
+            raise BenchError(f"no extended headers: {self._receive(length)!r}")
 
     def _go(self, export: str) -> int:
         name = export.encode()
@@ -147,6 +188,12 @@ class Client:
                 size = int(_INFO_EXPORT.unpack(content)[1])
 
     def _take_reply(self) -> None:
+        if self._extended:
+            fields = _EXTENDED_REPLY.unpack(self._receive(_EXTENDED_REPLY.size))
+            magic, _, kind, _, _, length = fields
+            if magic != EXTENDED_REPLY_MAGIC or kind != REPLY_TYPE_NONE or length:
+                raise BenchError("a request failed")
+            return
         magic, error, _ = _REPLY.unpack(self._receive(_REPLY.size))
         if magic != SIMPLE_REPLY_MAGIC or error:
             raise BenchError(f"a request failed with NBD error {error}")

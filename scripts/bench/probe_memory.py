@@ -24,6 +24,7 @@ def measure_memory(scale: Scale, directory: Path, sockets: Path, results: Result
         results.measurements.append(Measurement("memory", what, value, "MiB"))
 
     with ours.serving():
+        ours.wait_until_started()
         record("no volume")
         ours.command("volume", "create", "empty", "--size", str(SIZE))
         with Client(ours.socket, "empty") as client:
@@ -33,6 +34,7 @@ def measure_memory(scale: Scale, directory: Path, sockets: Path, results: Result
         volume = f"by-{piece}"
         what = f"{scale.touched >> 20} MiB written in pieces of {piece >> 10} KiB all over 16 TiB"
         with ours.serving():  # anew: what the allocator kept of the last volume is not this one's
+            ours.wait_until_started()
             ours.command("volume", "create", volume, "--size", str(SIZE))
             with Client(ours.socket, volume) as client:
                 _scatter(client, piece, scale.touched // piece)

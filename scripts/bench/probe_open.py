@@ -49,6 +49,7 @@ def _record(ours: Nbdserve, results: Results, volume: str, what: str, target: fl
     times = []
     for _ in range(_REPETITIONS):
         with ours.serving():
+            ours.wait_until_started()
             begin = time.monotonic()
             with Client(ours.socket, volume) as client:
                 client.read(0, BLOCK)

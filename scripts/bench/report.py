@@ -37,6 +37,7 @@ _PROBES = {
     "opening": "Opening a volume",
     "layers": "Reading across many layers",
     "memory": "Resident memory of the daemon",
+    "trim": "Whole-device TRIM",
 }
 
 

@@ -27,6 +27,8 @@ class Scale:
     """Of the volume with many."""
     touched: int
     """Written all over a 16 TiB volume before its memory is looked at."""
+    trimmed: int
+    """Written all over a 1 TiB volume before all of it is trimmed."""
 
     def adjusted(self, rounds: int | None, seconds: int | None) -> Scale:
         """The same with what the user asked for."""
@@ -39,7 +41,10 @@ class Scale:
     @property
     def disk_bytes(self) -> int:
         """Room that the hungriest part needs."""
-        return max(16 * self.volume, 2 * self.extents * BLOCK, 3 * self.touched) + GIB
+        return (
+            max(16 * self.volume, 2 * self.extents * BLOCK, 3 * self.touched, 3 * self.trimmed)
+            + GIB
+        )
 
 
 FULL = Scale(
@@ -52,6 +57,7 @@ FULL = Scale(
     extents=1_000_000,
     layers=250,
     touched=GIB,
+    trimmed=10 * GIB,
 )
 
 QUICK = Scale(
@@ -64,4 +70,5 @@ QUICK = Scale(
     extents=10_000,
     layers=20,
     touched=16 * MIB,
+    trimmed=16 * MIB,
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import socket
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -19,6 +20,8 @@ from scripts.bench.process import read_resident_bytes, run, server
 NBDSERVE = Path(sys.executable).with_name("nbdserve")
 MAKE_CERTIFICATES = Path(__file__).resolve().parents[1] / "make-test-certificates"
 EXPORT = "bench"
+_STARTING_SECONDS = 10.0
+_STANDSTILL = 0.5
 
 
 @dataclass(frozen=True)
@@ -75,6 +78,14 @@ class Nbdserve:
     def resident(self) -> int:
         """Bytes of memory of all its processes."""
         return read_resident_bytes(self.pid)
+
+    def wait_until_started(self) -> None:
+        """It listens before its workers have imported what they need: until memory stands still."""
+        deadline = time.monotonic() + _STARTING_SECONDS
+        before = 0
+        while (now := self.resident()) != before and time.monotonic() < deadline:
+            before = now
+            time.sleep(_STANDSTILL)
 
 
 class Peer:
