@@ -11,7 +11,8 @@ these things are put in place of others, and nothing else is:
 - scripts/ is that of the project.
 - debian.qcow2 is a small image; qemu-system-x86_64 starts with its processors stopped, and quits.
 - A block that names /dev/nbd0 runs under a real kernel in a virtual machine, from which this
-  machine's loopback is 10.0.2.2; there, sudo is not needed and the module is loaded already.
+  machine's loopback is 10.0.2.2; there, sudo is not needed, the module is loaded already, and of
+  all files there are those of tls/.
 - The line of a crontab runs at once, with the crontab's variables.
 """
 
@@ -98,7 +99,11 @@ class Sandbox:
             for line in block.splitlines()
             if "modprobe nbd" not in line
         ]
-        self.kernel_machine.run("\n".join(["set -e", *lines, ""]))
+        files = [
+            f"mkdir -p tls\ncat >{file.relative_to(self.directory)} <<'END'\n{file.read_text()}END"
+            for file in sorted(self.directory.glob("tls/*.pem"))
+        ]
+        self.kernel_machine.run("\n".join(["set -e", *files, *lines, ""]))
 
     def _run_crontab(self, block: str) -> None:
         variables = {}
