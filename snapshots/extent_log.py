@@ -29,8 +29,9 @@ from __future__ import annotations
 
 import struct
 import zlib
+from collections import deque
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import msgpack
@@ -51,6 +52,8 @@ _EMPTY = bytes(SECTOR)
 _FIXED = 32
 # The fewest extents that fit a sector: two 5-byte numbers each (a block number is below 2**32).
 EXTENTS_PER_SECTOR = (_PAYLOAD - _FIXED) // 10
+# What a killed process has left to be punched are its last TRIMs.
+_ZEROED = 4096
 
 Run = tuple[int, int, int]
 """(first block, end block, DATA or ZERO)"""
@@ -112,12 +115,17 @@ def encode_log(layer: str, log: str, runs: Iterable[Run], *, sealed: bool) -> tu
 @dataclass
 class LogState:
     """What reading a log found: its last sequence, its end and size in bytes, and whether it must
-    be rewritten before anything is appended."""
+    be rewritten before anything is appended.
+
+    ``zeroed`` are the last extents (first block, end block) that it says became zero: data may
+    have come there since.
+    """
 
     sequence: int
     end: int
     ragged: bool
     size: int
+    zeroed: deque[tuple[int, int]] = field(compare=False, default_factory=deque)
 
 
 def read_log(
@@ -142,6 +150,7 @@ def read_log(
         raise CorruptError(f"{where}: offset 0 is not the header of this {log}")
     sequence = 0
     extents = 0
+    zeroed: deque[tuple[int, int]] = deque(maxlen=_ZEROED)
     offset = SECTOR
     sealed = False
     try:
@@ -154,7 +163,8 @@ def read_log(
                     f"{where}: sector {payload[0]} at offset {offset}, {sequence + 1} expected"
                 )
             sequence += 1
-            extents += _apply(payload[2], data, into) + _apply(payload[3], zero, into)
+            extents += _apply(payload[2], data, into)
+            extents += _apply(payload[3], zero, into, zeroed)
             if len(payload) == 5:
                 sealed = True
                 if payload[4] != extents:
@@ -169,7 +179,7 @@ def read_log(
             raise CorruptError(f"{where}: the end mark is missing at offset {offset}")
         return LogState(sequence, offset, False, len(content))
     ragged = _check_tail(content, offset, seed, sequence, where)
-    return LogState(sequence, offset, ragged, len(content))
+    return LogState(sequence, offset, ragged, len(content), zeroed)
 
 
 def _check_tail(content: bytes, offset: int, seed: int, sequence: int, where: str) -> bool:
@@ -190,7 +200,12 @@ def _check_tail(content: bytes, offset: int, seed: int, sequence: int, where: st
     return True
 
 
-def _apply(numbers: list[int], value: int, into: OwnerMap) -> int:
+def _apply(
+    numbers: list[int],
+    value: int,
+    into: OwnerMap,
+    noted: deque[tuple[int, int]] | None = None,
+) -> int:
     position = 0
     if not isinstance(numbers, list) or len(numbers) % 2:
         raise ValueError("not a list of pairs")
@@ -202,6 +217,8 @@ def _apply(numbers: list[int], value: int, into: OwnerMap) -> int:
         if gap < 0 or position <= first or position > blocks:
             raise ValueError("extent outside the volume")
         into.set(first, position, value)
+        if noted is not None:
+            noted.append((first, position))
     return len(numbers) // 2
 
 

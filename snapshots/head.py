@@ -74,6 +74,8 @@ class Head:
         self._end = state.end
         self._reserved_end = state.end
         self._compact_at = _COMPACT_FROM
+        # Of what was zero already when the head was opened, some may still use space.
+        self.zeroed = [(first, last, ZERO) for first, last in state.zeroed]
         self._zeroed = False
         self._captured = 0
         self._idle: asyncio.Future[None] | None = None

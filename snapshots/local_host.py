@@ -106,6 +106,7 @@ class LocalHost:
             await load_stack(volume, list(stack[:-1]), _merges(merges), self._store, self._pool)
             volume.head = await self._open_head(volume, stack[-1])
             volume.failure = failure
+            volume.reclaim()
         except BaseException:
             await self._close(volume)
             raise

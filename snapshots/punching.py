@@ -10,7 +10,8 @@ has anything at all, and one call frees one extent, at most LONGEST of it. While
 being written, a range is locked for about two milliseconds, and there is a pause after each call:
 who waits for a file's lock in the kernel does not get it from a thread that takes it again at once.
 
-Where the head was sealed meanwhile, the rest is punched once its index is written (merging.py).
+What a killed process had recorded but not punched, the journal tells when it is read again. Where
+the head was sealed meanwhile, the rest is punched once its index is written (merging.py).
 """
 
 from __future__ import annotations
@@ -112,6 +113,9 @@ class Punching:
             if not ranges:
                 return
             first = ranges[-1][1]
+            # Whole extents may have been written again: then there is nothing to lock.
+            owners = self._volume.owners
+            ranges = [hole for start, end in ranges for hole in gaps(owners, start, end)]
             while ranges:
                 ranges = await self._punch_some(head, ranges)
 

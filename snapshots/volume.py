@@ -401,6 +401,11 @@ class Volume(View):
             self.on_failure(why)
         _log.error("volume %s is read-only from now on: %s", self.name, why)
 
+    def reclaim(self) -> None:
+        """Punch what a killed process recorded as zero and did not get to punch."""
+        self._punching.add(self.head, self.head.zeroed)
+        self.head.zeroed = []
+
     # Snapshots
 
     async def settle(self) -> None:

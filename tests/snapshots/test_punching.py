@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from backends.local_layers import LocalLayerStore
 from snapshots import punching
 from snapshots.catalogue import Catalogue
-from tests.snapshots.stores import BLOCK, FaultyStore, run, until
+from tests.snapshots.stores import BLOCK, Crash, FaultyStore, run, until
 from tests.snapshots.test_volume import fill, get, opened, settled, volume_of
 
 SIZE = 64 * BLOCK
@@ -251,3 +251,53 @@ def test_freed_space_comes_back_on_a_real_file_system(tmp_path: Path) -> None:
         await catalogue.close()
 
     run(scenario())
+
+
+@pytest.mark.parametrize("how", ["kill", "cut", "mixed"])
+def test_space_that_a_crash_left_unpunched_comes_back(how: str) -> None:
+    async def before(store: FaultyStore) -> None:
+        catalogue = await Catalogue.open(store)
+        await catalogue.create_volume("v", SIZE)
+        handle: Any = await catalogue.open_volume("v", lambda: None)
+        await handle.write(0, fill(1, 64))
+        await handle.flush()
+        await handle.trim(0, 20 * BLOCK)
+        await handle.trim(30 * BLOCK, 10 * BLOCK)
+        await handle.write(10 * BLOCK, fill(2))
+        punched = 0
+
+        def hook(kind: str, layer: str, detail: Any) -> None:
+            nonlocal punched
+            if kind == "punch":
+                punched += 1
+                if punched == 2:
+                    raise Crash
+
+        store.hook = hook
+        await handle.flush()
+        await until(lambda: store.dead)
+
+    async def after(store: FaultyStore) -> None:
+        async with opened(store) as (_, handle):
+            # Written while it is looked for.
+            assert handle.try_write(35 * BLOCK, memoryview(fill(3)))
+            await settled(handle)
+            layer = volume_of(handle).head.layer.name
+            kept = {10, *range(20, 30), 35, *range(40, 64)}
+            assert held(store, layer) == kept
+            content = await get(handle, 0, 64)
+            for block in range(64):
+                wanted = {10: 2, 35: 3}.get(block, 1) if block in kept else 0
+                assert content[block * BLOCK : (block + 1) * BLOCK] == fill(wanted)
+            await handle.flush()
+        # It is done: another start finds nothing, and punches nothing.
+        store.events.clear()
+        async with opened(store) as (_, handle):
+            await settled(handle)
+            assert not store.kinds("punch")
+
+    store = FaultyStore()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(punching, "LONGEST", 4)
+        run(before(store))
+        run(after(store.after_crash(how, seed=3)))
