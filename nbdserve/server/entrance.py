@@ -33,6 +33,7 @@ MAX_CONNECTIONS: Final = 2048
 
 LINES: Final = 20
 INTERVAL: Final = 10.0
+"""Seconds; with LINES what is logged at most of clients that have opened nothing."""
 
 log = logging.getLogger(__name__)
 
@@ -165,7 +166,7 @@ class Entrance:
 
     def _count_unlogged(self) -> None:
         if self._unlogged:
-            log.info("%s: %d more clients that opened nothing", self.name, self._unlogged)
+            log.info("%s: %d more lines of this kind", self.name, self._unlogged)
         self._lines = self._unlogged = 0
 
 
