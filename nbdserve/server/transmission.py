@@ -233,8 +233,10 @@ class Transmission:
         """End although requests still run: those are answered with ESHUTDOWN, as far as it goes."""
         if self._gone:
             return
-        for request in self._tasks.values():
-            self._output.append(self._operations.refused(request, _SHUTTING_DOWN))
+        for task, request in self._tasks.items():
+            if not task.done():  # else it is answered, and only not forgotten yet
+                # Behind the chunks that a long READ may have in the queue.
+                self._output.enqueue(self._operations.refused(request, _SHUTTING_DOWN))
         self._send()
         self.abort()
 

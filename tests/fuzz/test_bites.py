@@ -76,7 +76,7 @@ def the_last_byte_of_a_piece_is_lost(patch):
     patch.setattr(handshake.Handshake, "receive", receive)
 
 
-@bug("transmission", "no reply|reply to nothing|closed the connection|instead of")
+@bug("transmission", "no reply|to nothing|closed the connection|instead of")
 def the_payload_of_a_refused_write_is_not_read_past(patch):
     patch.setattr(transmission, "payload_length", lambda request, style: 0)
 
@@ -89,7 +89,7 @@ def fua_does_not_flush(patch):
     patch.setattr(Operations, "flush", flush)
 
 
-@bug("transmission", "a reply to nothing")
+@bug("transmission", "to nothing")
 def a_reply_is_sent_twice(patch):
     real = Operations.succeeded
     patch.setattr(Operations, "succeeded", lambda self, request: real(self, request) * 2)

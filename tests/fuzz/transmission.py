@@ -54,7 +54,8 @@ SMALL_REPLY = 4200  # bytes that a reply has beside data
 SIZES = (4 << 20, 1 << 40)
 LENGTHS = (*messages.LENGTHS, *messages.LENGTHS, *messages.LONG, *messages.MOST)
 RAW, CUT, SETTLE, HOLD, RELEASE, TAKE, REPEAT, START = range(8, 16)
-DISC, EOF, FINISH, ABORT, RESET = range(5)
+DISC, EOF, FINISH, ABORT, RESET, EXPIRE = range(6)
+ESHUTDOWN = 108
 CONTEXTS = ((1, "base:allocation"), (7, DEPTH))
 POOL = random.Random(1).randbytes(1 << 20)
 
@@ -86,7 +87,7 @@ class Terms:
             contexts,
             bool(client & 1),
             bool(client & 2),
-            ending % 5,
+            ending % 6,
         )
 
 
@@ -359,11 +360,12 @@ class _Scene:
         self.export = FuzzExport(terms.size, terms.behaviour)
         self.model = Model(terms.size)
         self.expected, self.stop, self.why = read_requests(self.data, terms, self.export)
-        self.reader = wire.ReplyReader(terms.framing)
         self.under_way = {}
+        self.reader = wire.ReplyReader(terms.framing, self.under_way)
         self.next = 0  # of the expected
         self.sent = 0
         self.over = False  # the server may have stopped answering
+        self.expired = False
         self.ours, self.theirs = socket.socketpair()
         for end in (self.ours, self.theirs):
             end.setblocking(False)
@@ -517,10 +519,10 @@ class _Scene:
     # Judging
 
     def _judge(self, reply):
-        one = self.under_way.pop(reply.cookie, None)
+        one = self.under_way.pop(reply.cookie)
         self.reader.lengths.pop(reply.cookie, None)
-        check(one is not None, "a reply to nothing")
-        if reply.error not in one.errors:
+        allowed = one.errors | {ESHUTDOWN} if self.expired else one.errors
+        if reply.error not in allowed:
             raise wire.ProtocolError(f"error {reply.error} ({reply.text}) in answer to {one}")
         request = one.request
         simple = self.terms.framing == wire.SIMPLE_REPLIES
@@ -677,6 +679,10 @@ class _Scene:
         if ending == FINISH:
             self.transmission.finish()
             self.transmission.finish()
+        elif ending == EXPIRE:
+            self.expired = True
+            self.transmission.finish()
+            self.transmission.expire()
         elif ending == ABORT:
             self.transmission.abort()
             self.transmission.finish()

@@ -197,11 +197,13 @@ class Reply:
 class ReplyReader:
     """Takes the server's bytes apart; a whole reply at a time comes out of ``take``.
 
-    ``lengths`` says how many bytes a successful simple READ brings, by cookie.
+    ``lengths`` says how many bytes a successful simple READ brings, by cookie; ``cookies`` has
+    those of the requests that are not answered yet.
     """
 
-    def __init__(self, framing):
+    def __init__(self, framing, cookies):
         self.framing = framing
+        self.cookies = cookies
         self.lengths = {}
         self._input = bytearray()
         self._at = 0
@@ -262,6 +264,7 @@ class ReplyReader:
         if left < _SIMPLE.size:
             return None
         _, error, cookie = _SIMPLE.unpack_from(self._input, self._at)
+        check(cookie in self.cookies, "a reply to nothing")
         check(cookie not in self._open, "a simple reply amid chunks of the same cookie")
         length = 0
         if cookie in self.lengths:
@@ -280,6 +283,7 @@ class ReplyReader:
         return reply
 
     def _chunk(self, flags, kind, cookie, offset, payload):
+        check(cookie in self.cookies, "a chunk in answer to nothing")
         check(not flags & ~DONE, f"reply flags {flags:#x}")
         key = cookie if offset is None else (cookie, offset)
         reply = self._open.setdefault(key, Reply(cookie))
