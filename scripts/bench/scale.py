@@ -29,6 +29,12 @@ class Scale:
     """Written all over a 16 TiB volume before its memory is looked at."""
     trimmed: int
     """Written all over a 1 TiB volume before all of it is trimmed."""
+    idle: int
+    """Of the crowd: clients that ask for nothing."""
+    stuck: int
+    """Of the crowd: clients that stopped in the middle of something."""
+    working: int
+    """Clients that go on meanwhile."""
 
     def adjusted(self, rounds: int | None, seconds: int | None) -> Scale:
         """The same with what the user asked for."""
@@ -42,7 +48,7 @@ class Scale:
     def disk_bytes(self) -> int:
         """Room that the hungriest part needs."""
         return (
-            max(16 * self.volume, 2 * self.extents * BLOCK, 3 * self.touched, 3 * self.trimmed)
+            max(16 * self.volume, 2 * self.extents * BLOCK, 3 * self.touched, 2 * self.trimmed)
             + GIB
         )
 
@@ -58,6 +64,9 @@ FULL = Scale(
     layers=250,
     touched=GIB,
     trimmed=10 * GIB,
+    idle=1000,
+    stuck=200,
+    working=50,
 )
 
 QUICK = Scale(
@@ -71,4 +80,7 @@ QUICK = Scale(
     layers=20,
     touched=16 * MIB,
     trimmed=16 * MIB,
+    idle=40,
+    stuck=9,
+    working=4,
 )
