@@ -42,6 +42,8 @@ class Facts:
     serves_any_name: bool = False
     refusal: str = ""
     """Why the export cannot be opened; then nothing of the transmission phase can be checked."""
+    broken: bool = False
+    """That is because the server broke a rule then and there: what was skipped was not tried."""
     notes: list[str] = field(default_factory=list)
 
     def describe(self) -> list[tuple[str, str]]:

@@ -39,8 +39,8 @@ Every check says which sentence it tests, and how strong that is:
   RULE    it says so without such a word (a format, a definition), or it follows from what it says
 
 Exit status: 0 no findings that count; 1 some (those of MUST; with --strict all), or checks that
-could not be carried out because the server has gone; 2 wrong usage; 3 no connection to begin with,
-or no such export.
+could not be carried out because the server has gone, or never let us in; 2 wrong usage; 3 no
+connection to begin with, or no such export.
 """
 
 
@@ -87,6 +87,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for note in target.facts.notes:
             print(f"note: {note}")
         print(f"\n{report.summarize(results)}")
+    if target.facts.broken:
+        _complain(f"most was not checked: {target.facts.refusal}")
+        return FINDINGS
     return _status(results, strict=options.strict)
 
 

@@ -253,6 +253,7 @@ class Target:
             facts.refusal = str(unavailable)
         except Violation as violation:
             facts.refusal = f"the export cannot be opened: {violation}"
+            facts.broken = True
         finally:
             self.finish()
         if facts.refusal:

@@ -21,7 +21,7 @@ from scripts.conformance.report import format_row
 from scripts.conformance.tls import Tls, TlsError, gather
 from scripts.conformance.uri import Uri, UriError, parse_uri
 from scripts.conformance.verdicts import Level, Result, Verdict
-from tests.scripts.scripted_server import EINVAL, ENOSPC, Server, Session, serving
+from tests.scripts.scripted_server import EINVAL, ENOSPC, Ended, Server, Session, serving
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
 
@@ -266,6 +266,21 @@ def test_exit_status_of_findings(capsys: pytest.CaptureFixture[str]) -> None:
             assert "pass " not in capsys.readouterr().out
 
 
+def test_a_server_that_lets_nobody_in_has_not_passed(capsys: pytest.CaptureFixture[str]) -> None:
+    class ClosesAtGo(Session):
+        def on_info(self, option: int, data: bytes) -> bool:
+            raise Ended
+
+    with (
+        tempfile.TemporaryDirectory(prefix="nbd-conformance-test-") as directory,
+        serving(Path(directory), ClosesAtGo) as server,
+    ):
+        assert program.main(["--only", "NBD_CMD_READ", server.uri]) == 1
+    printed = capsys.readouterr()
+    assert "0 passed" in printed.out
+    assert "most was not checked" in printed.err
+
+
 def test_a_mistake_of_the_program_is_none_of_the_server(
     server: Server, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -297,7 +312,7 @@ def test_the_document_has_what_the_table_needs() -> None:
     text = table["DOCUMENT"].read_text()
     assert text.count(table["MARK"]) == 1
     made = text.partition(table["MARK"])[2]
-    for name, *_ in table["SERVERS"]:
-        assert name in made
+    for server in table["SERVERS"]:
+        assert server.name in made
     names = set(re.findall(r"^\| [^|]+ \| ([a-z0-9-]+) \| (?:MUST|SHOULD|RULE) \|", made, re.M))
     assert names == {check.name.partition("/")[2] for check in CHECKS}
