@@ -14,6 +14,7 @@ from types import FrameType
 
 from scripts.bench import chart, comparison, report
 from scripts.bench.machine import describe_machine
+from scripts.bench.probe_crowd import measure_crowd
 from scripts.bench.probe_gate import measure_gate
 from scripts.bench.probe_layers import measure_layers
 from scripts.bench.probe_memory import measure_memory
@@ -125,6 +126,7 @@ def measure(scale: Scale, directory: Path, results: Results) -> Iterator[None]:
             ("layers", measure_layers),
             ("memory", measure_memory),
             ("trim", measure_trim),
+            ("crowd", measure_crowd),
         ):
             tell(f"{name}:")
             # Socket paths are short in the one, the file system to measure is under the other.

@@ -1,8 +1,7 @@
 """A small NBD client: what the benchmark fills volumes and times single requests with.
 
-Blocking, one connection over a Unix socket, simple replies, or extended ones to requests without
-data. With TLS it does not ask who
-serves, as fio does not.
+Blocking, one connection over a Unix socket or TCP, simple replies, or extended ones to requests
+without data. With TLS it does not ask who serves, as fio does not.
 """
 
 from __future__ import annotations
@@ -49,6 +48,9 @@ _INFO_EXPORT: Final = struct.Struct(">HQH")
 _IN_FLIGHT: Final = 64
 _TIMEOUT: Final = 120.0
 
+Address = Path | tuple[str, int]
+"""A Unix socket, or a host and a port."""
+
 
 class Client:
     """An open connection to an export of ``size`` bytes; a context manager.
@@ -57,14 +59,19 @@ class Client:
     """
 
     def __init__(
-        self, path: Path, export: str, *, tls: bool = False, extended: bool = False
+        self, where: Address, export: str, *, tls: bool = False, extended: bool = False
     ) -> None:
         self._extended = extended
-        self._socket = socket.socket(socket.AF_UNIX)
+        family = socket.AF_UNIX if isinstance(where, Path) else socket.AF_INET
+        self._socket = socket.socket(family)
         self._wait_all = 0 if tls else socket.MSG_WAITALL
         self._socket.settimeout(_TIMEOUT)
         try:
-            self._socket.connect(str(path))
+            if isinstance(where, Path):
+                self._socket.connect(str(where))
+            else:
+                self._socket.connect(where)
+                self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             self._greet()
             if tls:
                 self._start_tls()
@@ -100,6 +107,14 @@ class Client:
             pass  # the server has gone
         finally:
             self._socket.close()
+
+    def leave(self) -> None:
+        """Close the connection without a word."""
+        self._socket.close()
+
+    def send(self, data: bytes) -> None:
+        """Send bytes as they are, and wait for nothing."""
+        self._socket.sendall(data)
 
     def read(self, offset: int, length: int) -> bytes:
         """Read ``length`` bytes."""

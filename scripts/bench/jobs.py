@@ -66,8 +66,11 @@ class Load:
     operations: int
 
 
-def run_fio(job: Job, uri: str, size: int, milliseconds: int, seed: int) -> Load:
-    """Put ``job`` on an export of ``size`` bytes; BenchError when any request failed."""
+def run_fio(job: Job, uri: str, size: int, milliseconds: int, seed: int, clients: int = 1) -> Load:
+    """Put ``job`` on an export of ``size`` bytes; BenchError when any request failed.
+
+    Every one of ``clients`` does it, on a connection of its own; the figures are of all together.
+    """
     command = [
         "fio",
         "--thread",  # one process, so that ending it ends all of it
@@ -82,6 +85,8 @@ def run_fio(job: Job, uri: str, size: int, milliseconds: int, seed: int) -> Load
         f"--randseed={seed}",
         "--time_based",
         f"--runtime={milliseconds}ms",
+        f"--numjobs={clients}",
+        "--group_reporting",
         "--output-format=json",
     ]
     return parse_fio(run(*command, timeout=60 + milliseconds / 100))

@@ -38,6 +38,7 @@ _PROBES = {
     "layers": "Reading across many layers",
     "memory": "Resident memory of the daemon",
     "trim": "Whole-device TRIM",
+    "crowd": "A crowd of idle and stuck clients",
 }
 
 
