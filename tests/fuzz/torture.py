@@ -18,7 +18,7 @@ PROJECT = Path(__file__).resolve().parents[2]
 CORPUS = Path(__file__).parent / "corpus"
 GROWN = PROJECT / ".cache" / "fuzz"
 SHARES = {"transmission": 0.45, "handshake": 0.2, "channel": 0.05}
-STORM = "tests/integration/test_hostile_clients.py"
+STORM = "tests/integration/test_hostile_clients.py::test_a_storm"
 STORM_SHARE = 0.3
 
 
