@@ -29,7 +29,7 @@ from .verdicts import Level, Unavailable, Violation
 
 _FORMAT = "Fixed newstyle negotiation: the format of option replies"
 _MAX_REPLY = 1 << 20
-_MAX_REPLIES = 100_000
+_MAX_ANSWER = 8 << 20
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,8 @@ class Handshake:
         """Read replies to an option up to the final one."""
         name = name_of(Option, option, "NBD_OPT_")
         answer = Answer(option)
-        for _ in range(_MAX_REPLIES):
+        size = 0
+        while size < _MAX_ANSWER:
             header = self.connection.receive(20, f"a reply to {name}")
             magic, to, kind, length = struct.unpack(">QIII", header)
             if magic != OPTION_REPLY_MAGIC:
@@ -153,9 +154,10 @@ class Handshake:
                     f"a reply to {name} that ends", f"one of {length} bytes", Level.MUST, _FORMAT
                 )
             data = self.connection.receive(length, f"{length} bytes of a reply to {name}")
+            size += 20 + length
             if self._take(answer, kind, data):
                 return answer
-        raise Violation(f"a final reply to {name}", f"{_MAX_REPLIES} that are not")
+        raise Violation(f"a final reply to {name}", f"{size} bytes of others")
 
     def _take(self, answer: Answer, kind: int, data: bytes) -> bool:
         """Put one reply into the answer; True when it was the final one."""

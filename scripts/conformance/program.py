@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import fnmatch
+import os
 import sys
 from collections.abc import Sequence
 
@@ -11,12 +12,14 @@ from . import report
 from .catalogue import CHECKS
 from .check import Check
 from .runner import Runner
+from .strings import printable
 from .target import Target
 from .tls import Tls, TlsError, gather
 from .uri import UriError, parse_uri
 from .verdicts import Level, Refused, Result, Unreachable, Verdict
 
 GOOD, FINDINGS, USAGE, UNREACHABLE = range(4)
+INTERRUPTED = 130
 
 _DESCRIPTION = """\
 Check an NBD server against the protocol's specification, point by point.
@@ -46,6 +49,18 @@ connection to begin with, or no such export.
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the program; returns its exit status."""
+    try:
+        status = _main(arguments)
+        sys.stdout.flush()
+        return status
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except BrokenPipeError:  # whoever reads our output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FINDINGS
+
+
+def _main(arguments: Sequence[str] | None) -> int:
     options = _parse(arguments)
     checks = _select(options.only)
     if not checks:
@@ -85,7 +100,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(report.format_markdown(str(uri), target.facts, results))
     else:
         for note in target.facts.notes:
-            print(f"note: {note}")
+            print(f"note: {printable(note)}")
         print(f"\n{report.summarize(results)}")
     if target.facts.broken:
         _complain(f"most was not checked: {target.facts.refusal}")
@@ -98,7 +113,7 @@ def _run(target: Target, checks: Sequence[Check], options: argparse.Namespace) -
     table = not (options.json or options.markdown)
     if table:
         for what, how in target.facts.describe():
-            print(f"{what + ':':<20}{how}")
+            print(f"{what + ':':<20}{printable(how)}")
         print()
     results = []
     gone = False
@@ -129,7 +144,7 @@ def _select(patterns: Sequence[str]) -> list[Check]:
 
 
 def _complain(line: str, status: int = USAGE) -> int:
-    print(f"nbd-conformance: {line}", file=sys.stderr)
+    print(f"nbd-conformance: {printable(line)}", file=sys.stderr)
     return status
 
 

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 
 from .check import Check
 from .facts import Facts
+from .strings import printable
 from .verdicts import Level, Result, Verdict
 
 _SHOWN = {
@@ -38,6 +39,7 @@ def format_row(result: Result) -> str:
 
 
 def _paragraph(name: str, text: str, *, one_line: bool = False) -> str:
+    text = printable(text)
     if one_line:
         return f"  ({text})"
     wrapped = textwrap.wrap(text, 86, break_long_words=False) or [""]
@@ -91,12 +93,12 @@ def format_json(uri: str, facts: Facts, results: Sequence[Result]) -> str:
             for result in results
         ],
     }
-    return json.dumps(document, indent=2, ensure_ascii=False)
+    return json.dumps(document, indent=2)
 
 
 def format_markdown(uri: str, facts: Facts, results: Sequence[Result]) -> str:
     """A document of one server: a table, and the findings behind it."""
-    lines = [f"# {uri}", "", *(f"- {what}: {how}" for what, how in facts.describe()), ""]
+    lines = [f"# {uri}", "", *(f"- {what}: {_cell(how)}" for what, how in facts.describe()), ""]
     lines += ["| section | check | level | verdict |", "|---|---|---|---|"]
     for result in results:
         shown = _SHOWN[result.verdict]
@@ -137,4 +139,4 @@ def format_list(checks: Iterable[Check]) -> str:
 
 
 def _cell(text: str) -> str:
-    return " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;")
+    return " ".join(printable(text).split()).replace("|", "\\|").replace("<", "&lt;")

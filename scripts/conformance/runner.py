@@ -122,7 +122,7 @@ class Runner:
         target = self._target
         target.begin()
         with contextlib.suppress(Violation, Unavailable, Unreachable):
-            self._witness = target.enter_for_long()
+            self._witness = target.enter_for_good()
         if self._witness is None:
             return
         # Some servers serve one client at a time: then there can be no witness.

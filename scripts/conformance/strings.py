@@ -26,6 +26,13 @@ def decode(data: bytes, what: str) -> str:
     return text
 
 
+def printable(text: str) -> str:
+    """A text without what would move a terminal's cursor or change its colours."""
+    return "".join(
+        letter if letter.isprintable() or letter == "\n" else ascii(letter)[1:-1] for letter in text
+    )
+
+
 def shown(data: bytes | bytearray) -> str:
     """Bytes fit for one line of a message."""
     return repr(bytes(data[:60])) + (f"... ({len(data)} bytes)" if len(data) > 60 else "")

@@ -22,6 +22,8 @@ UNLIKELY_NAME = "nbd-conformance: no export has this name"
 CONNECTIONS = 3
 CHECK_SECONDS = 90.0
 """Longest time that one check may take, whatever the server does."""
+WITNESS_SECONDS = 15.0
+"""Longest time that a server may be too busy for others, through what one client asks for."""
 
 
 class Target:
@@ -61,17 +63,15 @@ class Target:
         self._connections = [one for one in self._connections if one.is_open]
         while len(self._connections) >= CONNECTIONS:
             self._connections.pop(0).close()
-        connection = self.connect_for_long()
+        connection = Connection(self._connect(), self.timeout, self._deadline, self.journal)
         self._connections.append(connection)
         return connection
 
-    def connect_for_long(self) -> Connection:
-        """The same, but not closed at the end of the check."""
+    def _connect(self) -> socket.socket:
         try:
-            sock = self._open_socket()
+            return self._open_socket()
         except OSError as error:
             raise Unreachable(f"{self.uri}: {error.strerror or error}") from None
-        return Connection(sock, self.timeout, self._deadline, self.journal)
 
     def greet(self, client_flags: int | None = None) -> Handshake:
         """A handshake ready for options, not encrypted whatever the URI says."""
@@ -119,9 +119,19 @@ class Target:
         """The transmission phase of the export, by NBD_OPT_GO where there is one."""
         return self._enter(self.connect(), mode, contexts, information)
 
-    def enter_for_long(self) -> Transmission:
-        """The same with simple replies, not closed at the end of the check."""
-        return self._enter(self.connect_for_long(), Mode.SIMPLE, (), (Info.BLOCK_SIZE,))
+    def enter_for_good(self) -> Transmission:
+        """The same with simple replies, and not bound to a check: neither its end nor its limits.
+
+        It waits longer: what a check has the server do may keep it busy for a while.
+        """
+        connection = Connection(
+            self._connect(), max(self.timeout, WITNESS_SECONDS), float("inf"), []
+        )
+        try:
+            return self._enter(connection, Mode.SIMPLE, (), (Info.BLOCK_SIZE,))
+        except BaseException:
+            connection.close()
+            raise
 
     def _enter(
         self,

@@ -39,6 +39,7 @@ from .verdicts import Level, Violation
 
 _LARGEST_REPLY = 80 << 20
 """Bytes of payload of one chunk that we are ready to read: more than any check asks for."""
+_LARGEST_STATUS = 8 + (16 << 20)
 _MOST_CHUNKS = 1 << 20
 _FORMAT = "Structured reply types: the format of reply chunks"
 _STATUS_CHUNKS = (
@@ -274,6 +275,13 @@ class Transmission:
         name = name_of(Chunk, kind, "NBD_REPLY_TYPE_")
         if length > _LARGEST_REPLY:
             _fail(f"{name} of a length that was asked for", f"{length} bytes")
+        if kind in (Chunk.BLOCK_STATUS, Chunk.BLOCK_STATUS_EXT) and length > _LARGEST_STATUS:
+            raise Violation(
+                "2^20 descriptors or fewer in a chunk",
+                f"{length} bytes of them",
+                Level.SHOULD,
+                "Servers SHOULD NOT send more than 2^20 extents in a single reply chunk",
+            )
         payload = self.connection.receive(length, f"the {length} bytes of {name}")
         if kind == Chunk.NONE:
             _require(not payload, "NBD_REPLY_TYPE_NONE without payload", shown(payload))

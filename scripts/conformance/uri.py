@@ -9,7 +9,7 @@ are ignored.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from urllib.parse import parse_qs, unquote, urlsplit
+from urllib.parse import unquote, urlsplit
 
 DEFAULT_PORT = 10809
 
@@ -55,7 +55,9 @@ def parse_uri(text: str) -> Uri:
     if parts.scheme not in schemes:
         raise UriError(f"{text}: a URI begins with nbd://, nbds://, nbd+unix:// or nbds+unix://")
     tls, unix = schemes[parts.scheme]
-    query = {name: values[-1] for name, values in parse_qs(parts.query).items()}
+    # Not urllib's parse_qs: in these URIs a plus sign is one.
+    pairs = (pair.partition("=") for pair in parts.query.split("&") if pair)
+    query = {unquote(name): unquote(value) for name, _, value in pairs}
     if "tls-psk-file" in query:
         raise UriError(f"{text}: pre-shared keys are not supported, only certificates")
     path = query.get("socket", "")

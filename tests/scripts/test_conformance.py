@@ -47,7 +47,7 @@ def server() -> Iterator[Server]:
         ("nbd://[::1]:1//disk/1", Uri(False, "::1", 1, "", "/disk/1")),
         ("nbd://host/a%20b%40c", Uri(False, "host", 10809, "", "a b@c")),
         ("nbd+unix:///disk?socket=/s", Uri(False, "", 10809, "/s", "disk")),
-        ("nbd+unix://?socket=/a%20b", Uri(False, "", 10809, "/a b", "")),
+        ("nbd+unix://?socket=/a%20b+c", Uri(False, "", 10809, "/a b+c", "")),
         (
             "nbds://host/d?tls-certificates=/c&tls-hostname=h&tls-verify-peer=false&more=1",
             Uri(True, "host", 10809, "", "d", "/c", "h", False),
@@ -293,6 +293,24 @@ def test_a_mistake_of_the_program_is_none_of_the_server(
     assert "ERROR" in said
     assert "a mistake in nbd-conformance" in said
     assert "0 failed" in said
+
+
+def test_what_a_server_says_does_not_reach_the_terminal_raw(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    class Escapes(Session):
+        def on_malformed(self, option: int) -> None:
+            self.reply(option, 1 << 31 | 2, b"\x1b[2J\xc2\x9b1m\a")
+
+    with (
+        tempfile.TemporaryDirectory(prefix="nbd-conformance-test-") as directory,
+        serving(Path(directory), Escapes) as server,
+    ):
+        for options in ([], ["--json"], ["--markdown"]):
+            program.main([*options, "--only", "malformed-info-is-invalid", server.uri])
+            printed = capsys.readouterr().out
+            assert "[2J" in printed
+            assert all(letter.isprintable() or letter == "\n" for letter in printed)
 
 
 def test_a_row_of_a_failure_keeps_every_word() -> None:

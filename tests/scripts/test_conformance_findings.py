@@ -167,7 +167,7 @@ class WildcardSelects(Session):
 class EndlessList(Session):
     def on_option(self, option: int, data: bytes) -> bool:
         while option == 3:
-            self.reply(3, 2, struct.pack(">I", 4) + b"disk")
+            self.reply(3, 2, struct.pack(">I", 4) + b"disk" + b"d" * 4000)
         return super().on_option(option, data)
 
 
@@ -533,6 +533,40 @@ def test_a_hopeless_server_ends_checks_and_not_the_program(session: type[Session
     assert any(result.verdict in (Verdict.FAIL, Verdict.ERROR) for result in results)
     mistakes = [result for result in results if "a mistake in nbd-conformance" in result.reason]
     assert not mistakes, mistakes
+
+
+def test_a_server_that_sends_for_ever_ends_with_the_check(monkeypatch: pytest.MonkeyPatch) -> None:
+    class OneByteChunks(Session):
+        def read_in_chunks(self, cookie: int, flags: int, offset: int, data: bytes) -> None:
+            if len(data) < 1 << 20:
+                super().read_in_chunks(cookie, flags, offset, data)
+                return
+            for number in range(len(data)):
+                self.chunk(cookie, 1, struct.pack(">Q", offset + number) + b"1", done=False)
+
+    monkeypatch.setattr("scripts.conformance.target.CHECK_SECONDS", 0.5)
+    with started(OneByteChunks) as server:
+        results = run_checks(server, "chunks-cover-the-request", timeout=3)
+    (result,) = results
+    assert result.verdict is Verdict.FAIL
+    assert "no end" in result.came
+    assert result.seconds < 10
+
+
+def test_the_witness_outlives_what_a_check_may_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("scripts.conformance.target.CHECK_SECONDS", 0.2)
+
+    class Slow(Session):
+        def judge(self, flags: int, command: int, offset: int, length: int) -> int:
+            if length == 0:
+                time.sleep(0.15)
+            return super().judge(flags, command, offset, length)
+
+    with started(Slow) as server:
+        results = run_checks(server, "length-zero", "NBD_OPT_ABORT/", timeout=3)
+    assert all(result.sent == "" or "witness" not in result.violated for result in results)
+    assert not [result for result in results if "another client" in result.expected]
+    assert [result.verdict for result in results if "ABORT" in result.check] == [Verdict.PASS] * 3
 
 
 def test_a_list_without_end_ends() -> None:
