@@ -503,7 +503,8 @@ class _Scene:
             tasks = sum(not task.done() for task in one._tasks)
         most = MAX_BYTES
         if memory > most:  # a request that is over the bound alone has it for itself
-            most = max([most, *(one.length for one in self.under_way.values())])
+            sent = [*self.under_way.values(), *self.expected[self.next : self.next + 1]]
+            most = max([most, *(one.length for one in sent)])
             most = min(most, wire.MAX_PAYLOAD) + MAX_REQUESTS * SMALL_REPLY
         if not (
             tasks <= MAX_REQUESTS

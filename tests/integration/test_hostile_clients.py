@@ -19,8 +19,8 @@ from tests.fuzz.wire import SIMPLE_REPLIES, ProtocolError
 
 from .parts import MIB, Daemon, run, serve_options
 
-SCENES = 150
-WARM_UP = 50
+SCENES = 120
+WARM_UP = 40
 SEED = int(os.environ.get("NBDSERVE_STORM_SEED", "1"))
 SECONDS = float(os.environ.get("NBDSERVE_STORM_SECONDS", "0"))
 # Some storms meet a daemon that serves the volumes itself.
