@@ -35,6 +35,8 @@ class Connection:
         self.journal = journal
         self.cut_short = False
         """TLS: the connection ended without the close_notify that shuts TLS down."""
+        self.reads_ahead = False
+        """Whether more may be read than is asked for: not while TLS may begin behind it."""
         self._sock = sock
         self._deadline = deadline
         self._ahead = bytearray()
@@ -137,6 +139,7 @@ class Connection:
             raise Closed(expected, f"the connection ended: {error}") from None
         except (ssl.SSLError, OSError) as error:
             raise Violation(expected, str(error)) from None
+        self.reads_ahead = True
 
     @property
     def tls_version(self) -> str:
@@ -169,7 +172,7 @@ class Connection:
             return b""
         try:
             self._sock.settimeout(_remaining(limit))
-            data = self._receive_now(max(length, _READ_AHEAD))
+            data = self._receive_now(max(length, _READ_AHEAD) if self.reads_ahead else length)
         except (TimeoutError, socket.timeout, ssl.SSLWantReadError):
             raise Silent(expected, f"nothing in {self.timeout:g} s") from None
         self._ahead += data[length:]

@@ -96,6 +96,7 @@ class Transmission:
         max_payload: int | None,
     ) -> None:
         self.connection = connection
+        connection.reads_ahead = True
         self.mode = mode
         self.export = export
         self.contexts = dict(contexts)

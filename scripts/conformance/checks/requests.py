@@ -16,7 +16,7 @@ from ..constants import (
     name_of,
 )
 from ..target import Target
-from ..transmission import Mode
+from ..transmission import Mode, Transmission
 from ..verdicts import Closed, Silent, Unavailable, Violation
 
 TRANSMISSION = Section("Transmission")
@@ -254,12 +254,12 @@ def client_that_vanishes(target: Target) -> None:
         for _ in range(20):
             vanishing.send(Cmd.READ, 0, min(1 << 20, target.end), reading=False)
         vanishing.connection.close()
-        for _ in range(10):  # it may take the server a while to stumble
-            other.check_in_step()
-            time.sleep(0.01)
+        _watch(other)
 
 
-@TERMINATING.rule("a client that does not read its replies keeps nobody else waiting")
+@TERMINATING.must(
+    "... nor is one that does not read its replies, and then goes; nobody waits for it"
+)
 def client_that_does_not_read(target: Target) -> None:
     target.need_size(target.block)
     other = target.enter()
@@ -271,3 +271,12 @@ def client_that_does_not_read(target: Target) -> None:
         pass
     other.check_in_step()
     target.enter().check_in_step()
+    stuck.connection.close()
+    _watch(other)
+
+
+def _watch(other: Transmission) -> None:
+    """It may take a server a while to stumble over a client that has gone."""
+    for _ in range(20):
+        other.check_in_step()
+        time.sleep(0.01)
