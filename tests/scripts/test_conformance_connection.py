@@ -64,7 +64,8 @@ def test_what_comes_while_we_send_is_kept(pair: tuple[Connection, socket.socket]
 
     def serve() -> None:
         theirs.sendall(b"r" * 4 * MIB)  # before it reads anything
-        taken.append(len(theirs.recv(64 * MIB, socket.MSG_WAITALL)))
+        while data := theirs.recv(MIB):
+            taken.append(len(data))
         theirs.sendall(b"end")
 
     connection.timeout = 10
@@ -75,7 +76,7 @@ def test_what_comes_while_we_send_is_kept(pair: tuple[Connection, socket.socket]
     assert connection.receive(4 * MIB, "4 MiB") == b"r" * 4 * MIB
     assert connection.receive(3, "the end") == b"end"
     thread.join()
-    assert taken == [4 * MIB]
+    assert sum(taken) == 4 * MIB
 
 
 def test_a_server_that_takes_nothing(pair: tuple[Connection, socket.socket]) -> None:
@@ -94,8 +95,7 @@ def test_what_was_said_before_the_end_is_read(pair: tuple[Connection, socket.soc
         connection.receive(1, "more")
 
 
-def test_the_deadline_of_a_check(pair: tuple[Connection, socket.socket]) -> None:
-    _, theirs = pair
+def test_the_deadline_of_a_check() -> None:
     ours, theirs = socket.socketpair()
     connection = Connection(ours, 60, time.monotonic() + 0.1, [])
     theirs.sendall(b"a")
