@@ -321,6 +321,7 @@ def _watched():
         one.propagate = False
     real = server.perf_counter, polling.perf_counter
     server.perf_counter = polling.perf_counter = _Clock()
+    polling.Polling.disturb()
     try:
         yield handler.found
     finally:
