@@ -10,8 +10,9 @@ has anything at all, and one call frees one extent, at most LONGEST of it. While
 being written, a range is locked for about two milliseconds, and there is a pause after each call:
 who waits for a file's lock in the kernel does not get it from a thread that takes it again at once.
 
-What a killed process had recorded but not punched, the journal tells when it is read again. Where
-the head was sealed meanwhile, the rest is punched once its index is written (merging.py).
+A volume that is closed does not wait for the file system: after GRACE the rest is left. What was
+left, by a killed process too, the journal tells when it is read again. Where the head was sealed
+meanwhile, the rest is punched once its index is written (merging.py).
 """
 
 from __future__ import annotations
@@ -39,6 +40,9 @@ _LOOKED_UP = 256
 _LOCKED = 16
 _SECONDS = 2e-3
 _PAUSE = 50e-6
+GRACE = 0.5
+"""Seconds that a volume which is closed goes on punching."""
+
 # Runs that wait to be punched; a TRIM that adds more waits, or they would take any memory.
 MOST_WAITING = 1 << 17
 
@@ -69,6 +73,13 @@ class Punching:
         self._task: asyncio.Task[None] | None = None
         self._room: asyncio.Future[None] | None = None
         self._written = 0
+        self._stopped = False
+
+    async def stop(self) -> None:
+        """Punch for GRACE and no longer; nothing may be added any more."""
+        if self._task is not None and not self._task.done():
+            await asyncio.wait([self._task], timeout=GRACE)
+        self._stopped = True
 
     def add(self, head: Head, runs: list[Run]) -> None:
         """``runs`` of ``head`` are zero, durably."""
@@ -85,7 +96,7 @@ class Punching:
 
     async def _punch(self) -> None:
         try:
-            while self._waiting:
+            while self._waiting and not self._stopped:
                 head, (first, last, _) = self._waiting.popleft()
                 if len(self._waiting) <= MOST_WAITING:
                     self._give_room()
@@ -131,6 +142,8 @@ class Punching:
             waiting = len(self._locks.entries)
 
             def disturbs() -> bool:
+                if self._stopped:
+                    return True
                 return head.written != written or len(self._locks.entries) > waiting
 
             done = await asyncio.shield(
@@ -140,7 +153,7 @@ class Punching:
         return [(max(start, position), end) for start, end in ranges if end > position]
 
     def _may_punch(self, head: Head) -> bool:
-        return self._volume.head is head and self._volume.failure is None
+        return self._volume.head is head and not (self._volume.failure or self._stopped)
 
 
 def find_allocated(data: DataFile, first: int, last: int) -> list[tuple[int, int]]:

@@ -476,6 +476,7 @@ class Volume(View):
     async def quiesce(self) -> None:
         """Wait for every operation that was begun; the caller makes sure that none comes after."""
         self._pacing.stop()
+        await self._punching.stop()
         while self._tasks:
             await asyncio.wait(set(self._tasks))
         await self.reads_before_now()

@@ -7,6 +7,7 @@ import errno
 import os
 import random
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -248,6 +249,46 @@ def test_freed_space_comes_back_on_a_real_file_system(tmp_path: Path) -> None:
         assert buffer == b"\1" * 65536
         for each in (handle, snapshot):
             await catalogue.close_export(each)
+        await catalogue.close()
+
+    run(scenario())
+
+
+def test_a_volume_is_closed_before_all_is_punched_and_the_rest_is_punched_later(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(punching, "LONGEST", 1)
+    monkeypatch.setattr(punching, "GRACE", 0.05)
+
+    async def scenario() -> None:
+        store = FaultyStore()
+
+        def hook(kind: str, layer: str, detail: Any) -> None:
+            if kind == "punch":
+                store.guard.release()
+                time.sleep(0.01)
+                store.guard.acquire()
+
+        catalogue = await Catalogue.open(store)
+        await catalogue.create_volume("v", SIZE)
+        handle: Any = await catalogue.open_volume("v", lambda: None)
+        await handle.write(0, fill(1, 64))
+        await handle.flush()
+        store.hook = hook
+        await handle.trim(0, SIZE)
+        await handle.flush()
+        layer = volume_of(handle).head.layer.name
+        await catalogue.close_export(handle)
+        left = held(store, layer)
+        assert 0 < len(left) < 64
+        store.hook = lambda kind, layer, detail: None
+        await asyncio.sleep(0.05)
+        assert held(store, layer) == left, "nothing goes on behind a closed volume"
+        handle = await catalogue.open_volume("v", lambda: None)
+        await settled(handle)
+        assert held(store, layer) == set()
+        assert await get(handle, 0, 64) == bytes(SIZE)
+        await catalogue.close_export(handle)
         await catalogue.close()
 
     run(scenario())
