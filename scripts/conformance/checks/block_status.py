@@ -51,7 +51,9 @@ def one_chunk_for_each_context(target: Target) -> None:
         _ask(transmission, 0, _whole(target, transmission.mode))
 
 
-@BLOCK_STATUS.must("... and none for contexts that were not selected: each of them by itself")
+@BLOCK_STATUS.must(
+    "one reply chunk per selected context id, and none for a context that was not selected"
+)
 def each_context_alone(target: Target) -> None:
     target.need_context()
     target.need_size(target.block)
@@ -139,7 +141,9 @@ def neighbours_differ(target: Target) -> None:
                     raise Violation("statuses that differ", f"{one} twice: {runs[:4]}")
 
 
-@BLOCK_STATUS.should("length 0: unspecified, although the server SHOULD NOT disconnect")
+@BLOCK_STATUS.should(
+    "length 0: the behavior is unspecified although the server SHOULD NOT disconnect"
+)
 def length_zero(target: Target) -> None:
     for transmission in _transmissions(target):
         transmission.call(Cmd.BLOCK_STATUS, 0, 0)

@@ -24,7 +24,7 @@ def closes(target: Target) -> None:
         transmission.connection.expect_close()
 
 
-@DISC.must("... after requests that have been answered, too")
+@DISC.must("the server MUST close the TCP session, after requests that have been answered, too")
 def closes_after_requests(target: Target) -> None:
     target.need_size(target.block)
     for mode in target.modes:
@@ -112,7 +112,11 @@ def outstanding_writes_are_answered(target: Target) -> None:
             transmission.connection.expect_close()
 
 
-@DISC.must("... also when the client closes its sending side behind the request", writes=True)
+@DISC.must(
+    "the server MUST handle all outstanding requests, also when the client closes its sending side "
+    "behind NBD_CMD_DISC",
+    writes=True,
+)
 def half_closed(target: Target) -> None:
     target.need(not target.uri.tls, "TLS has no half-closed connections")
     transmission, waiting, _ = _pipeline(target, Mode.SIMPLE, 9)

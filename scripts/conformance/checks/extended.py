@@ -123,7 +123,9 @@ def lengths_of_64_bits(target: Target) -> None:
             transmission.refuse((Errno.EINVAL, Errno.EOVERFLOW), Cmd.CACHE, 0, length)
 
 
-@EXTENDED_CHUNK.rule("... of TRIM and WRITE_ZEROES neither", writes=True)
+@EXTENDED_CHUNK.rule(
+    "64 bits, payload/effect length: it is not cut to 32 bits in TRIM and WRITE_ZEROES", writes=True
+)
 def lengths_of_64_bits_in_writes(target: Target) -> None:
     _need(target)
     target.need_writable()
@@ -187,7 +189,11 @@ def on_other_commands(target: Target) -> None:
             transmission.refuse((Errno.EINVAL,), command, 0, payload=bytes(length))
 
 
-@PAYLOAD_LEN.should("... so too for NBD_CMD_TRIM and NBD_CMD_WRITE_ZEROES", writes=True)
+@PAYLOAD_LEN.should(
+    "a server SHOULD gracefully consume a payload that the command does not expect: TRIM and "
+    "WRITE_ZEROES",
+    writes=True,
+)
 def on_writing_commands(target: Target) -> None:
     _need(target)
     target.need_writable()

@@ -54,7 +54,10 @@ def malformed_info(target: Target) -> None:
     check_survives(target, Option.INFO, _malformed(target))
 
 
-@INFO_AND_GO.must("the same for NBD_OPT_GO")
+@INFO_AND_GO.must(
+    "length of name MUST be no larger than the option data length - 6, in NBD_OPT_GO: a server is "
+    "neither hung nor put out of step by data that is not so"
+)
 def malformed_go(target: Target) -> None:
     check_survives(target, Option.GO, _malformed(target))
 

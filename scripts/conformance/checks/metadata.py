@@ -341,7 +341,9 @@ def replaced_by_a_later_one(target: Target) -> None:
     _require_no_status(target.go(handshake, _mode(target)))
 
 
-@SET_META.rule("... including when this command fails")
+@SET_META.rule(
+    "issuing this command replaces all previously-set metadata contexts, including when it fails"
+)
 def cleared_by_a_failure(target: Target) -> None:
     name = target.need_context()
     target.need_size(512)

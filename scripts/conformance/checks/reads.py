@@ -151,7 +151,7 @@ def data_and_holes(target: Target) -> None:
             raise Violation("the data that was written", "other data")
 
 
-@READ.should("length 0: unspecified, although the server SHOULD NOT disconnect")
+@READ.should("length 0: the behavior is unspecified although the server SHOULD NOT disconnect")
 def length_zero(target: Target) -> None:
     for mode in target.modes:
         transmission = target.enter(mode)
@@ -189,7 +189,7 @@ def more_than_the_maximum_payload(target: Target) -> None:
             raise Violation("a reply", f"{closed.came} for a READ of {length} bytes") from None
 
 
-@READ.rule("... nor is one of 4 GiB, beyond the end as it may be")
+@READ.rule("a READ of 4 GiB, beyond the end, is refused; it is no reason to disconnect")
 def length_of_4_gib(target: Target) -> None:
     length = (1 << 32) - target.block
     for mode in target.modes:
@@ -207,7 +207,9 @@ def read_beyond(target: Target) -> None:
             transmission.refuse((Errno.EINVAL,), Cmd.READ, offset, length)
 
 
-@ERROR_VALUES.should("offset + length beyond 2^64 is beyond the size of the device, too")
+@ERROR_VALUES.should(
+    "NBD_EINVAL if offset + length is beyond 2^64, which is beyond the size of the device, too"
+)
 def read_overflow(target: Target) -> None:
     for mode in target.modes:
         transmission = target.enter(mode)

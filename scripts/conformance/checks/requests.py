@@ -163,7 +163,11 @@ def fua(target: Target) -> None:
                 raise Violation(f"{name} with NBD_CMD_FLAG_FUA to succeed", str(reply))
 
 
-@COMMAND_FLAGS.must("... NBD_CMD_WRITE, NBD_CMD_TRIM and NBD_CMD_WRITE_ZEROES with it", writes=True)
+@COMMAND_FLAGS.must(
+    "NBD_CMD_FLAG_FUA: the server MUST accept all commands with this bit set: NBD_CMD_WRITE, "
+    "NBD_CMD_TRIM and NBD_CMD_WRITE_ZEROES",
+    writes=True,
+)
 def fua_of_writes(target: Target) -> None:
     target.need_flag(Flag.SEND_FUA)
     target.need_writable()
@@ -211,7 +215,10 @@ def flag_of_another_command(target: Target) -> None:
                 )
 
 
-@ERROR_VALUES.should("... so too for NBD_CMD_FLAG_DF where NBD_FLAG_SEND_DF is not advertised")
+@ERROR_VALUES.should(
+    "it SHOULD return NBD_EINVAL for a flag not documented as applicable: NBD_CMD_FLAG_DF where "
+    "NBD_FLAG_SEND_DF is not advertised"
+)
 def df_not_advertised(target: Target) -> None:
     target.need_size(target.block)
     transmission = target.enter()
@@ -220,7 +227,10 @@ def df_not_advertised(target: Target) -> None:
     transmission.refuse((Errno.EINVAL,), Cmd.READ, 0, target.block, flags=CmdFlag.DF)
 
 
-@ERROR_VALUES.should("... so too for NBD_CMD_FLAG_PAYLOAD_LEN without extended headers")
+@ERROR_VALUES.should(
+    "it SHOULD return NBD_EINVAL for a flag not documented as applicable: NBD_CMD_FLAG_PAYLOAD_LEN "
+    "without extended headers"
+)
 def payload_len_without_extended_headers(target: Target) -> None:
     target.need_size(target.block)
     for mode in target.modes:
@@ -258,7 +268,8 @@ def client_that_vanishes(target: Target) -> None:
 
 
 @TERMINATING.must(
-    "... nor is one that does not read its replies, and then goes; nobody waits for it"
+    "the server MUST NOT initiate any form of disconnect other than for a violation: a client that "
+    "does not read its replies, and then goes, is none to others; nor do they wait for it"
 )
 def client_that_does_not_read(target: Target) -> None:
     target.need_size(target.block)

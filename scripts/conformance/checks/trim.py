@@ -25,7 +25,9 @@ def range_is_kept(target: Target) -> None:
             raise Violation("what is around the range to stay", "other data")
 
 
-@TRIM.should("length 0: unspecified, although the server SHOULD NOT disconnect", writes=True)
+@TRIM.should(
+    "length 0: the behavior is unspecified although the server SHOULD NOT disconnect", writes=True
+)
 def length_zero(target: Target) -> None:
     need_effect(target, Flag.SEND_TRIM, 0)
     for mode in target.modes:

@@ -40,7 +40,7 @@ def no_hole(target: Target) -> None:
 
 
 @WRITE_ZEROES.should(
-    "length 0: unspecified, although the server SHOULD NOT disconnect", writes=True
+    "length 0: the behavior is unspecified although the server SHOULD NOT disconnect", writes=True
 )
 def length_zero(target: Target) -> None:
     need_effect(target, Flag.SEND_WRITE_ZEROES, 0)

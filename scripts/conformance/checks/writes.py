@@ -65,7 +65,9 @@ def pipelined(target: Target) -> None:
         _require_data(transmission, 0, data)
 
 
-@WRITE.should("length 0: unspecified, although the server SHOULD NOT disconnect", writes=True)
+@WRITE.should(
+    "length 0: the behavior is unspecified although the server SHOULD NOT disconnect", writes=True
+)
 def length_zero(target: Target) -> None:
     _need(target, 0)
     for mode in target.modes:
@@ -123,7 +125,8 @@ def write_beyond(target: Target) -> None:
 
 
 @ERROR_VALUES.should(
-    "offset + length beyond 2^64 is beyond the size of the device, too", writes=True
+    "NBD_ENOSPC if offset + length is beyond 2^64, which is beyond the size of the device, too",
+    writes=True,
 )
 def write_overflow(target: Target) -> None:
     _need(target, 0)
