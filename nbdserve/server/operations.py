@@ -7,6 +7,7 @@ becomes EIO.
 FUA is the operation followed by a flush.
 """
 
+import asyncio
 import logging
 import mmap
 from collections.abc import Sequence
@@ -60,6 +61,9 @@ MAX_READ_RUNS: Final = 8
 MAX_STATUS_RUNS: Final = 4096
 """Most descriptors of one chunk of a BLOCK_STATUS reply; the client asks on behind the last."""
 
+STATUS_SIZE: Final = MAX_STATUS_RUNS * 16
+"""About as many bytes as a chunk of a BLOCK_STATUS reply may have."""
+
 _HOLE: Final = STATE_HOLE | STATE_ZERO
 
 log = logging.getLogger(__name__)
@@ -76,6 +80,7 @@ class Operations:
         self._contexts = contexts
         self._numbers = frozenset(number for number, _ in contexts)
         self._logged: set[ErrorCode] = set()
+        self._asking = asyncio.Lock()
 
     def validate(self, request: Request) -> Refusal | None:
         """Judge a request by the export and by what the handshake agreed on."""
@@ -107,8 +112,11 @@ class Operations:
             log.error("%s: a request failed", self._export.name, exc_info=error)
         return error_reply(self._style, cookie, offset, code, message)
 
-    def block_status(self, request: Request, payload: bytes) -> bytes:
-        """Answer BLOCK_STATUS, at once; a ``payload`` says for which contexts, without: all."""
+    async def block_status(self, request: Request, payload: bytes) -> bytes:
+        """Answer BLOCK_STATUS; a ``payload`` says for which contexts, without: all.
+
+        One context may take milliseconds of the event loop: there is one in each of its turns.
+        """
         wanted = self._numbers
         if payload:
             parsed = parse_status_payload(request, payload, self._numbers)
@@ -119,12 +127,13 @@ class Operations:
             if refusal is not None:
                 return self.refused(request, refusal)
         limit = 1 if request.flags & CMD_FLAG_REQ_ONE else MAX_STATUS_RUNS
+        statuses = []
         try:
-            statuses = [
-                (number, self._status(name, request, limit))
-                for number, name in self._contexts
-                if number in wanted
-            ]
+            async with self._asking:
+                for number, name in self._contexts:
+                    if number in wanted:
+                        statuses.append((number, self._status(name, request, limit)))
+                        await asyncio.sleep(0)
         except Exception as error:
             return self.failed(request.cookie, request.offset, error)
         return block_status_reply(self._style, request.cookie, request.offset, statuses)

@@ -79,6 +79,7 @@ from nbdserve.protocol.requests import (
 from nbdserve.server.exports import Export
 from nbdserve.server.operations import (
     MIN_SPARSE_READ,
+    STATUS_SIZE,
     Operations,
     frame_read,
     read_reply_size,
@@ -172,6 +173,7 @@ class Transmission:
         if sock.family == socket.AF_UNIX:
             self._loan_from = MIN_LOAN
             export.borrowers.add(self)
+        self._contexts = len(contexts)
         self._operations = Operations(export, style=style, contexts=contexts)
         self._output = Output(sock)
         self._polling = Polling()
@@ -520,8 +522,11 @@ class Transmission:
         if request.command == CMD_BLOCK_STATUS:
             if end - start < size + payload:
                 return 0
+            memory = self._contexts * STATUS_SIZE
+            if not self._may_start(memory):
+                return 0
             named = bytes(self._view[start + size : start + size + payload])
-            output.append(operations.block_status(request, named))
+            self._launch(request, operations.block_status(request, named), memory)
             return size + payload
         taken = self._take_read(request) if request.command == CMD_READ else self._defer(request, 0)
         return size if taken else 0

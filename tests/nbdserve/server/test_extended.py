@@ -1,7 +1,9 @@
 """Extended headers, several metadata contexts, and BLOCK_STATUS with a payload, over a socket."""
 
+import asyncio
 import errno
 import struct
+from typing import ClassVar
 
 import pytest
 
@@ -224,3 +226,35 @@ def test_wrong_status_payloads_are_refused(data):
         assert (await client.call(READ, 0, 5)).data == bytes(5)
 
     serve(test)
+
+
+def test_expensive_statuses_leave_turns_to_others():
+    """One context in a turn of the loop, however many requests ask for however many."""
+    turns = 0
+
+    class Expensive(MemoryExport):
+        asked: ClassVar[list[int]] = []
+
+        def status(self, context, offset, length, limit):
+            self.asked.append(turns)
+            return super().status(context, offset, length, limit)
+
+    async def count():
+        nonlocal turns
+        while True:
+            turns += 1
+            await asyncio.sleep(0)
+
+    async def test(harness):
+        client = await harness.connect(style=EXTENDED, contexts=CONTEXTS)
+        counting = asyncio.ensure_future(count())
+        for cookie in range(100):
+            client.send(BLOCK_STATUS, 0, 64 * BLOCK, cookie=cookie)
+        replies = [await client.reply() for _ in range(100)]
+        counting.cancel()
+        assert {reply.cookie for reply in replies} == set(range(100))
+        assert all(len(statuses(reply)) == 3 for reply in replies)
+        assert len(Expensive.asked) == 200
+        assert len(set(Expensive.asked)) == 200
+
+    serve(test, Expensive())
