@@ -56,14 +56,14 @@ def outstanding_reads(target: Target) -> None:
 
 
 _WRITES = 64
-_ROUNDS = 8
+_ROUNDS = 32
 """What happens to the last ones is a race in some servers: one round may miss it."""
 
 
 def _pipeline(target: Target, mode: Mode, fill: int) -> tuple[Transmission, list[int], int]:
     """Writes that are not waited for, and a disconnect behind them."""
     target.need_writable()
-    length = max(16 << 10, target.block)
+    length = max(4 << 10, target.block)
     target.need_size(_WRITES * length)
     transmission = target.enter(mode)
     waiting = [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 import time
 
@@ -274,16 +275,17 @@ def client_that_vanishes(target: Target) -> None:
 def client_that_does_not_read(target: Target) -> None:
     target.need_size(target.block)
     other = target.enter()
-    stuck = target.enter()
-    try:
-        for _ in range(64):
-            stuck.send(Cmd.READ, 0, min(1 << 20, target.end), reading=False)
-    except (Closed, Silent):
-        pass
-    other.check_in_step()
-    target.enter().check_in_step()
-    stuck.connection.close()
-    _watch(other)
+    for _ in range(4):
+        stuck = target.enter()
+        with contextlib.suppress(Closed, Silent):
+            for _ in range(64):
+                stuck.send(Cmd.READ, 0, min(1 << 20, target.end), reading=False)
+        other.check_in_step()
+        late = target.enter()
+        late.check_in_step()
+        for going in (late, stuck):
+            going.connection.close()
+        _watch(other)
 
 
 def _watch(other: Transmission) -> None:
