@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 PROJECT = Path(__file__).resolve().parents[2]
-RUNS = {"handshake": 4000, "transmission": 800, "channel": 1500}
+RUNS = {"handshake": 4000, "transmission": 500, "channel": 1500}
 
 
 @pytest.mark.skipif(
