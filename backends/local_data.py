@@ -13,24 +13,20 @@ that lacks the flag (EOPNOTSUPP) is read in threads only.
 Reading leaves the time of access alone where we may ask for that: after a write, the first read
 would otherwise have to write to the file system's journal, and may wait for a commit of it.
 
-``write_back`` and ``unwritten`` tell the kernel to write early, and ask it how much is left to do:
-sync_file_range(2) and cachestat(2), which Linux has since 6.5.
+``write_back`` and ``unwritten`` tell the kernel to write early, and ask it how much is left to do.
 """
 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import errno
-import fcntl
-import mmap
 import os
-import struct
 import threading
 from pathlib import Path
 
+from backends.file_calls import fallocate, find_extents, sync_file_range
 from backends.layers import Buffer
-from backends.page_cache import is_cached
+from backends.page_cache import count_unwritten, is_cached
 
 ROW_SHIFT = 40
 ROW_SIZE = 1 << ROW_SHIFT
@@ -48,91 +44,7 @@ _ZEROES = memoryview(bytes(1 << 20))
 
 _NOWAIT = os.RWF_NOWAIT
 
-_libc = ctypes.CDLL(None, use_errno=True)
-_libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
-_libc.fallocate.restype = ctypes.c_int
-_libc.sync_file_range.argtypes = [ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint]
-_libc.sync_file_range.restype = ctypes.c_int
 _SYNC_FILE_RANGE_WRITE = 2
-# <linux/fiemap.h>: start, length, flags, extents found, room for extents; an extent's place in the
-# file and its length, behind which follows what matters nobody here.
-_FS_IOC_FIEMAP = 0xC020660B
-_FIEMAP = struct.Struct("=QQIII4x")
-_EXTENT = struct.Struct("=Q8xQ32x")
-# What is punched at a time where the file system does not tell what it has.
-_UNKNOWN = 64 << 20
-_SYS_CACHESTAT = 451  # the same number on all architectures
-
-
-class _Range(ctypes.Structure):
-    """``struct cachestat_range``; a length of 0 means to the end of the file."""
-
-    _fields_ = (("offset", ctypes.c_uint64), ("length", ctypes.c_uint64))
-
-
-class _Cached(ctypes.Structure):
-    """``struct cachestat``, all in pages."""
-
-    _fields_ = tuple(
-        (name, ctypes.c_uint64)
-        for name in ("cached", "dirty", "writeback", "evicted", "recently_evicted")
-    )
-
-
-def sync_file_range(descriptor: int, offset: int, length: int, flags: int) -> None:
-    """``sync_file_range(2)``; a ``length`` of 0 means to the end of the file."""
-    while _libc.sync_file_range(descriptor, offset, length, flags) != 0:
-        number = ctypes.get_errno()
-        if number != errno.EINTR:
-            raise OSError(number, os.strerror(number))
-
-
-def count_unwritten(descriptor: int) -> int | None:
-    """Bytes of a file that are dirty or being written, by ``cachestat(2)``; None: not known."""
-    whole, found = _Range(0, 0), _Cached()
-    status = _libc.syscall(
-        ctypes.c_long(_SYS_CACHESTAT),
-        ctypes.c_uint(descriptor),
-        ctypes.byref(whole),
-        ctypes.byref(found),
-        ctypes.c_uint(0),
-    )
-    if status != 0:
-        return None
-    return int(found.dirty + found.writeback) * mmap.PAGESIZE
-
-
-def fallocate(descriptor: int, mode: int, offset: int, length: int) -> None:
-    """``fallocate(2)`` with its mode, which Python's os module does not offer."""
-    while _libc.fallocate(descriptor, mode, offset, length) != 0:
-        number = ctypes.get_errno()
-        if number != errno.EINTR:
-            raise OSError(number, os.strerror(number))
-
-
-def find_extents(descriptor: int, offset: int, length: int, limit: int) -> list[tuple[int, int]]:
-    """The first ``limit`` extents (offset, length) of a range of a file, by ``FS_IOC_FIEMAP``.
-
-    Unlike what SEEK_DATA finds they include space that was allocated but never written. Where the
-    file system cannot tell, it is all of the range, in pieces.
-    """
-    buffer = bytearray(_FIEMAP.size + limit * _EXTENT.size)
-    _FIEMAP.pack_into(buffer, 0, offset, length, 0, 0, limit)
-    try:
-        fcntl.ioctl(descriptor, _FS_IOC_FIEMAP, buffer)
-    except OSError as error:
-        if error.errno not in (errno.EOPNOTSUPP, errno.ENOTTY, errno.EINVAL):
-            raise
-        starts = range(offset, offset + length, _UNKNOWN)[:limit]
-        return [(start, min(_UNKNOWN, offset + length - start)) for start in starts]
-    count = _FIEMAP.unpack_from(buffer)[3]
-    found = []
-    for number in range(count):
-        start, size = _EXTENT.unpack_from(buffer, _FIEMAP.size + number * _EXTENT.size)
-        begin, end = max(start, offset), min(start + size, offset + length)
-        if begin < end:
-            found.append((begin, end - begin))
-    return found
 
 
 class LocalDataFile:

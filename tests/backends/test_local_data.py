@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import threading
 import time
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from backends import local_data
+from backends import file_calls, local_data, page_cache
 from backends.local_data import ROW_SIZE, LocalDataFile, holds_data
 
 BLOCK = 4096
@@ -279,9 +280,9 @@ def test_errors_of_writing_back_are_raised(
     data: LocalDataFile, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(OSError) as caught:
-        local_data.sync_file_range(-1, 0, 0, 2)
+        file_calls.sync_file_range(-1, 0, 0, 2)
     assert caught.value.errno == errno.EBADF
-    assert local_data.count_unwritten(-1) is None
+    assert page_cache.count_unwritten(-1) is None
 
 
 def test_a_file_that_another_process_makes_is_found(data: LocalDataFile, tmp_path: Path) -> None:
@@ -302,7 +303,7 @@ def test_where_the_file_system_cannot_tell_all_may_use_space(
     def refuse(*_: object) -> None:
         raise OSError(errno.EOPNOTSUPP, "not supported")
 
-    monkeypatch.setattr(local_data.fcntl, "ioctl", refuse)
+    monkeypatch.setattr(fcntl, "ioctl", refuse)
     data.write(5 * BLOCK, b"x" * BLOCK)
     piece = 64 << 20
     assert data.allocated_ranges(BLOCK, 2 * piece, 9) == [
@@ -321,7 +322,7 @@ def test_an_error_while_looking_for_extents_is_told(
         raise OSError(errno.EIO, "broken")
 
     data.write(0, b"x" * BLOCK)
-    monkeypatch.setattr(local_data.fcntl, "ioctl", fail)
+    monkeypatch.setattr(fcntl, "ioctl", fail)
     with pytest.raises(OSError, match="broken"):
         data.allocated_ranges(0, BLOCK, 1)
     data.close()
