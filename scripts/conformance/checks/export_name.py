@@ -81,6 +81,8 @@ def empty_name(target: Target) -> None:
 
 @EXPORT_NAME.rule("this is the only valid option in nonfixed newstyle negotiation: it works")
 def without_fixed_newstyle(target: Target) -> None:
+    # The export may be there with TLS only, on a server that does not insist on it for others.
+    target.need(not target.uri.tls, "TLS wants fixed newstyle")
     target.need(
         target.facts.tls is not TlsMode.FORCED,
         "the server insists on TLS, which wants fixed newstyle",
