@@ -16,6 +16,9 @@ PORT ?= 10809
 BENCH ?=
 # How long torture takes.
 TORTURE_MINUTES ?= 10
+# How many processes run tests: a number, or "auto" for one a core.
+PROCESSES ?= auto
+PARALLEL := --numprocesses=$(PROCESSES) --maxprocesses=4 --dist=loadgroup
 # Python without the suffix that tools find it by.
 SCRIPTS := scripts/kernel-vm scripts/s3-test-server scripts/nbd-conformance scripts/conformance-table
 
@@ -41,7 +44,7 @@ run: $(VENV)/installed
 
 test: lint
 	@scripts/install-test-dependencies
-	$(BIN)/python -m pytest --durations=15
+	$(BIN)/python -m pytest $(PARALLEL) --durations=15
 
 lint: $(VENV)/installed
 	$(BIN)/ruff format --check . $(SCRIPTS)
@@ -50,7 +53,7 @@ lint: $(VENV)/installed
 	$(BIN)/mypy --scripts-are-modules $(SCRIPTS)
 
 check: lint
-	$(BIN)/python -m pytest -m 'not integration'
+	$(BIN)/python -m pytest $(PARALLEL) -m 'not integration'
 
 torture: $(VENV)/installed
 	@scripts/install-test-dependencies
