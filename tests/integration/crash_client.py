@@ -133,6 +133,7 @@ def run(load, nbdserve):
             elif command is not None and command.poll() is not None:
                 if command.returncode == 0 and before is not None:
                     load.snapshots[name] = {"first": before, "last": load.issued()}
+                    print("snapshot", flush=True)
                 command = None
                 next_command = time.monotonic() + COMMAND_SECONDS
     except nbd.Error:

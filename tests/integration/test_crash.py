@@ -73,7 +73,9 @@ def test_killed_under_load(daemon: Daemon, tmp_path: Path, rounds: int) -> None:
         )  # fmt: skip
         assert client.stdout is not None
         assert client.stdout.readline() == b"connected\n"
-        time.sleep(source.uniform(1, 3))
+        if round_number < 3:
+            assert client.stdout.readline() == b"snapshot\n"
+        time.sleep(source.uniform(0.5, 2.5))
         daemon.kill()
         client.communicate(timeout=60)
         assert client.returncode == 0
