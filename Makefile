@@ -16,13 +16,10 @@ PORT ?= 10809
 BENCH ?=
 # How long torture takes.
 TORTURE_MINUTES ?= 10
-# How many processes run tests: a number, or "auto" for one a core.
-PROCESSES ?= auto
-PARALLEL := --numprocesses=$(PROCESSES) --maxprocesses=4 --dist=loadgroup
 # Python without the suffix that tools find it by.
 SCRIPTS := scripts/kernel-vm scripts/s3-test-server scripts/nbd-conformance scripts/conformance-table
 
-.PHONY: run test check lint torture bench conformance
+.PHONY: run test fast-tests integration-tests check lint torture bench conformance
 .DELETE_ON_ERROR:
 
 $(VENV)/installed: pyproject.toml
@@ -42,9 +39,16 @@ $(VENV)/installed: pyproject.toml
 run: $(VENV)/installed
 	@scripts/demo $(PORT)
 
+# The two halves run side by side: the second waits for other programs most of the time.
 test: lint
 	@scripts/install-test-dependencies
-	$(BIN)/python -m pytest $(PARALLEL) --durations=15
+	@$(MAKE) --no-print-directory --jobs=2 fast-tests integration-tests
+
+fast-tests: $(VENV)/installed
+	$(BIN)/python -m pytest -m 'not integration' --durations=10
+
+integration-tests: $(VENV)/installed
+	$(BIN)/python -m pytest -m integration --durations=10
 
 lint: $(VENV)/installed
 	$(BIN)/ruff format --check . $(SCRIPTS)
@@ -52,8 +56,7 @@ lint: $(VENV)/installed
 	$(BIN)/mypy
 	$(BIN)/mypy --scripts-are-modules $(SCRIPTS)
 
-check: lint
-	$(BIN)/python -m pytest $(PARALLEL) -m 'not integration'
+check: lint fast-tests
 
 torture: $(VENV)/installed
 	@scripts/install-test-dependencies

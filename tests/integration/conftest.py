@@ -25,18 +25,11 @@ from .parts import (
 HERE = Path(__file__).parent
 
 
-# One S3 server and one virtual machine at a time: what needs them runs in one process.
-SHARED = ("s3_server", "kernel_machine")
-
-
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark every test of this directory as an integration test, and say which share something."""
+    """Mark every test of this directory as an integration test."""
     for item in items:
         if item.path.is_relative_to(HERE):
             item.add_marker(pytest.mark.integration)
-        for name in SHARED:
-            if name in getattr(item, "fixturenames", ()):
-                item.add_marker(pytest.mark.xdist_group(name))
 
 
 @pytest.hookimpl(hookwrapper=True)

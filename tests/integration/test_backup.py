@@ -10,9 +10,6 @@ import pytest
 
 from .parts import GIB, KIB, MIB, Daemon, S3Server, background, find_free_port, require, run
 
-# Some ask for the S3 server by their parameter, which pytest does not see beforehand.
-pytestmark = pytest.mark.xdist_group("s3_server")
-
 VOLUME_BYTES = 2 * GIB
 DATA_BYTES = GIB
 COMPARE = ("qemu-img", "compare", "-f", "raw", "-F", "raw")
