@@ -61,12 +61,6 @@ DATA_HEADER: Final = {
 }
 """Bytes in front of the data of a READ (of each run of data, where they are chunks)."""
 
-HOLE_SIZE: Final = {
-    ReplyStyle.STRUCTURED: CHUNK.size + _HOLE.size,
-    ReplyStyle.EXTENDED: EXTENDED_CHUNK.size + _HOLE.size,
-}
-"""Bytes of a chunk that stands for a hole."""
-
 _CODES: Final = {
     errno.EPERM: ErrorCode.EPERM,
     errno.EACCES: ErrorCode.EPERM,

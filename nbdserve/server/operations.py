@@ -9,7 +9,6 @@ FUA is the operation followed by a flush.
 
 import asyncio
 import logging
-import mmap
 from collections.abc import Sequence
 from typing import Final
 
@@ -32,8 +31,6 @@ from nbdserve.protocol.constants import (
     ReplyStyle,
 )
 from nbdserve.protocol.replies import (
-    DATA_HEADER,
-    HOLE_SIZE,
     block_status_reply,
     data_chunk_header,
     data_header,
@@ -145,19 +142,6 @@ class Operations:
         runs = self._export.extents(offset, length, limit)
         return [(run, 0 if data else _HOLE) for run, data in runs]
 
-    def read_runs(self, flags: int, offset: int, length: int) -> list[tuple[int, bool]] | None:
-        """Return the runs of (length, holds data) that a READ is answered in.
-
-        None stands for one run of data. Raises what ``extents`` raises.
-        """
-        simple = self._style is ReplyStyle.SIMPLE
-        if simple or length < MIN_SPARSE_READ or flags & CMD_FLAG_DF:
-            return None
-        runs = self._export.extents(offset, length, MAX_READ_RUNS)
-        if sum(run for run, _ in runs) != length or (len(runs) == 1 and runs[0][1]):
-            return None
-        return runs
-
     async def perform(
         self, request: Request, payload: bytes | bytearray | None = None
     ) -> bytes | bytearray:
@@ -202,15 +186,18 @@ class Operations:
             await export.cache(offset, length)
 
     def cut_read(self, request: Request, size: int) -> list[tuple[bytes, int, int]]:
-        """The chunks that a READ may come in, each of at most ``size`` bytes of data.
+        """What a READ is answered with: (header, offset, length of the data that follows it).
 
-        As (header, offset, length of the data that follows it); the last one is flagged DONE.
+        Chunks of at most ``size`` bytes of data, the last one flagged DONE; or one simple reply.
+        Raises what ``extents`` raises.
         """
         style, cookie, begin, length = self._style, request.cookie, request.offset, request.length
+        if style is ReplyStyle.SIMPLE:
+            return [(data_header(style, cookie, begin, length), begin, length)]
         end = begin + length
         offset = begin
         chunks = []
-        for run, data in self.read_runs(request.flags, begin, length) or [(length, True)]:
+        for run, data in self._read_runs(request.flags, begin, length):
             stop = offset + run
             while offset < stop:
                 step = min(stop - offset, size) if data else run
@@ -221,52 +208,30 @@ class Operations:
                 offset += step
         return chunks
 
+    def _read_runs(self, flags: int, offset: int, length: int) -> list[tuple[int, bool]]:
+        """The runs of (length, holds data) that a READ in chunks is answered in."""
+        if length >= MIN_SPARSE_READ and not flags & CMD_FLAG_DF:
+            runs = self._export.extents(offset, length, MAX_READ_RUNS)
+            if sum(run for run, _ in runs) == length:
+                return runs
+        return [(length, True)]
+
     async def _read(self, request: Request) -> bytes | bytearray:
-        offset, length, cookie = request.offset, request.length, request.cookie
-        if not length:
-            return empty_read_reply(self._style, cookie, offset)
-        runs = self.read_runs(request.flags, offset, length)
-        reply = bytearray(read_reply_size(self._style, length, runs))
+        if not request.length:
+            return empty_read_reply(self._style, request.cookie, request.offset)
+        chunks = self.cut_read(request, request.length)
+        reply = bytearray(reply_size(chunks))
         view = memoryview(reply)
-        for place, start, run in frame_read(self._style, reply, 0, request, runs):
-            await self._export.read(start, view[place : place + run])
+        place = 0
+        for header, offset, length in chunks:
+            data = place + len(header)
+            view[place:data] = header
+            place = data + length
+            if length:
+                await self._export.read(offset, view[data:place])
         return reply
 
 
-def read_reply_size(style: ReplyStyle, length: int, runs: list[tuple[int, bool]] | None) -> int:
-    """Return the bytes of the reply to a READ of ``length`` bytes, in ``runs``."""
-    if runs is None:
-        return DATA_HEADER[style] + length
-    return sum(DATA_HEADER[style] + run if data else HOLE_SIZE[style] for run, data in runs)
-
-
-def frame_read(
-    style: ReplyStyle,
-    reply: bytearray | mmap.mmap,
-    place: int,
-    request: Request,
-    runs: list[tuple[int, bool]] | None,
-) -> list[tuple[int, int, int]]:
-    """Write the headers of a READ's reply into ``reply`` from ``place`` on.
-
-    Returns what is to be filled with data: (place in ``reply``, offset in the export, length).
-    """
-    cookie, begin, length = request.cookie, request.offset, request.length
-    header = DATA_HEADER[style]
-    if runs is None:
-        reply[place : place + header] = data_header(style, cookie, begin, length)
-        return [(place + header, begin, length)]
-    gaps = []
-    offset = begin
-    last = len(runs) - 1
-    for index, (run, data) in enumerate(runs):
-        flags = REPLY_FLAG_DONE if index == last else 0
-        if data:
-            chunk = data_chunk_header(style, cookie, begin, offset, run, flags)
-            gaps.append((place + header, offset, run))
-        else:
-            chunk = hole_chunk(style, cookie, begin, offset, run, flags)
-        reply[place : place + len(chunk)] = chunk
-        place += len(chunk) + (run if data else 0)
-        offset += run
-    return gaps
+def reply_size(chunks: list[tuple[bytes, int, int]]) -> int:
+    """Bytes of a reply as ``cut_read`` has it."""
+    return sum(len(header) + length for header, _, length in chunks)

@@ -81,8 +81,7 @@ from nbdserve.server.operations import (
     MIN_SPARSE_READ,
     STATUS_SIZE,
     Operations,
-    frame_read,
-    read_reply_size,
+    reply_size,
 )
 from nbdserve.server.output import BUFFER_SIZE, Output, allocate
 from nbdserve.server.polling import LONGEST, TURN, Polling
@@ -354,10 +353,10 @@ class Transmission:
         structured = self._style is ReplyStyle.STRUCTURED
         if extended:
             unpack, plain_read = _EXTENDED_UNPACK, _EXTENDED_READ
-            plain_writes = (_EXTENDED_WRITE, _UNFLAGGED_WRITE)
+            plain_writes: tuple[int, ...] = (_EXTENDED_WRITE, _UNFLAGGED_WRITE)
         else:
             unpack, plain_read = _PLAIN_UNPACK, _PLAIN_READ
-            plain_writes = (_PLAIN_WRITE, _PLAIN_WRITE)
+            plain_writes = (_PLAIN_WRITE,)
         pack_simple, pack_data = _PLAIN_REPLY.pack_into, _PLAIN_DATA.pack_into
         pack_extended, pack_extended_data = _EXTENDED_REPLY.pack_into, _EXTENDED_DATA.pack_into
         header = DATA_HEADER[self._style]
@@ -545,22 +544,24 @@ class Transmission:
             whole = simple or request.flags & CMD_FLAG_DF
             return self._defer(request, length) if whole else self._read_in_pieces(request)
         try:
-            runs = operations.read_runs(request.flags, offset, length)
-            size = read_reply_size(self._style, length, runs)
+            chunks = operations.cut_read(request, length)
+            size = reply_size(chunks)
             if output.tail and output.tail + size > _FLUSH_AT:
                 self._send()
                 if output.tail + size > BUFFER_SIZE:
                     self._stalled = True
                     return False
-            tail = output.tail
-            gaps = frame_read(self._style, output.buffer, tail, request, runs)
-            for place, begin, run in gaps:
-                if not self._export.try_read(begin, output.view[place : place + run]):
+            place = output.tail
+            for header, begin, run in chunks:
+                data = place + len(header)
+                output.view[place:data] = header
+                place = data + run
+                if run and not self._export.try_read(begin, output.view[data:place]):
                     return self._defer(request, length)
         except Exception as error:
             output.append(operations.failed(cookie, offset, error))
             return True
-        output.tail = tail + size
+        output.tail = place
         return True
 
     def _take_write(self, request: Request, start: int, end: int) -> int:
@@ -791,10 +792,13 @@ class Transmission:
     def _send(self) -> bool:
         """Send; False when the client is to take something first, or when it is gone."""
         try:
-            return self._output.send()
+            sent = self._output.send()
         except OSError as error:
             self._loop.call_soon(self._lost, error)
             return False
+        if self._room is not None:
+            self._wake_long_reads()
+        return sent
 
     def _on_writable(self) -> None:
         if self._send():
@@ -808,9 +812,7 @@ class Transmission:
         if self._gone:
             return
         pending = not self._output.empty
-        sent = self._send()
-        self._wake_long_reads()
-        if sent:
+        if self._send():
             self._stop_writing()
             if pending and self._stalled:  # the client has just taken what there was no room for
                 self._plan_wake()

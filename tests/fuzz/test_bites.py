@@ -142,14 +142,14 @@ def a_status_goes_beyond_the_request(patch):
 def holes_are_one_sector_too_long(patch):
     def read_runs(self, flags, offset, length):
         runs = real(self, flags, offset, length)
-        if runs is not None and len(runs) > 1 and not runs[0][1] and runs[1][1]:
+        if len(runs) > 1 and not runs[0][1] and runs[1][1]:
             (first, _), (second, _) = runs[:2]
             if second > 512:
                 runs[:2] = [(first + 512, False), (second - 512, True)]
         return runs
 
-    real = Operations.read_runs
-    patch.setattr(Operations, "read_runs", read_runs)
+    real = Operations._read_runs
+    patch.setattr(Operations, "_read_runs", read_runs)
 
 
 @bug("channel", "ended 0 times|complaints|ValueError|TypeError|LookupError|Error")

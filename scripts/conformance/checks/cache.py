@@ -6,7 +6,7 @@ from ..check import Section
 from ..constants import Cmd, Errno, Flag
 from ..target import Target
 from ..verdicts import Closed, Violation
-from .ranges import CARRIED_OUT, beyond_the_end, longer_than_payload, overflowing
+from .ranges import CARRIED_OUT, beyond_the_end, longer_than_payload, overflowing, refuse_ranges
 from .requests import UNKNOWN_FLAG
 
 CACHE = Section("NBD_CMD_CACHE")
@@ -53,10 +53,7 @@ def not_advertised(target: Target) -> None:
 @CACHE.should("the server SHOULD report NBD_EINVAL if the request would exceed the export size")
 def beyond(target: Target) -> None:
     target.need_flag(Flag.SEND_CACHE)
-    for mode in target.modes:
-        transmission = target.enter(mode)
-        for offset, length in beyond_the_end(target) + overflowing(target):
-            transmission.refuse((Errno.EINVAL,), Cmd.CACHE, offset, length)
+    refuse_ranges(target, (Errno.EINVAL,), Cmd.CACHE, beyond_the_end(target) + overflowing(target))
 
 
 @CACHE.should("an effect length larger than the maximum payload: SHOULD NOT disconnect")

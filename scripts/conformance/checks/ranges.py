@@ -33,6 +33,16 @@ def unaligned(target: Target) -> list[tuple[int, int]]:
     return [(1, minimum), (0, minimum + 1), (0, 1)]
 
 
+def refuse_ranges(
+    target: Target, errors: tuple[Errno, ...], command: int, ranges: list[tuple[int, int]]
+) -> None:
+    """In every framing: the command has to be refused for each range, with one of the errors."""
+    for mode in target.modes:
+        transmission = target.enter(mode)
+        for offset, length in ranges:
+            transmission.refuse(errors, command, offset, length)
+
+
 def need_effect(target: Target, flag: Flag, size: int) -> None:
     """Skip the check unless the export is writable, offers the command, and is large enough."""
     target.need_writable()

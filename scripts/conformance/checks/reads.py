@@ -7,7 +7,7 @@ from ..constants import DEFAULT_MAX_PAYLOAD, Cmd, CmdFlag, Errno, Flag
 from ..target import Target
 from ..transmission import Mode
 from ..verdicts import Closed, Violation
-from .ranges import beyond_the_end, overflowing, unaligned
+from .ranges import beyond_the_end, overflowing, refuse_ranges, unaligned
 
 READ = Section("NBD_CMD_READ")
 SIMPLE_REPLY = Section("Simple reply message")
@@ -201,27 +201,18 @@ def length_of_4_gib(target: Target) -> None:
     "it SHOULD return NBD_EINVAL if it receives a read beyond the size of the device"
 )
 def read_beyond(target: Target) -> None:
-    for mode in target.modes:
-        transmission = target.enter(mode)
-        for offset, length in beyond_the_end(target):
-            transmission.refuse((Errno.EINVAL,), Cmd.READ, offset, length)
+    refuse_ranges(target, (Errno.EINVAL,), Cmd.READ, beyond_the_end(target))
 
 
 @ERROR_VALUES.should(
     "NBD_EINVAL if offset + length is beyond 2^64, which is beyond the size of the device, too"
 )
 def read_overflow(target: Target) -> None:
-    for mode in target.modes:
-        transmission = target.enter(mode)
-        for offset, length in overflowing(target):
-            transmission.refuse((Errno.EINVAL,), Cmd.READ, offset, length)
+    refuse_ranges(target, (Errno.EINVAL,), Cmd.READ, overflowing(target))
 
 
 @ERROR_VALUES.should(
     "NBD_EINVAL if a read request is not aligned to advertised minimum block sizes"
 )
 def read_unaligned(target: Target) -> None:
-    for mode in target.modes:
-        transmission = target.enter(mode)
-        for offset, length in unaligned(target):
-            transmission.refuse((Errno.EINVAL,), Cmd.READ, offset, length)
+    refuse_ranges(target, (Errno.EINVAL,), Cmd.READ, unaligned(target))

@@ -6,7 +6,14 @@ from ..check import Section
 from ..constants import Cmd, CmdFlag, Errno, Flag
 from ..target import Target
 from ..verdicts import Violation
-from .ranges import CARRIED_OUT, beyond_the_end, longer_than_payload, need_effect, overflowing
+from .ranges import (
+    CARRIED_OUT,
+    beyond_the_end,
+    longer_than_payload,
+    need_effect,
+    overflowing,
+    refuse_ranges,
+)
 from .requests import UNKNOWN_FLAG
 
 TRIM = Section("NBD_CMD_TRIM")
@@ -39,10 +46,7 @@ def length_zero(target: Target) -> None:
 @TRIM.should("it SHOULD return NBD_EINVAL for a trim beyond the size of the device", writes=True)
 def beyond(target: Target) -> None:
     need_effect(target, Flag.SEND_TRIM, 0)
-    for mode in target.modes:
-        transmission = target.enter(mode)
-        for offset, length in beyond_the_end(target) + overflowing(target):
-            transmission.refuse((Errno.EINVAL,), Cmd.TRIM, offset, length)
+    refuse_ranges(target, (Errno.EINVAL,), Cmd.TRIM, beyond_the_end(target) + overflowing(target))
 
 
 @TRIM.should("an effect length larger than the maximum payload: SHOULD NOT disconnect", writes=True)

@@ -6,7 +6,14 @@ from ..check import Section
 from ..constants import Cmd, CmdFlag, Errno, Flag
 from ..target import Target
 from ..verdicts import Violation
-from .ranges import CARRIED_OUT, beyond_the_end, longer_than_payload, need_effect, overflowing
+from .ranges import (
+    CARRIED_OUT,
+    beyond_the_end,
+    longer_than_payload,
+    need_effect,
+    overflowing,
+    refuse_ranges,
+)
 from .requests import UNKNOWN_FLAG
 
 WRITE_ZEROES = Section("NBD_CMD_WRITE_ZEROES")
@@ -55,10 +62,9 @@ def length_zero(target: Target) -> None:
 )
 def beyond(target: Target) -> None:
     need_effect(target, Flag.SEND_WRITE_ZEROES, 0)
-    for mode in target.modes:
-        transmission = target.enter(mode)
-        for offset, length in beyond_the_end(target) + overflowing(target):
-            transmission.refuse((Errno.ENOSPC,), Cmd.WRITE_ZEROES, offset, length)
+    refuse_ranges(
+        target, (Errno.ENOSPC,), Cmd.WRITE_ZEROES, beyond_the_end(target) + overflowing(target)
+    )
 
 
 @WRITE_ZEROES.should(
