@@ -60,6 +60,21 @@ def test_holes_are_not_cut(style):
     serve(test, full())
 
 
+@both_chunked
+def test_chunks_of_holes_do_not_overtake_those_of_data(style):
+    async def test(harness):
+        export = harness.export
+        export.held -= set(range(16, SIZE // BLOCK)) - set(range(32, 48))
+        for block in set(range(SIZE // BLOCK)) - export.held:
+            export.content[block * BLOCK : (block + 1) * BLOCK] = bytes(BLOCK)
+        client = await harness.connect(style=style)
+        reply = await client.call(READ, 0, 2 * MIB)
+        assert reply.data == export.content[: 2 * MIB]
+        assert [kind for kind, _ in reply.chunks] == [1, 2, 1, 2]
+
+    serve(test, full())
+
+
 @pytest.mark.parametrize(("style", "flags"), [(SIMPLE, 0), (STRUCTURED, DF), (EXTENDED, DF)])
 def test_what_must_not_be_cut_comes_as_a_whole(style, flags):
     async def test(harness):
