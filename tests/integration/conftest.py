@@ -65,11 +65,14 @@ def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def start_daemon(transport: str, request: pytest.FixtureRequest) -> Iterator[Callable[..., Daemon]]:
+def start_daemon(
+    transport: str, data_directory: Path, request: pytest.FixtureRequest
+) -> Iterator[Callable[..., Daemon]]:
     """Yield a function that starts a daemon over a data directory, with more arguments if given.
 
     It requires TLS when that is the test's transport. At the end every one that still runs must
-    stop cleanly, and none may have printed a traceback.
+    stop cleanly, and none may have printed a traceback. It is asked for with the data directory,
+    which must outlive the daemons: what is asked for first is taken down last.
     """
     daemons = []
     encrypted = transport == "tls"
