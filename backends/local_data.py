@@ -50,7 +50,8 @@ _SYNC_FILE_RANGE_WRITE = 2
 class LocalDataFile:
     """The data of one layer as a row of sparse files in a directory (see the module's text).
 
-    Descriptors are opened when first needed and kept; ``sync`` visits only rows written since.
+    Descriptors are opened when first needed and kept. The first ``sync`` visits all rows, later
+    ones only those written since.
     """
 
     def __init__(self, directory: Path, *, writable: bool) -> None:
@@ -58,10 +59,12 @@ class LocalDataFile:
         self._writable = writable
         self._rows: dict[int, int] = {}
         self._dirty: set[int] = set()
-        self._entries_made = False
         self._making = threading.Lock()
         for path in sorted(directory.glob("data-*")):
             self._rows[int(path.name[5:])] = _open(path, os.O_RDWR if writable else os.O_RDONLY)
+        # What a killed process made and wrote may not be durable yet.
+        self._entries_made = bool(self._rows)
+        self._dirty.update(self._rows)
 
     def _row_for_write(self, row: int) -> int:
         descriptor = self._rows.get(row)

@@ -114,7 +114,12 @@ class LocalLayerStore:
     # Ownership
 
     async def lock(self) -> None:
+        made = []
         try:
+            above = self.path
+            while not above.exists():
+                above = above.parent
+                made.append(above)
             self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
             # A mistyped path must not end up with a data directory's files among its own.
             found = {path.name for path in self.path.iterdir()} - _HARMLESS
@@ -128,8 +133,12 @@ class LocalLayerStore:
                     f"{self.path / 'volumes'} is missing although there are layers: nothing is"
                     " touched; restore it from a backup of the data directory"
                 )
-            for directory in (*RECORD_KINDS, "layers"):
+            for directory in RECORD_KINDS:
                 (self.path / directory).mkdir(mode=0o700, exist_ok=True)
+            if "layers" not in found:
+                # Never there without the others, whatever a power cut leaves.
+                await _sync_directory(self.path)
+                (self.path / "layers").mkdir(mode=0o700, exist_ok=True)
             descriptor = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         except OSError as error:
             raise InvalidError(
@@ -144,6 +153,7 @@ class LocalLayerStore:
             ) from None
         self._lock = FileClaim(descriptor)
         await self._remove_leftovers()
+        await self._settle_names(made)
         await self.keep_reserve()
 
     @property
@@ -167,6 +177,21 @@ class LocalLayerStore:
                         path.unlink()
 
         await asyncio.to_thread(remove)
+
+    async def _settle_names(self, above: list[Path]) -> None:
+        """Make every name durable that is found: what a killed process did last may not be yet.
+
+        What follows builds on it: a layer is deleted because no manifest lists it any more, say.
+        """
+        for directory in (*RECORD_KINDS, "layers"):
+            await _sync_directory(self.path / directory)
+        await _sync_directory(self.path)
+        if not above:
+            # It may be new all the same, but nobody has to let us read what it is in.
+            with contextlib.suppress(PermissionError):
+                await _sync_directory(self.path.parent)
+        for parent in above:
+            await _sync_directory(parent)
 
     # Space
 
@@ -226,6 +251,7 @@ class LocalLayerStore:
     async def set_aside_layer(self, layer: str) -> str:
         lost = self.path / "lost"
         await aiofiles.os.makedirs(lost, 0o700, exist_ok=True)
+        await _sync_directory(self.path)
         await aiofiles.os.rename(self._layer(layer), lost / layer)
         await _sync_directory(lost)
         await _sync_directory(self.path / "layers")

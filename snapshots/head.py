@@ -144,11 +144,12 @@ class Head:
         return extents
 
     def settle(self) -> None:
-        """Make what the journal says durable, and reserve room; blocking.
+        """Make what is found durable, and reserve room; blocking.
 
-        A killed process may have appended what never was synced, and what is appended next says
-        that everything before it is durable.
+        A killed process may have written what it never synced. Clients that read it and then FLUSH
+        rely on it; and what is appended next to the journal says that all before it is durable.
         """
+        self.data.sync()
         self._journal.sync()
         self.extend()
 
@@ -264,7 +265,7 @@ async def open_head(
             await head.compact(store, blocks)
         else:
             head.adopt_reservation(state.size)
-            await asyncio.to_thread(head.settle)
+        await asyncio.to_thread(head.settle)
     except BaseException:
         head.close()
         raise

@@ -104,6 +104,7 @@ def test_flushes_that_wait_share_the_next_sync() -> None:
                 go.wait(30)
 
         async with opened(store) as (_, handle):
+            store.events.clear()
             await handle.write(0, fill(1))
             store.hook = hook
             store.guard = threading.RLock()

@@ -1,0 +1,181 @@
+"""The simulation bites: each bug that is put in here is found within a few thousand states."""
+
+import pytest
+
+from backends import local_data, local_layers
+from snapshots import head, manifest_store, merge, punching
+from snapshots.extent_log import SECTOR, encode_extents
+
+from .simulation import Finding, Tally, simulate
+
+MOST = 3000  # states until a bug must be found
+
+BUGS = []
+
+
+def bug(function):
+    """A function that puts a bug in."""
+    BUGS.append(pytest.param(function, id=function.__name__))
+    return function
+
+
+async def nothing(*args):
+    pass
+
+
+@bug
+def the_journal_is_synced_before_the_data(patch):
+    def persist(self, runs):
+        extents = head.flatten(runs)
+        begun = self._begun
+        if extents:
+            sectors = b"".join(encode_extents(self.layer.name, extents, self._sequence))
+            self._journal.append(sectors)
+            self._journal.sync()
+            self._sequence += len(sectors) // SECTOR
+            self._end += len(sectors)
+        self.data.sync()
+        self.synced = begun
+        self._captured = 0
+        self.extend(ample=True)
+        return extents
+
+    patch.setattr(head.Head, "persist", persist)
+
+
+@bug
+def the_journal_is_not_synced(patch):
+    patch.setattr(local_layers.LocalLogFile, "sync", lambda self: None)
+
+
+@bug
+def the_data_is_not_synced(patch):
+    patch.setattr(local_data.LocalDataFile, "sync", lambda self: None)
+
+
+@bug
+def no_directory_is_synced(patch):
+    patch.setattr(local_layers, "_sync_directory", nothing)
+
+
+@bug
+def the_directory_of_a_record_is_not_synced(patch):
+    async def commit(self):
+        await local_layers.aiofiles.os.replace(self._temporary, self._path)
+
+    patch.setattr(local_layers.LocalStagedRecord, "commit", commit)
+
+
+@bug
+def the_directory_of_layers_is_not_synced(patch):
+    real = local_layers._sync_directory
+
+    async def sync(path):
+        if path.name != "layers":
+            await real(path)
+
+    patch.setattr(local_layers, "_sync_directory", sync)
+
+
+@bug
+def the_directory_of_a_new_data_file_is_not_synced(patch):
+    patch.setattr(local_data, "_sync_directory", lambda path: None)
+
+
+@bug
+def what_is_renamed_was_not_synced(patch):
+    async def stage(path, content):
+        temporary = path.with_name(f".new-{path.name}")
+        async with local_layers.aiofiles.open(temporary, "xb") as file:
+            await file.write(content)
+        return local_layers.LocalStagedRecord(temporary, path)
+
+    patch.setattr(local_layers, "_stage", stage)
+
+
+@bug
+def a_hole_is_punched_where_blocks_were_written_again(patch):
+    patch.setattr(punching, "gaps", lambda owners, first, last: [(first, last)])
+
+
+@bug
+def a_merge_punches_before_its_log_is_synced(patch):
+    real = merge._copy
+
+    def copy(source, target, log, logged, runs):
+        real(source, target, log, logged, runs)
+        merge._punch(source, target, runs)
+
+    patch.setattr(merge, "_copy", copy)
+
+
+@bug
+def a_merge_logs_before_its_data_is_synced(patch):
+    def copy(source, target, log, logged, runs):
+        with patch.context() as inner:
+            inner.setattr(target.data, "sync", lambda: None)
+            real(source, target, log, logged, runs)
+
+    real = merge._copy
+    patch.setattr(merge, "_copy", copy)
+
+
+@bug
+def a_group_is_committed_one_by_one(patch):
+    async def finish(self, staged):
+        if len(staged.manifests) == 1:
+            await real(self, staged)
+            return
+        await staged.record.discard()
+        for manifest in staged.manifests:
+            await self.commit([manifest])
+
+    real = manifest_store.ManifestStore.finish
+    patch.setattr(manifest_store.ManifestStore, "finish", finish)
+
+
+@bug
+def a_layer_is_deleted_before_the_manifest_is_committed(patch):
+    async def commit(self, manifests):
+        staged = await self.stage(manifests)
+        kept = {layer for new in manifests for layer in new.parents}
+        for new in manifests:
+            old = self.volumes.get(new.id)
+            for layer in set(old.parents if old else ()) - kept:
+                if not [user for user in self.uses(layer) if user is not old]:
+                    await self._store.delete_layer(layer)
+        await self.finish(staged)
+
+    patch.setattr(manifest_store.ManifestStore, "commit", commit)
+
+
+@bug
+def what_a_killed_process_wrote_is_not_synced(patch):
+    def settle(self):
+        self._journal.sync()
+        self.extend()
+
+    patch.setattr(head.Head, "settle", settle)
+
+
+@bug
+def what_a_killed_process_renamed_is_not_synced(patch):
+    patch.setattr(local_layers.LocalLayerStore, "_settle_names", nothing)
+
+
+@bug
+def files_that_a_killed_process_made_are_not_synced(patch):
+    def init(self, directory, *, writable):
+        real(self, directory, writable=writable)
+        self._entries_made = False
+
+    real = local_data.LocalDataFile.__init__
+    patch.setattr(local_data.LocalDataFile, "__init__", init)
+
+
+@pytest.mark.parametrize("bug", BUGS)
+def test_bug(bug, monkeypatch):
+    bug(monkeypatch)
+    tally = Tally()
+    with pytest.raises(Finding):
+        simulate("bites", MOST, tally)
