@@ -13,6 +13,10 @@ that lacks the flag (EOPNOTSUPP) is read in threads only.
 Reading leaves the time of access alone where we may ask for that: after a write, the first read
 would otherwise have to write to the file system's journal, and may wait for a commit of it.
 
+**A failed sync.** Linux takes pages that it could not write for clean: they read as if they were on
+the disk, and a later sync has nothing to say of them. So when a sync has failed, closing drops the
+cache: whoever opens the file again, this process or the next one, finds what the disk has.
+
 ``write_back`` and ``unwritten`` tell the kernel to write early, and ask it how much is left to do.
 """
 
@@ -59,9 +63,15 @@ class LocalDataFile:
         self._writable = writable
         self._rows: dict[int, int] = {}
         self._dirty: set[int] = set()
+        self._failed = False
         self._making = threading.Lock()
-        for path in sorted(directory.glob("data-*")):
-            self._rows[int(path.name[5:])] = _open(path, os.O_RDWR if writable else os.O_RDONLY)
+        try:
+            for path in sorted(directory.glob("data-*")):
+                flags = os.O_RDWR if writable else os.O_RDONLY
+                self._rows[int(path.name[5:])] = _open(path, flags)
+        except BaseException:
+            self.close()
+            raise
         # What a killed process made and wrote may not be durable yet.
         self._entries_made = bool(self._rows)
         self._dirty.update(self._rows)
@@ -124,7 +134,9 @@ class LocalDataFile:
             position = offset & _ROW_MASK
             part = buffer[: ROW_SIZE - position]
             descriptor = self._row_for_read(row)
-            got = 0 if descriptor is None else os.preadv(descriptor, (part,), position)
+            if descriptor is None:
+                raise OSError(errno.EIO, f"{self._directory}/data-{row:05d} is missing")
+            got = os.preadv(descriptor, (part,), position)
             if got == 0:
                 raise OSError(
                     errno.EIO, f"{self._directory}/data-{row:05d} ends before offset {position}"
@@ -205,7 +217,11 @@ class LocalDataFile:
 
     def write_back(self) -> None:
         for descriptor in list(self._rows.values()):
-            sync_file_range(descriptor, 0, 0, _SYNC_FILE_RANGE_WRITE)
+            try:
+                sync_file_range(descriptor, 0, 0, _SYNC_FILE_RANGE_WRITE)
+            except OSError:
+                self._failed = True
+                raise
 
     def unwritten(self) -> int | None:
         counts = [count_unwritten(descriptor) for descriptor in list(self._rows.values())]
@@ -223,16 +239,28 @@ class LocalDataFile:
             except OSError:
                 self._entries_made = True
                 raise
-        for row in rows:
-            os.fdatasync(self._rows[row])
+        try:
+            for row in rows:
+                os.fdatasync(self._rows[row])
+        except OSError:
+            self._failed = True
+            raise
 
     def allocated(self) -> int:
         return sum(os.fstat(descriptor).st_blocks * 512 for descriptor in self._rows.values())
 
     def close(self) -> None:
         for descriptor in self._rows.values():
+            if self._failed:
+                drop_cache(descriptor)
             os.close(descriptor)
         self._rows.clear()
+
+
+def drop_cache(descriptor: int) -> None:
+    """Let what of a file is in the page cache and counts as clean be read from the disk again."""
+    with contextlib.suppress(OSError):
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def _open(path: Path, flags: int) -> int:

@@ -2,7 +2,8 @@
 
 ::
 
-    DATA/lock                        held (flock) by the process that owns the directory
+    DATA/lock                        held (flock) by the process that owns the directory; says
+                                     "clean" once that has ended in an orderly way
     DATA/reserve                     space kept back for metadata when the disk is full
     DATA/<kind>/<name>               records, one file each
     DATA/layers/<layer>/data-00000   a layer's data, a file a TiB (see local_data.py)
@@ -30,9 +31,10 @@ import aiofiles.os
 
 from backends.errors import CorruptError, InUseError, InvalidError, NoSpaceError, NotFoundError
 from backends.layers import Buffer, Space
-from backends.local_data import LocalDataFile, holds_data
+from backends.local_data import LocalDataFile, drop_cache, holds_data
 
 _NEW = ".new-"
+_CLEAN = b"clean\n"
 _ZEROES = memoryview(bytes(64 << 10))
 # What an empty file system or a killed process may have left.
 _HARMLESS = {"lost+found", "control.sock", "control.sock.hidden", "nbd.sock"}
@@ -46,7 +48,12 @@ class LocalLogFile:
     def __init__(self, path: Path, end: int) -> None:
         self._descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
         self._end = end
-        self._reserved = os.fstat(self._descriptor).st_size
+        self._failed = False
+        try:
+            self._reserved = os.fstat(self._descriptor).st_size
+        except OSError:
+            self.close()
+            raise
 
     def append(self, data: Buffer) -> None:
         view = memoryview(data)
@@ -68,9 +75,15 @@ class LocalLogFile:
             self._reserved = end
 
     def sync(self) -> None:
-        os.fdatasync(self._descriptor)
+        try:
+            os.fdatasync(self._descriptor)
+        except OSError:
+            self._failed = True
+            raise
 
     def close(self) -> None:
+        if self._failed:  # see local_data.py
+            drop_cache(self._descriptor)
         os.close(self._descriptor)
         # Never the number of a file that is opened later.
         self._descriptor = -1
@@ -146,15 +159,25 @@ class LocalLayerStore:
             ) from error
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        except OSError as error:
             os.close(descriptor)
+            if not isinstance(error, BlockingIOError):
+                raise
             raise InUseError(
                 f"data directory {self.path} is in use by another nbdserve process"
             ) from None
         self._lock = FileClaim(descriptor)
-        await self._remove_leftovers()
-        await self._settle_names(made)
-        await self.keep_reserve()
+        try:
+            if os.pread(descriptor, len(_CLEAN), 0) != _CLEAN:
+                await asyncio.to_thread(self._drop_caches)
+            os.ftruncate(descriptor, 0)
+            await self._remove_leftovers()
+            await self._settle_names(made)
+            await self.keep_reserve()
+        except BaseException:
+            self._lock.release()
+            self._lock = None
+            raise
 
     @property
     def lock_descriptor(self) -> int:
@@ -164,8 +187,22 @@ class LocalLayerStore:
 
     async def unlock(self) -> None:
         if self._lock is not None:
+            # Nothing is lost without it: the next owner drops caches for nothing.
+            with contextlib.suppress(OSError):
+                os.pwrite(self._lock.descriptor, _CLEAN, 0)
             self._lock.release()
             self._lock = None
+
+    def _drop_caches(self) -> None:
+        """Let the files of all layers be read from the disk again, for the last owner was killed.
+
+        One whose syncs had failed has left pages that only seem to be on the disk (local_data.py).
+        """
+        for path in self.path.glob("layers/*/*"):
+            with contextlib.suppress(OSError):
+                descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+                drop_cache(descriptor)
+                os.close(descriptor)
 
     async def _remove_leftovers(self) -> None:
         def remove() -> None:
@@ -213,7 +250,11 @@ class LocalLayerStore:
             return
         with contextlib.suppress(OSError):
             async with aiofiles.open(path, "xb") as file:
-                await asyncio.to_thread(os.posix_fallocate, file.fileno(), 0, RESERVE_SIZE)
+                try:
+                    await asyncio.to_thread(os.posix_fallocate, file.fileno(), 0, RESERVE_SIZE)
+                except OSError:
+                    # An empty one would be taken for the reserve.
+                    await aiofiles.os.unlink(path)
 
     # Layers
 
@@ -271,8 +312,10 @@ class LocalLayerStore:
 
     async def open_data(self, layer: str, *, writable: bool) -> LocalDataFile:
         path = self._layer(layer)
-        if not await aiofiles.os.path.isdir(path):
-            raise NotFoundError(f"layer {path} is missing")
+        try:
+            await aiofiles.os.stat(path)
+        except FileNotFoundError:
+            raise NotFoundError(f"layer {path} is missing") from None
         return await asyncio.to_thread(LocalDataFile, path, writable=writable)
 
     async def create_log(self, layer: str, log: str, content: bytes) -> None:
@@ -289,7 +332,11 @@ class LocalLayerStore:
             return None
 
     async def has_log(self, layer: str, log: str) -> bool:
-        return bool(await aiofiles.os.path.exists(self._layer(layer) / log))
+        try:
+            await aiofiles.os.stat(self._layer(layer) / log)
+        except FileNotFoundError:
+            return False
+        return True
 
     async def delete_log(self, layer: str, log: str) -> None:
         await _unlink(self._layer(layer) / log)
@@ -311,8 +358,10 @@ class LocalLayerStore:
             raise NotFoundError(f"layer {path.parent} is missing") from None
         try:
             fcntl.flock(descriptor, operation | fcntl.LOCK_NB)
-        except BlockingIOError:
+        except OSError as error:
             os.close(descriptor)
+            if not isinstance(error, BlockingIOError):
+                raise
             return None
         return FileClaim(descriptor)
 

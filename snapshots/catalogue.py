@@ -23,7 +23,6 @@ from backends.errors import (
     InvalidError,
     NoSpaceError,
     NotFoundError,
-    StorageError,
     UnavailableError,
 )
 from backends.layers import LayerStore
@@ -117,9 +116,7 @@ class Catalogue:
             try:
                 await self._views.close()
                 self._imports.discard_all()
-                # What cannot be deleted now is deleted at the next start.
-                with contextlib.suppress(OSError, StorageError):
-                    await self._merging.drop_condemned()
+                await self._merging.drop_condemned()
             finally:
                 await self._store.unlock()
 
@@ -150,7 +147,7 @@ class Catalogue:
         """All volumes by name."""
         async with self._turn():
             return [
-                await self._listings.volume(self._manifests.get(name))
+                await self._listings.volume_if_readable(self._manifests.get(name))
                 for name in self.volume_names()
             ]
 
@@ -204,7 +201,7 @@ class Catalogue:
                 if opened is not None:
                     with contextlib.suppress(HostLostError):
                         await opened.host.grow(opened.key, size)
-            return await self._listings.volume(self._manifests.get(name))
+            return await self._listings.volume_if_readable(self._manifests.get(name))
 
     @_to_its_end
     async def rename_volume(self, old: str, new: str) -> VolumeInfo:
@@ -214,7 +211,7 @@ class Catalogue:
             if old != new:
                 self._check_free(new)
                 await self._manifests.commit([manifest.changed(name=new)])
-            return await self._listings.volume(self._manifests.get(new))
+            return await self._listings.volume_if_readable(self._manifests.get(new))
 
     @_to_its_end
     async def delete_volume(self, name: str, with_snapshots: bool = False) -> None:
@@ -228,8 +225,13 @@ class Catalogue:
                     f"volume {name} has {count} snapshot{'s' if count > 1 else ''}; delete them"
                     " first, or ask for the volume to be deleted with its snapshots"
                 )
+            self._manifests.check()
             await self._views.discard(manifest.id)
-            await self._manifests.remove(manifest)
+            try:
+                await self._manifests.remove(manifest)
+            except BaseException:
+                self._refuse_writes_in_doubt(manifest, "deletion")
+                raise
             self._listings.forget(manifest.id)
             await self._merging.drop_condemned()
         self._merging.resume()
@@ -325,20 +327,21 @@ class Catalogue:
                     f"volume {volume} is open by {clients} client{'s' if clients > 1 else ''};"
                     " disconnect them, or force the rollback"
                 )
+            self._manifests.check()
             layer = secrets.token_hex(8)
-            await create_head(self._store, layer)
             try:
+                await create_head(self._store, layer)
                 await self._disconnect(manifest)
                 parents = {**manifest.parents, layer: found.layer}
                 new = manifest.changed(head=layer, size=found.size, parents=parents)
                 await self._manifests.commit([new])
             except BaseException:
-                if self._manifests.in_doubt is None:
-                    await self._store.delete_layer(layer)
+                await self._take_back(layer)
+                self._refuse_writes_in_doubt(manifest, "rollback")
                 raise
             self._listings.forget(manifest.id)
             await self._merging.drop_condemned()
-            info = await self._listings.volume(self._manifests.get(volume))
+            info = await self._listings.volume_if_readable(self._manifests.get(volume))
         self._merging.resume()
         return info
 
@@ -446,7 +449,7 @@ class Catalogue:
     async def commit_import(self, imported: Import) -> VolumeInfo:
         """Turn a filled layer into the volume."""
         async with self._turn():
-            return await self._listings.volume(await self._imports.commit(imported))
+            return await self._listings.volume_if_readable(await self._imports.commit(imported))
 
     @_to_its_end
     async def discard_import(self, imported: Import) -> None:
@@ -460,6 +463,7 @@ class Catalogue:
     async def _create(
         self, name: str, size: int, below: str, parents: Mapping[str, str]
     ) -> VolumeInfo:
+        self._manifests.check()
         layer = secrets.token_hex(8)
         try:
             await create_head(self._store, layer)
@@ -468,10 +472,20 @@ class Catalogue:
             ).changed()
             await self._manifests.commit([manifest])
         except BaseException:
-            if self._manifests.in_doubt is None:
-                await self._store.delete_layer(layer)
+            await self._take_back(layer)
             raise
-        return await self._listings.volume(manifest)
+        return await self._listings.volume_if_readable(manifest)
+
+    async def _take_back(self, layer: str) -> None:
+        """Remove a new head that no manifest came to list; what is left the next start removes."""
+        if self._manifests.in_doubt is None:
+            with contextlib.suppress(OSError):
+                await self._store.delete_layer(layer)
+
+    def _refuse_writes_in_doubt(self, manifest: Manifest, operation: str) -> None:
+        """What was written to a head that the next start may not find would be lost."""
+        if self._manifests.in_doubt is not None:
+            self._views.fail(manifest, f"nobody knows whether its {operation} was committed")
 
     async def _disconnect(self, manifest: Manifest) -> None:
         opened = self._views.get(manifest.id)
@@ -527,11 +541,9 @@ class Catalogue:
 
     async def _after_pin(self) -> None:
         """Do what the pin held up."""
-        try:
+        with contextlib.suppress(UnavailableError):  # closed meanwhile
             async with self._turn():
                 await self._merging.drop_condemned()
-        except (OSError, StorageError) as error:
-            _log.warning("layers of deleted snapshots stay for now: %s", error)
         self._merging.resume()
 
     def _start(self, work: Coroutine[Any, Any, None]) -> None:

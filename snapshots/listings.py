@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 
+from backends.errors import StorageError
 from backends.layers import LayerStore
 from snapshots.manifest import Manifest, Snapshot
 from snapshots.manifest_store import ManifestStore
 from snapshots.names import BLOCK_SHIFT
 from snapshots.open_views import OpenViews
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -16,7 +20,7 @@ class VolumeInfo:
     """A volume as listed; sizes in bytes, ``created`` in seconds since 1970.
 
     ``mapped`` is what the volume holds data for, ``own`` the disk space of layers that only it
-    uses, ``shared`` that of layers that other volumes use too.
+    uses, ``shared`` that of layers that other volumes use too; None: its files cannot be read.
     """
 
     name: str
@@ -25,9 +29,9 @@ class VolumeInfo:
     created: float
     layers: int
     snapshots: int
-    mapped: int
-    own: int
-    shared: int
+    mapped: int | None
+    own: int | None
+    shared: int | None
     clients: int
 
 
@@ -71,7 +75,7 @@ class Listings:
         return [WorkerInfo(host.pid, self._views.volumes_on(host)) for host in self._views.hosts]
 
     async def volume(self, manifest: Manifest) -> VolumeInfo:
-        """One volume."""
+        """One volume; OSError, StorageError."""
         own = shared = 0
         for layer in manifest.parents:
             allocated = await self._store.allocated(layer)
@@ -79,6 +83,19 @@ class Listings:
                 shared += allocated
             else:
                 own += allocated
+        return self._describe(manifest, await self._count_mapped(manifest), own, shared)
+
+    async def volume_if_readable(self, manifest: Manifest) -> VolumeInfo:
+        """The same; of one whose files cannot be read, what its manifest says, and a warning."""
+        try:
+            return await self.volume(manifest)
+        except (OSError, StorageError) as error:
+            _log.warning("volume %s cannot be examined: %s", manifest.name, error)
+            return self._describe(manifest, None, None, None)
+
+    def _describe(
+        self, manifest: Manifest, mapped: int | None, own: int | None, shared: int | None
+    ) -> VolumeInfo:
         return VolumeInfo(
             name=manifest.name,
             id=manifest.id,
@@ -86,7 +103,7 @@ class Listings:
             created=manifest.created,
             layers=len(manifest.stack(manifest.head)),
             snapshots=len(manifest.snapshots),
-            mapped=await self._count_mapped(manifest),
+            mapped=mapped,
             own=own,
             shared=shared,
             clients=self._views.clients(manifest.id),

@@ -199,7 +199,12 @@ class ManifestStore:
         """Forget a volume durably; layers that nothing lists then are condemned."""
         self.check()
         await self._condemn({manifest.id: None})
-        await self._store.delete_record(_VOLUMES, manifest.id)
+        try:
+            await self._store.delete_record(_VOLUMES, manifest.id)
+        except BaseException as error:
+            if not await self._is_there(_VOLUMES, manifest.id):
+                self._doubt(_VOLUMES, manifest.id, error)
+            raise
         del self.volumes[manifest.id]
         del self._names[manifest.name]
 
@@ -280,13 +285,15 @@ class ManifestStore:
         self.check()
         try:
             await commit()
-        except NoSpaceError:
-            raise
         except BaseException as error:
-            if not isinstance(error, OSError) or await self._may_be(kind, name, content):
-                self.in_doubt = self._store.describe_record(kind, name)
-                _log.error("nothing is committed from now on: %s: %s", self.in_doubt, error)
+            known = isinstance(error, OSError | NoSpaceError)
+            if not known or await self._may_be(kind, name, content):
+                self._doubt(kind, name, error)
             raise
+
+    def _doubt(self, kind: str, name: str, error: BaseException) -> None:
+        self.in_doubt = self._store.describe_record(kind, name)
+        _log.error("nothing is committed from now on: %s: %s", self.in_doubt, error)
 
     async def _may_be(self, kind: str, name: str, content: bytes) -> bool:
         """Whether a record may have this content after a failed commit of it."""
@@ -296,6 +303,14 @@ class ManifestStore:
             return False
         except OSError:
             return True
+
+    async def _is_there(self, kind: str, name: str) -> bool:
+        """Whether a record surely has not been removed by a failed removal."""
+        try:
+            await self._store.read_record(kind, name)
+        except (NotFoundError, OSError):
+            return False
+        return True
 
 
 def is_no_space(error: OSError) -> bool:

@@ -84,8 +84,13 @@ class Merger:
     ) -> bool:
         """Merge while ``wanted()``; whether it came to its end. Progress in bytes: done, total."""
         merge = self._merge
-        source = await self._views.pool.acquire(merge.source)
-        target = await self._views.pool.acquire(merge.target)
+        pool = self._views.pool
+        source = await pool.acquire(merge.source)
+        try:
+            target = await pool.acquire(merge.target)
+        except BaseException:
+            pool.release(source)
+            raise
         try:
             log, todo = await self._begin()
             try:
@@ -106,8 +111,8 @@ class Merger:
                     return False
                 await self._finish()
         finally:
-            self._views.pool.release(target)
-            self._views.pool.release(source)
+            pool.release(target)
+            pool.release(source)
         return True
 
     async def _begin(self) -> tuple[LogFile, OwnerMap]:

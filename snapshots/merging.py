@@ -71,9 +71,15 @@ class Merging:
             await self._ended.wait()
 
     async def drop_condemned(self) -> None:
-        """Delete condemned layers as far as nothing uses them; the caller holds ``commits``."""
+        """Delete condemned layers as far as nothing uses them; the caller holds ``commits``.
+
+        No error: what cannot be deleted now is deleted later, at the next start at the latest.
+        """
         if self._manifests.in_doubt is None:
-            await self._manifests.delete_condemned(self.in_use())
+            try:
+                await self._manifests.delete_condemned(self.in_use())
+            except (OSError, StorageError) as error:
+                _log.warning("layers of deleted snapshots stay for now: %s", error)
 
     def in_use(self) -> set[str]:
         """Layers that pins, open views or merges use, listed in a manifest or not."""
@@ -181,10 +187,12 @@ class Merging:
 
     async def _index(self, layer: str) -> None:
         async with self.lock:
-            if not self._manifests.uses(layer) or await self._store.has_log(layer, INDEX):
+            if not self._manifests.uses(layer):
                 return
             holds = OwnerMap(self._blocks(layer))
             try:
+                if await self._store.has_log(layer, INDEX):
+                    return
                 await seal_journal(self._store, layer, holds)
                 await self._punch_zeroes(layer, holds)
             except NotFoundError:

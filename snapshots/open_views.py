@@ -94,6 +94,11 @@ class OpenViews:
         """A volume stays read-only, however often it is opened again."""
         self._failures[key] = why
 
+    def fail(self, manifest: Manifest, why: str) -> None:
+        """Let a volume that is not open be read-only whenever it is opened from now on."""
+        _log.error("volume %s is read-only from now on: %s", manifest.name, why)
+        self.failed(manifest.id, why)
+
     # Looking up
 
     def get(self, key: str) -> OpenView | None:
@@ -325,8 +330,7 @@ class OpenViews:
             await create_head(self._store, layer)
             await view.host.add_head(view.key, layer)
         except BaseException:
-            view.layers.discard(layer)
-            await self._store.delete_layer(layer)
+            await self._take_back(view, layer)
             raise
 
     async def remove_head(self, view: OpenView, layer: str) -> None:
@@ -334,8 +338,12 @@ class OpenViews:
         if not view.lost:
             with contextlib.suppress(HostLostError):
                 await view.host.drop_head(view.key)
+        await self._take_back(view, layer)
+
+    async def _take_back(self, view: OpenView, layer: str) -> None:
         view.layers.discard(layer)
-        await self._store.delete_layer(layer)
+        with contextlib.suppress(OSError):  # what is left the next start removes
+            await self._store.delete_layer(layer)
 
     # Merges
 

@@ -66,6 +66,11 @@ def format_size(size: float) -> str:
     return f"{size:.1f}".removesuffix(".0") + unit
 
 
+def format_known(size: float | None) -> str:
+    """The same, or a question mark for what the daemon could not find out."""
+    return "?" if size is None else format_size(size)
+
+
 def seconds_of(timestamp: str) -> str:
     """An ISO 8601 time without its milliseconds."""
     return timestamp.partition(".")[0] + "Z" if "." in timestamp else timestamp

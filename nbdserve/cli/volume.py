@@ -6,6 +6,7 @@ import click
 
 from nbdserve.cli.options import data_directory, data_option, json_option
 from nbdserve.cli.output import (
+    format_known,
     format_size,
     print_fields,
     print_listing,
@@ -19,9 +20,9 @@ from snapshots.names import check_name, parse_size
 _COLUMNS = {
     "name": lambda v: v["name"],
     "size": lambda v: format_size(v["size"]),
-    "mapped": lambda v: format_size(v["mapped"]),
-    "own": lambda v: format_size(v["own"]),
-    "shared": lambda v: format_size(v["shared"]),
+    "mapped": lambda v: format_known(v["mapped"]),
+    "own": lambda v: format_known(v["own"]),
+    "shared": lambda v: format_known(v["shared"]),
     "snapshots": lambda v: str(v["snapshots"]),
     "clients": lambda v: str(v["clients"]),
     "created": lambda v: seconds_of(v["created"]),

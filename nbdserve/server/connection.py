@@ -231,7 +231,12 @@ class Connection:
                 permissions.enter(question.name)
                 self._entered = question.name
                 contexts = [context for _, context in handshake.contexts]
-                export = await registry.open(question.name, contexts, self.abort)
+                try:
+                    export = await registry.open(question.name, contexts, self.abort)
+                except (OSError, StorageError) as error:
+                    # It is there: so this is the operator's business, too.
+                    log.error("%s: %s cannot be opened: %s", self.peer, question.name, error)
+                    raise
                 # Its size may have grown meanwhile.
                 handshake.answer_open(replace(described, size=export.size))
                 return export
@@ -240,6 +245,8 @@ class Connection:
             handshake.refuse(str(error), error.reply)
         except StorageError as error:
             handshake.refuse(str(error))
+        except OSError as error:
+            handshake.refuse(error.strerror or str(error))
         except Exception:
             log.exception("%s: the registry failed", self.peer)
             handshake.refuse("internal error of the server")

@@ -1,10 +1,20 @@
 """A file system without space under the data directory."""
 
+import asyncio
+import errno
+import logging
+import os
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+
+from backends.errors import NoSpaceError, StorageError
+from backends.local_layers import LocalLayerStore
+from snapshots import head as head_module
+from snapshots.catalogue import Catalogue
+from snapshots.handle import Handle
 
 from .parts import GIB, MIB, Daemon, over_all_transports, require, require_root, run, run_nbdsh
 
@@ -161,3 +171,149 @@ for index in range(1, 48):
         daemon.uri("disk"),
     )
     daemon.command("snapshot", "create", "disk@later")
+
+
+class Ballast:
+    """A file beside the data directory that takes all the space there is, to the last block."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def take_all(self) -> None:
+        if self.path.exists() and os.statvfs(self.path).f_bavail == 0:
+            return
+        descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        try:
+            for length in (1 << 20, 1 << 16, 1 << 12):
+                try:
+                    while True:
+                        os.write(descriptor, bytes(length))
+                except OSError as error:
+                    assert error.errno == errno.ENOSPC
+            # What was written is space that was promised; now it is taken.
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+    def give_back(self) -> None:
+        self.path.unlink()
+
+
+def blocks(letter: str, count: int = 1) -> bytes:
+    return letter.encode() * (count * 4096)
+
+
+async def put(disk: Handle, offset: int, data: bytes) -> None:
+    if not disk.try_write(offset, memoryview(data)):
+        await disk.write(offset, data)
+
+
+async def get(disk: Handle, offset: int, length: int) -> bytes:
+    buffer = bytearray(length)
+    await disk.read(offset, memoryview(buffer))
+    return bytes(buffer)
+
+
+async def connect(catalogue: Catalogue, name: str) -> Handle:
+    lease = await catalogue.open_volume(name, lambda: None)
+    assert isinstance(lease, Handle)
+    return lease
+
+
+async def until(what: str, condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(60):
+        while not condition():  # noqa: ASYNC110
+            await asyncio.sleep(0.05)
+    assert condition(), what
+
+
+def test_every_operation_while_the_disk_is_full_and_after(
+    small_file_system: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In one life of the catalogue: full to the last block, the reserve gone too; then space."""
+    monkeypatch.setattr(head_module, "_COMPACT_FROM", 32 << 10)
+    caplog.set_level(logging.INFO)
+    ballast = Ballast(small_file_system / "ballast")
+    data = small_file_system / "data"
+
+    async def scenario() -> None:
+        catalogue = await Catalogue.open(LocalLayerStore(data))
+        await catalogue.create_volume("disk", GIB)
+        await catalogue.create_volume("other", GIB)
+        disk, other = await connect(catalogue, "disk"), await connect(catalogue, "other")
+        await put(disk, 0, blocks("a", 512))
+        await put(other, 0, blocks("o", 256))
+        await other.flush()
+        await catalogue.create_snapshots([("disk", "one")])
+        await put(disk, 0, blocks("b", 256))
+        await catalogue.create_snapshots([("disk", "two")])
+        await put(disk, MIB, blocks("c", 256))
+        await disk.flush()
+
+        async def as_it_was() -> None:
+            assert await get(disk, 0, MIB) == blocks("b", 256)
+            assert await get(other, 0, MIB) == blocks("o", 256)
+
+        (data / "reserve").unlink()
+        ballast.take_all()
+        # Writes.
+        for volume in (disk, other):
+            with pytest.raises(OSError, match="No space left") as refused:
+                await put(volume, 2**28, blocks("x", 256))
+            assert refused.value.errno == errno.ENOSPC
+            assert await get(volume, 2**28, MIB) == bytes(MIB)
+        await put(disk, MIB, blocks("d", 256))
+        await disk.flush()
+        await as_it_was()
+        # Snapshots, of one volume and of several; clones and new volumes.
+        for targets in ([("disk", "full")], [("disk", "full"), ("other", "full")]):
+            with pytest.raises(NoSpaceError, match="make room"):
+                await catalogue.create_snapshots(targets)
+        with pytest.raises(NoSpaceError, match="no space left"):
+            await catalogue.clone_volume("copy", "disk", "one")
+        with pytest.raises(NoSpaceError, match="no space left"):
+            await catalogue.create_volume("new", MIB)
+        assert catalogue.volume_names() == ["disk", "other"]
+        # Deleting a snapshot: it goes, or it stays; what is left to merge waits.
+        with pytest.raises(StorageError, match="no space left") as put_off:
+            await catalogue.delete_snapshot("disk", "two")
+            ballast.take_all()
+            await catalogue.delete_snapshot("disk", "one")
+        assert "\n" not in str(put_off.value)
+        await as_it_was()
+        # A journal that is due to be rewritten: it cannot be, and goes on as it is.
+        ballast.take_all()
+        for number in range(100):
+            await disk.trim(MIB + number * 4096, 4096)
+            ballast.take_all()
+            await disk.flush()
+        assert "was not compacted" in caplog.text
+        await as_it_was()
+        assert await get(disk, MIB, MIB) == bytes(100 * 4096) + blocks("d", 156)
+        assert "read-only" not in caplog.text
+
+        ballast.give_back()
+        await put(disk, 2**28, blocks("x", 256))
+        await put(other, 2**28, blocks("y", 256))
+        await disk.flush()
+        await other.flush()
+        await catalogue.create_snapshots([("disk", "three"), ("other", "three")])
+        await catalogue.clone_volume("copy", "disk", "three")
+        await until("the merges that were put off", lambda: not catalogue._merging.deferred)
+        for snapshot in catalogue.list_snapshots("disk"):
+            await catalogue.delete_snapshot("disk", snapshot.name)
+        assert (await catalogue.show_volume("disk")).layers <= 2
+        await as_it_was()
+        assert await get(disk, 2**28, MIB) == blocks("x", 256)
+        assert "read-only" not in caplog.text
+        await catalogue.close()
+
+        catalogue = await Catalogue.open(LocalLayerStore(data))
+        disk, other = await connect(catalogue, "disk"), await connect(catalogue, "other")
+        await as_it_was()
+        assert await get(other, 2**28, MIB) == blocks("y", 256)
+        await catalogue.close()
+
+    asyncio.run(scenario())
+    assert not any(record.exc_info for record in caplog.records)
+    assert not list(data.glob("lost/*"))
