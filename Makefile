@@ -2,7 +2,8 @@
 # make test   set up what is missing, then lint, types and every test, real clients and servers
 #             included
 # make check  format, lint, types and the fast tests
-# make torture  fuzz for TORTURE_MINUTES, which keeps what it finds: see docs/testing.md
+# make torture  fuzz for TORTURE_MINUTES, which keeps what it finds, then let every call of a script
+#             fail: see docs/testing.md
 # make bench  measure beside nbdkit and qemu-nbd; BENCH="--quick" only sees that it runs
 # make conformance  check nbdserve and its peers against the specification; writes
 #             docs/conformance.md

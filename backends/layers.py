@@ -91,6 +91,13 @@ class DataFile(Protocol):
     def allocated(self) -> int:
         """Bytes of disk space in use."""
 
+    def damage(self, end: int) -> str | None:
+        """What is wrong when the data, written up to offset ``end`` once, does not reach it now.
+
+        One line that names the file; None: it does. A write behind its end would turn what is
+        missing into zeroes. OSError.
+        """
+
     def close(self) -> None:
         """Release descriptors; no other call may follow."""
 

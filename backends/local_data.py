@@ -249,6 +249,18 @@ class LocalDataFile:
     def allocated(self) -> int:
         return sum(os.fstat(descriptor).st_blocks * 512 for descriptor in self._rows.values())
 
+    def damage(self, end: int) -> str | None:
+        if end == 0:
+            return None
+        row = (end - 1) >> ROW_SHIFT
+        where = self._directory / f"data-{row:05d}"
+        descriptor = self._rows.get(row)
+        if descriptor is None:
+            return f"{where} is missing"
+        length = os.fstat(descriptor).st_size
+        wanted = end - (row << ROW_SHIFT)
+        return None if length >= wanted else f"{where} ends at {length}, before offset {wanted}"
+
     def close(self) -> None:
         for descriptor in self._rows.values():
             if self._failed:

@@ -92,6 +92,9 @@ class MemoryDataFile:
     def allocated(self) -> int:
         return len(self._pages) * _PAGE
 
+    def damage(self, end: int) -> str | None:
+        return None
+
     def close(self) -> None:
         pass
 

@@ -118,7 +118,7 @@ class LogState:
     be rewritten before anything is appended.
 
     ``zeroed`` are the last extents (first block, end block) that it says became zero: data may
-    have come there since.
+    have come there since. No data that it lists lay behind block ``data_end``.
     """
 
     sequence: int
@@ -126,6 +126,7 @@ class LogState:
     ragged: bool
     size: int
     zeroed: deque[tuple[int, int]] = field(compare=False, default_factory=deque)
+    data_end: int = field(compare=False, default=0)
 
 
 def read_log(
@@ -149,7 +150,7 @@ def read_log(
     if header is None or header[:1] != [FORMAT] or header[1:] != [layer, log]:
         raise CorruptError(f"{where}: offset 0 is not the header of this {log}")
     sequence = 0
-    extents = 0
+    extents = data_end = 0
     zeroed: deque[tuple[int, int]] = deque(maxlen=_ZEROED)
     offset = SECTOR
     sealed = False
@@ -163,8 +164,9 @@ def read_log(
                     f"{where}: sector {payload[0]} at offset {offset}, {sequence + 1} expected"
                 )
             sequence += 1
-            extents += _apply(payload[2], data, into)
-            extents += _apply(payload[3], zero, into, zeroed)
+            count, end = _apply(payload[2], data, into)
+            data_end = max(data_end, end)
+            extents += count + _apply(payload[3], zero, into, zeroed)[0]
             if len(payload) == 5:
                 sealed = True
                 if payload[4] != extents:
@@ -177,9 +179,9 @@ def read_log(
     if log == INDEX:
         if not sealed or len(content) != offset:
             raise CorruptError(f"{where}: the end mark is missing at offset {offset}")
-        return LogState(sequence, offset, False, len(content))
+        return LogState(sequence, offset, False, len(content), data_end=data_end)
     ragged = _check_tail(content, offset, seed, sequence, where)
-    return LogState(sequence, offset, ragged, len(content), zeroed)
+    return LogState(sequence, offset, ragged, len(content), zeroed, data_end)
 
 
 def _check_tail(content: bytes, offset: int, seed: int, sequence: int, where: str) -> bool:
@@ -205,7 +207,8 @@ def _apply(
     value: int,
     into: OwnerMap,
     noted: deque[tuple[int, int]] | None = None,
-) -> int:
+) -> tuple[int, int]:
+    """Apply a list of extents; how many they are, and the end of the last one."""
     position = 0
     if not isinstance(numbers, list) or len(numbers) % 2:
         raise ValueError("not a list of pairs")
@@ -219,7 +222,7 @@ def _apply(
         into.set(first, position, value)
         if noted is not None:
             noted.append((first, position))
-    return len(numbers) // 2
+    return len(numbers) // 2, position
 
 
 def _sector(layer: str, payload: list[Any]) -> bytes:

@@ -74,6 +74,8 @@ class Head:
         self._end = state.end
         self._reserved_end = state.end
         self._compact_at = _COMPACT_FROM
+        # Why nothing may be written here, if so.
+        self.damage: str | None = None
         # Of what was zero already when the head was opened, some may still use space.
         self.zeroed = [(first, last, ZERO) for first, last in state.zeroed]
         self._zeroed = False
@@ -259,7 +261,9 @@ async def open_head(
 ) -> Head:
     """Open a head and apply its journal to ``owners``; a torn tail of the journal goes."""
     state = await apply_layer(store, layer.name, owners, slot, 0)
+    damage = layer.data.damage(state.data_end << BLOCK_SHIFT)
     head = Head(layer, slot, await store.open_log(layer.name, JOURNAL, state.end), state)
+    head.damage = damage
     try:
         if state.ragged:
             await head.compact(store, blocks)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,6 +22,8 @@ from snapshots.owner_map import OwnerMap
 from snapshots.threads import Threads
 from snapshots.view import View, load_stack
 from snapshots.volume import Volume
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -105,7 +108,9 @@ class LocalHost:
         try:
             await load_stack(volume, list(stack[:-1]), _merges(merges), self._store, self._pool)
             volume.head = await self._open_head(volume, stack[-1])
-            volume.failure = failure
+            volume.failure = failure or volume.head.damage
+            if volume.head.damage:
+                _log.error("volume %s is read-only: %s", name, volume.head.damage)
             volume.reclaim()
         except BaseException:
             await self._close(volume)

@@ -92,6 +92,7 @@ class Merger:
             pool.release(source)
             raise
         try:
+            await self._check(source, target)
             log, todo = await self._begin()
             try:
                 total = todo.count_owned()
@@ -114,6 +115,18 @@ class Merger:
             pool.release(target)
             pool.release(source)
         return True
+
+    async def _check(self, source: OpenLayer, target: OpenLayer) -> None:
+        """CorruptError when data of either layer is missing at the end: see ``damage``."""
+        for layer in (source, target):
+            holds = OwnerMap(self._blocks)
+            try:
+                state = await apply_layer(self._store, layer.name, holds)
+            finally:
+                holds.close()
+            damage = layer.data.damage(state.data_end << BLOCK_SHIFT)
+            if damage is not None:
+                raise CorruptError(damage)
 
     async def _begin(self) -> tuple[LogFile, OwnerMap]:
         """Open the merge log and find out what is still to be moved."""

@@ -1,4 +1,4 @@
-"""`make torture`: as much fuzzing, as many power cuts, as long a storm as there are minutes for.
+"""`make torture`: fuzzing, power cuts and a storm for as many minutes as there are, then all faults.
 
 What reaches new code is kept in .cache/fuzz, for the next time to go on from; an input that breaks
 a rule goes to corpus/TARGET/found-…, which every test run replays from then on.
@@ -21,6 +21,7 @@ SHARES = {"transmission": 0.3, "handshake": 0.15, "channel": 0.05}
 POWER_CUTS_SHARE = 0.25
 STORM = "tests/integration/test_hostile_clients.py::test_a_storm"
 STORM_SHARE = 0.25
+FAULTS = "tests/durability/test_faults.py"
 
 
 def main():
@@ -33,6 +34,7 @@ def main():
     good = [fuzz(target, share * seconds, arguments.seed) for target, share in SHARES.items()]
     good.append(power_cuts(POWER_CUTS_SHARE * arguments.minutes, arguments.seed))
     good.append(storm(STORM_SHARE * seconds, arguments.seed))
+    good.append(faults())
     sys.exit(0 if all(good) else 1)
 
 
@@ -87,6 +89,15 @@ def storm(seconds, seed):
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "--capture=no", STORM],
         cwd=PROJECT, env={**os.environ, **environment}, check=False,
+    )  # fmt: skip
+    return done.returncode == 0
+
+
+def faults():
+    """Let every call fail in every way, however long that takes; whether all was right."""
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "--capture=no", FAULTS],
+        cwd=PROJECT, env={**os.environ, "NBDSERVE_FAULTS": "all"}, check=False,
     )  # fmt: skip
     return done.returncode == 0
 

@@ -111,6 +111,51 @@ assert read(0, 4096) == b"x" * 4096
     assert not data.exists(), "reading makes no file"
 
 
+def test_the_head_cut_short_while_nobody_is_connected(served: Daemon) -> None:
+    """Written behind its end, it would have zeroes where data is missing."""
+    (head,) = layers(served)["n"]
+    data = head / "data-00000"
+    with data.open("r+b") as file:
+        file.truncate(MIB + 4096)
+    script = """
+assert read(0) == b"o" * 2**20
+assert read(2**20, 4096) == b"n" * 4096
+assert read(2**20) is None
+for offset in (2**20 + 2**19, 2**23):
+    try:
+        h.pwrite(b"x" * 4096, offset)
+        raise SystemExit("it was written")
+    except nbd.Error as error:
+        assert error.errnum == errno.EIO, error
+assert read(2**20 + 4096, 4096) is None
+"""
+    run_nbdsh(READ + script, served.uri("disk"))
+    lives(served)
+    assert f"disk is read-only: {data} ends at {MIB + 4096}, before offset {2 * MIB}" in (
+        served.read_log()
+    )
+
+
+def test_a_layer_cut_short_is_not_merged(served: Daemon) -> None:
+    """What is left of it stays as it is; and it is merged when the file is whole again."""
+    data = old_layer(served) / "data-00000"
+    served.take_snapshot("disk@new")
+    whole = data.read_bytes()
+    with data.open("r+b") as file:
+        file.truncate(MIB)
+    refused = served.command("snapshot", "delete", "disk@old", check=False)
+    assert refused.returncode == 1
+    assert f"{data} ends at {MIB}, before offset {4 * MIB}" in refused.stderr
+    run_nbdsh(READ + "assert read(2**21) is None; assert read(0)", served.uri("disk"))
+    with data.open("r+b") as file:
+        file.write(whole)
+    script = """
+assert read(0) == b"o" * 2**20 and read(2**20) == b"n" * 2**20 and read(2**21) == b"o" * 2**20
+"""
+    run_nbdsh(READ + script, served.uri("disk"))
+    lives(served)
+
+
 @pytest.mark.parametrize("what", ["index", "layer"])
 def test_what_a_volume_cannot_be_opened_without(served: Daemon, what: str) -> None:
     layer = old_layer(served)

@@ -1,0 +1,101 @@
+"""EIO and ENOSPC at every input and output of a script that does everything (faults_script.py).
+
+``make torture`` plays every act with every fault. Here it is as many as there is time for, chosen
+so that each kind of call on each kind of file fails in each act, and every sync; with
+NBDSERVE_FAULTS=all it is all.
+"""
+
+from __future__ import annotations
+
+import errno
+import multiprocessing
+import os
+import re
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from tests.durability.faults import Fault
+from tests.durability.faults_script import Stage
+
+MEMORY = Path("/dev/shm")
+# What only asks: it fails once in all acts, and is not told that there is no space.
+QUESTIONS = ("stat", "lstat", "fstat", "statvfs", "scandir", "listdir", "lseek", "flock", "ioctl",
+             "posix_fadvise", "pread")  # fmt: skip
+READS = (*QUESTIONS, "preadv", "read", "unlink", "rmdir", "ftruncate")
+Job = tuple[int, Fault]
+
+
+def new_directory() -> tempfile.TemporaryDirectory[str]:
+    """In memory where that is possible: nothing here needs a disk."""
+    where = MEMORY if os.access(MEMORY, os.W_OK) else None
+    return tempfile.TemporaryDirectory(prefix="nbdserve-faults-", dir=where)
+
+
+@pytest.fixture(scope="module")
+def stage() -> Iterator[Stage]:
+    with new_directory() as directory:
+        yield Stage(Path(directory))
+
+
+def every_fault(stage: Stage) -> list[Job]:
+    jobs = []
+    for act, calls in enumerate(stage.calls):
+        for name in calls.names:
+            jobs += [(act, Fault(name, errno.EIO)), (act, Fault(name, errno.ENOSPC))]
+            if name in calls.takes_space:
+                jobs.append((act, Fault(name, errno.ENOSPC, full=True)))
+    return jobs
+
+
+def chosen(jobs: list[Job]) -> list[Job]:
+    """The first of each kind of call on a kind of file in an act, and the syncs of layers.
+
+    What only reads is not told that there is no space.
+    """
+    found: dict[object, Job] = {}
+    for act, fault in jobs:
+        call = fault.name.split()[0]
+        if fault.error == errno.ENOSPC and call in READS:
+            continue
+        kind = re.sub(r"\d+", "", fault.name)
+        where = fault.name if call == "fdatasync" and not fault.full else kind
+        key = (None if call in QUESTIONS else act, where, fault.error, fault.full)
+        found.setdefault(key, (act, fault))
+    return list(found.values())
+
+
+class Player:
+    """Plays in a process of its own, which was forked with the stage in it."""
+
+    stage: Stage
+
+
+def play(job: Job) -> str:
+    """What is wrong; nothing when all is right."""
+    act, fault = job
+    try:
+        outcome = Player.stage.play(act, fault)
+    except (AssertionError, TimeoutError) as error:
+        notes = getattr(error, "__notes__", ["it took too long"])
+        return f"{error}\n  {' '.join(notes)}"
+    if not outcome.fired:
+        return f"act {act} never came to {fault}"
+    return ""
+
+
+@pytest.mark.timeout(7200 if os.environ.get("NBDSERVE_FAULTS") == "all" else 300)
+def test_every_call_fails_once(stage: Stage) -> None:
+    jobs = every_fault(stage)
+    if os.environ.get("NBDSERVE_FAULTS") != "all":
+        jobs = chosen(jobs)
+    Player.stage = stage
+    context = multiprocessing.get_context("fork")
+    with ProcessPoolExecutor(len(os.sched_getaffinity(0)), mp_context=context) as pool:
+        results = list(pool.map(play, jobs, chunksize=8))
+    wrong = [line for line in results if line]
+    print(f"{len(jobs)} faults at {sum(len(each.names) for each in stage.calls)} calls")
+    assert not wrong, f"{len(wrong)} of {len(jobs)}:\n" + "\n".join(wrong[:20])
