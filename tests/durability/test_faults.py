@@ -8,19 +8,18 @@ NBDSERVE_FAULTS=all it is all.
 from __future__ import annotations
 
 import errno
-import multiprocessing
 import os
 import re
 import tempfile
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from tests.durability.faults import Fault
-from tests.durability.faults_script import Stage
+from tests.durability.faults_script import ACTS, Stage
 
+ALL = os.environ.get("NBDSERVE_FAULTS") == "all"
 MEMORY = Path("/dev/shm")
 # What only asks: it fails once in all acts, and is not told that there is no space.
 QUESTIONS = ("stat", "lstat", "fstat", "statvfs", "scandir", "listdir", "lseek", "flock", "ioctl",
@@ -68,17 +67,10 @@ def chosen(jobs: list[Job]) -> list[Job]:
     return list(found.values())
 
 
-class Player:
-    """Plays in a process of its own, which was forked with the stage in it."""
-
-    stage: Stage
-
-
-def play(job: Job) -> str:
+def play(stage: Stage, act: int, fault: Fault) -> str:
     """What is wrong; nothing when all is right."""
-    act, fault = job
     try:
-        outcome = Player.stage.play(act, fault)
+        outcome = stage.play(act, fault)
     except (AssertionError, TimeoutError) as error:
         notes = getattr(error, "__notes__", ["it took too long"])
         return f"{error}\n  {' '.join(notes)}"
@@ -87,15 +79,11 @@ def play(job: Job) -> str:
     return ""
 
 
-@pytest.mark.timeout(7200 if os.environ.get("NBDSERVE_FAULTS") == "all" else 300)
-def test_every_call_fails_once(stage: Stage) -> None:
-    jobs = every_fault(stage)
-    if os.environ.get("NBDSERVE_FAULTS") != "all":
-        jobs = chosen(jobs)
-    Player.stage = stage
-    context = multiprocessing.get_context("fork")
-    with ProcessPoolExecutor(len(os.sched_getaffinity(0)), mp_context=context) as pool:
-        results = list(pool.map(play, jobs, chunksize=8))
-    wrong = [line for line in results if line]
-    print(f"{len(jobs)} faults at {sum(len(each.names) for each in stage.calls)} calls")
-    assert not wrong, f"{len(wrong)} of {len(jobs)}:\n" + "\n".join(wrong[:20])
+@pytest.mark.timeout(7200 if ALL else 300)
+@pytest.mark.parametrize("act", range(len(ACTS)), ids=[act.__name__ for act in ACTS])
+def test_every_call_fails(stage: Stage, act: int) -> None:
+    jobs = every_fault(stage) if ALL else chosen(every_fault(stage))
+    faults = [fault for played, fault in jobs if played == act]
+    print(f"{len(faults)} faults at {len(stage.calls[act].names)} calls")
+    wrong = [line for fault in faults if (line := play(stage, act, fault))]
+    assert not wrong, f"{len(wrong)} of {len(faults)}:\n" + "\n".join(wrong[:20])

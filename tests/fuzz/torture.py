@@ -96,7 +96,7 @@ def storm(seconds, seed):
 def faults():
     """Let every call fail in every way, however long that takes; whether all was right."""
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "--capture=no", FAULTS],
+        [sys.executable, "-m", "pytest", "-q", "--numprocesses=auto", FAULTS],
         cwd=PROJECT, env={**os.environ, "NBDSERVE_FAULTS": "all"}, check=False,
     )  # fmt: skip
     return done.returncode == 0
