@@ -56,6 +56,7 @@ class Upkeep:
         belong to a volume whose manifest was lost: it is kept out of the way.
         """
         known = self._manifests.live_layers() | self._merging.in_use()
+        known.update(*self._manifests.condemned.values())
         for layer in await self._store.list_layers():
             if layer in known:
                 continue

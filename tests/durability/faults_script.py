@@ -108,6 +108,8 @@ class Stage:
                 script.live(_Script.found_again, orderly=True)
                 seam.lose()
                 script.live(_Script.clear_away, orderly=True)
+                if not outcome.read_only:
+                    assert not list(Path(name).glob("data/lost/*")), "set aside without need"
                 if fault.error == errno.ENOSPC and fault.name in seam.takes_space:
                     assert not outcome.read_only, f"read-only for want of space: {outcome}"
                     assert not outcome.doubt, f"in doubt for want of space: {outcome}"

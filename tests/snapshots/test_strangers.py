@@ -96,8 +96,8 @@ def test_what_a_deletion_condemned_goes_at_the_next_start() -> None:
             raise OSError(errno.EIO, "gone")
 
         store.delete_layer = dies  # type: ignore[method-assign]
-        with pytest.raises(OSError):
-            await catalogue.delete_volume("v")
+        await catalogue.delete_volume("v")
+        assert catalogue.volume_names() == []
         await catalogue.close()
         del store.delete_layer  # type: ignore[method-assign]
         assert len(await store.list_layers()) == 1
