@@ -36,3 +36,12 @@ class CorruptError(StorageError):
 
 class UnavailableError(StorageError):
     """A store or daemon did not answer, or refused the credentials."""
+
+
+def one_line(error: BaseException) -> str:
+    """What ``error`` says, without line breaks; its class when it says nothing."""
+    if isinstance(error, OSError) and error.strerror:
+        line = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    else:
+        line = str(error)
+    return " ".join(line.split()) or type(error).__name__

@@ -18,12 +18,14 @@ from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequenc
 from typing import Any, ParamSpec, TypeVar
 
 from backends.errors import (
+    CorruptError,
     ExistsError,
     InUseError,
     InvalidError,
     NoSpaceError,
     NotFoundError,
     UnavailableError,
+    one_line,
 )
 from backends.layers import LayerStore
 from snapshots.comparing import compare_snapshots, compare_with_now
@@ -35,7 +37,7 @@ from snapshots.host import HostLostError, ViewHost
 from snapshots.imports import Imports
 from snapshots.listings import Listings, SnapshotInfo, VolumeInfo, WorkerInfo
 from snapshots.manifest import MAX_LAYERS, Manifest, Snapshot
-from snapshots.manifest_store import ManifestStore
+from snapshots.manifest_store import ManifestStore, UnreadableVolume
 from snapshots.merging import Merging
 from snapshots.names import check_name, check_volume_size
 from snapshots.open_views import OpenViews
@@ -142,14 +144,23 @@ class Catalogue:
         """The metadata contexts of a volume and its snapshots (contexts.py). NotFoundError."""
         return context_names(snapshot.name for snapshot in self._manifests.get(name).snapshots)
 
-    @_to_its_end
     async def list_volumes(self) -> list[VolumeInfo]:
-        """All volumes by name."""
+        """All volumes that can be read, by name."""
+        return (await self.survey_volumes())[0]
+
+    @_to_its_end
+    async def survey_volumes(self) -> tuple[list[VolumeInfo], list[UnreadableVolume]]:
+        """All volumes by name: those that can be read, and those that cannot."""
+        found: list[VolumeInfo] = []
+        unreadable = list(self._manifests.unreadable.values())
         async with self._turn():
-            return [
-                await self._listings.volume_if_readable(self._manifests.get(name))
-                for name in self.volume_names()
-            ]
+            for name in self.volume_names():
+                manifest = self._manifests.get(name)
+                try:
+                    found.append(await self._listings.volume(manifest))
+                except (OSError, CorruptError, NotFoundError) as error:
+                    unreadable.append(UnreadableVolume(manifest.id, name, one_line(error)))
+        return found, unreadable
 
     @_to_its_end
     async def show_volume(self, name: str) -> VolumeInfo:
@@ -502,6 +513,7 @@ class Catalogue:
 
     def _check_free(self, name: str) -> None:
         check_name("volume", name)
+        self._manifests.check_readable(name)
         if self._manifests.find(name) is not None:
             raise ExistsError(f"volume {name} exists already")
         if name in self._imports:

@@ -15,13 +15,19 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, TypeVar
 
-from backends.errors import CorruptError
+import msgpack
+
+from backends.errors import CorruptError, InvalidError
+from snapshots.names import MAX_NAME, check_name
 from snapshots.records import pack_record, unpack_record
 
 T = TypeVar("T")
 
 VERSION = 1
 MAX_LAYERS = 250
+# A manifest begins with its id, of 32 digits, and its name.
+_NAME_KEY = msgpack.packb("name")
+_NAME_WITHIN = 100
 
 
 @dataclass(frozen=True)
@@ -111,6 +117,17 @@ class Manifest:
 def unpack_manifest(content: bytes, where: str) -> Manifest:
     """Read a volume's record; CorruptError when it is not a sound one."""
     return _checked(where, lambda: manifest_from_map(unpack_record(content, VERSION, where)))
+
+
+def salvage_name(content: bytes) -> str | None:
+    """The volume's name as a damaged record has it, for messages only; None when there is none."""
+    at = content.find(_NAME_KEY, 0, _NAME_WITHIN)
+    try:
+        unpacker = msgpack.Unpacker()
+        unpacker.feed(content[at + len(_NAME_KEY) : at + _NAME_WITHIN + MAX_NAME])
+        return check_name("volume", unpacker.unpack()) if at >= 0 else None
+    except (ValueError, msgpack.OutOfData, InvalidError):
+        return None
 
 
 def manifest_from_map(found: dict[str, Any]) -> Manifest:

@@ -12,6 +12,11 @@ whose manifest was lost.
 **In doubt.** When a commit fails after its record may have been replaced (the sync of a directory
 failed, say), nobody knows which of two manifests the next start will find. Then nothing more is
 committed and no layer is removed until it has found one. Clients' reads and writes go on.
+
+**Unreadable** volumes are those whose manifest is damaged, or the record of a merge that moves
+their blocks. They are refused, one by one; all others are served. As nobody knows which layers are
+theirs, no layer is deleted, merged or set aside until every record can be read at a start. Only a
+damaged transaction stops everything: any volume might have to be replaced by what it holds.
 """
 
 from __future__ import annotations
@@ -36,6 +41,7 @@ from snapshots.manifest import (
     Merge,
     pack_deletion,
     pack_transaction,
+    salvage_name,
     unpack_deletion,
     unpack_manifest,
     unpack_merge,
@@ -62,8 +68,23 @@ class StagedCommit:
     content: bytes
 
 
+@dataclass(frozen=True)
+class UnreadableVolume:
+    """A volume that cannot be served; ``problem`` names the file and what is wrong with it.
+
+    ``name`` may come from a damaged record: it is for messages only. None when it is not known.
+    """
+
+    id: str
+    name: str | None
+    problem: str
+
+
 class ManifestStore:
-    """``volumes`` by id and ``merges`` under way by their target layer; both read-only outside."""
+    """``volumes`` by id and ``merges`` under way by their target layer; both read-only outside.
+
+    ``unreadable`` volumes, by id, are not among ``volumes``.
+    """
 
     def __init__(self, store: LayerStore) -> None:
         self._store = store
@@ -72,41 +93,78 @@ class ManifestStore:
         self.condemned: dict[str, frozenset[str]] = {}
         self.provisional: set[str] = set()
         self.in_doubt: str | None = None
+        self.unreadable: dict[str, UnreadableVolume] = {}
         self._names: dict[str, str] = {}
 
     async def load(self) -> None:
-        """Read everything, finish what a crash left half done; CorruptError."""
+        """Read everything, finish what a crash left half done; CorruptError (see above)."""
         store = self._store
         for name in await store.list_records(_VOLUMES):
-            where = store.describe_record(_VOLUMES, name)
-            manifest = unpack_manifest(await store.read_record(_VOLUMES, name), where)
-            if manifest.id != name:
-                raise CorruptError(f"{where}: is the manifest of another volume, {manifest.id}")
-            self.volumes[name] = manifest
+            await self._load_volume(name)
         for name in await store.list_records(_TRANSACTIONS):
             where = store.describe_record(_TRANSACTIONS, name)
             content = await store.read_record(_TRANSACTIONS, name)
-            for manifest in unpack_transaction(content, where):
+            manifests = unpack_transaction(content, where)
+            for manifest in manifests:
                 current = self.volumes.get(manifest.id)
                 if current is not None and current.generation < manifest.generation:
                     await store.commit_record(_VOLUMES, manifest.id, manifest.pack())
                     self.volumes[manifest.id] = manifest
-            await store.delete_record(_TRANSACTIONS, name)
-        for manifest in self.volumes.values():
-            if manifest.name in self._names:
-                other = self._names[manifest.name]
-                raise CorruptError(f"two volumes are named {manifest.name}: {manifest.id}, {other}")
-            self._names[manifest.name] = manifest.id
+            if not any(manifest.id in self.unreadable for manifest in manifests):
+                await store.delete_record(_TRANSACTIONS, name)
+        for manifest in sorted(self.volumes.values(), key=lambda found: (found.created, found.id)):
+            other = self._names.setdefault(manifest.name, manifest.id)
+            if other != manifest.id:
+                where = store.describe_record(_VOLUMES, manifest.id)
+                self._refuse(manifest, f"{where}: volume {other} is named {manifest.name}, too")
         for name in await store.list_records(_DELETIONS):
             where = store.describe_record(_DELETIONS, name)
-            content = await store.read_record(_DELETIONS, name)
-            self.condemned[name] = unpack_deletion(content, where)
+            try:
+                content = await store.read_record(_DELETIONS, name)
+                self.condemned[name] = unpack_deletion(content, where)
+            except (OSError, CorruptError) as error:
+                # Its layers belong to no volume: they are set aside.
+                _log.warning("a deletion is not finished: %s", error)
         for name in await store.list_records(_MERGES):
-            where = store.describe_record(_MERGES, name)
-            merge = unpack_merge(await store.read_record(_MERGES, name), where)
-            self.merges[merge.target] = merge
-            if not self.uses(merge.source):
+            await self._load_merge(name)
+        for merge in list(self.merges.values()):
+            if not self.unreadable and not self.uses(merge.source):
                 await self.end_merge(merge)
+        for lost in self.unreadable.values():
+            _log.error("volume %s cannot be served: %s", lost.name or lost.id, lost.problem)
+
+    async def _load_volume(self, name: str) -> None:
+        where = self._store.describe_record(_VOLUMES, name)
+        content = b""
+        try:
+            content = await self._store.read_record(_VOLUMES, name)
+            manifest = unpack_manifest(content, where)
+            if manifest.id != name:
+                raise CorruptError(f"{where}: is the manifest of another volume, {manifest.id}")
+        except (OSError, CorruptError) as error:
+            problem = _problem(error, where)
+            self.unreadable[name] = UnreadableVolume(name, salvage_name(content), problem)
+        else:
+            self.volumes[name] = manifest
+
+    async def _load_merge(self, name: str) -> None:
+        where = self._store.describe_record(_MERGES, name)
+        try:
+            merge = unpack_merge(await self._store.read_record(_MERGES, name), where)
+            if merge.target != name:
+                raise CorruptError(f"{where}: is the record of another merge, {merge.target}")
+        except (OSError, CorruptError) as error:
+            problem = _problem(error, where)
+            # Some of their blocks have been moved, and nothing says which.
+            for manifest in self.uses(name):
+                del self._names[manifest.name]
+                self._refuse(manifest, problem)
+        else:
+            self.merges[name] = merge
+
+    def _refuse(self, manifest: Manifest, problem: str) -> None:
+        del self.volumes[manifest.id]
+        self.unreadable[manifest.id] = UnreadableVolume(manifest.id, manifest.name, problem)
 
     # Looking up
 
@@ -116,11 +174,23 @@ class ManifestStore:
         return None if found is None else self.volumes[found]
 
     def get(self, name: str) -> Manifest:
-        """The same, or NotFoundError."""
+        """The same, or NotFoundError, or CorruptError when it is (or may be) unreadable."""
         manifest = self.find(name)
-        if manifest is None:
-            raise NotFoundError(f"volume {name} does not exist")
-        return manifest
+        if manifest is not None:
+            return manifest
+        self.check_readable(name)
+        for lost in self.unreadable.values():
+            if lost.name is None:
+                raise NotFoundError(
+                    f"volume {name} does not exist, or is one that cannot be read: {lost.problem}"
+                )
+        raise NotFoundError(f"volume {name} does not exist")
+
+    def check_readable(self, name: str) -> None:
+        """CorruptError when a volume of that name is there and unreadable."""
+        for lost in self.unreadable.values():
+            if lost.name == name:
+                raise CorruptError(f"volume {name} cannot be read: {lost.problem}")
 
     def uses(self, layer: str) -> list[Manifest]:
         """The manifests that list a layer."""
@@ -238,6 +308,8 @@ class ManifestStore:
 
     async def delete_condemned(self, keep: Set[str]) -> None:
         """Delete condemned layers but for those in ``keep``, which live or are still in use."""
+        if self.unreadable:
+            return
         live = self.live_layers()
         keep = keep | self.provisional
         for name, layers in list(self.condemned.items()):
@@ -311,6 +383,10 @@ class ManifestStore:
         except (NotFoundError, OSError):
             return False
         return True
+
+
+def _problem(error: OSError | CorruptError, where: str) -> str:
+    return f"{where}: {error.strerror}" if isinstance(error, OSError) else str(error)
 
 
 def is_no_space(error: OSError) -> bool:

@@ -125,6 +125,8 @@ class Merging:
     async def _next(self, tried: set[tuple[str, str]]) -> Merge | None:
         async with self._commits:
             self._manifests.check()
+            if self._manifests.unreadable:
+                return None  # any layer may be theirs
             for merge in list(self._manifests.merges.values()):
                 if not self._manifests.uses(merge.source):
                     # Its volume was deleted or rolled back meanwhile.

@@ -14,6 +14,7 @@ from backends.errors import InvalidError
 BLOCK_SHIFT = 12
 BLOCK_SIZE = 1 << BLOCK_SHIFT
 MAX_VOLUME_SIZE = 16 << 40
+MAX_NAME = 127
 
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,126}", re.ASCII)
 _SIZE = re.compile(r"([0-9]{1,20})([KMGTP]?)(?:i?B)?", re.ASCII | re.IGNORECASE)

@@ -53,8 +53,11 @@ class Upkeep:
         """Deal with layers that nothing lists and nothing condemned.
 
         Without data, such a layer is what an interrupted snapshot left, and goes. With data it may
-        belong to a volume whose manifest was lost: it is kept out of the way.
+        belong to a volume whose manifest was lost: it is kept out of the way. While a volume is
+        unreadable, it may be that one's, and stays where it is.
         """
+        if self._manifests.unreadable:
+            return
         known = self._manifests.live_layers() | self._merging.in_use()
         known.update(*self._manifests.condemned.values())
         for layer in await self._store.list_layers():

@@ -13,9 +13,8 @@ from typing import NoReturn
 
 import click
 
-from backends.errors import StorageError
+from backends.errors import StorageError, one_line
 from nbdserve.cli.options import data_option
-from nbdserve.control.errors import one_line
 
 _COMMANDS = {
     "serve": "nbdserve.cli.serve",

@@ -13,7 +13,7 @@ from typing import Any
 
 import click
 
-from backends.errors import StorageError
+from backends.errors import StorageError, one_line
 from nbdserve.cli.options import data_directory, data_option, json_option
 from nbdserve.cli.output import print_json
 from nbdserve.cli.repo import print_notice, print_warnings, push_line
@@ -21,7 +21,6 @@ from nbdserve.cli.session import Session
 from nbdserve.cli.snapshot import delete_snapshot
 from nbdserve.cli.transfer import push
 from nbdserve.control.client import path
-from nbdserve.control.errors import one_line
 from snapshots.names import check_name
 from snapshots.repository import Repository, open_repository
 

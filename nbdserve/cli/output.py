@@ -55,6 +55,11 @@ def print_fields(document: Document, as_json: bool, fields: Mapping[str, str]) -
         click.echo(f"{name.ljust(width)}  {value}")
 
 
+def describe_unreadable(volume: Document) -> str:
+    """A volume that cannot be served, and why."""
+    return f"volume {volume['name'] or volume['id']} cannot be read: {volume['problem']}"
+
+
 def format_size(size: float) -> str:
     """``size`` in bytes as ``512``, ``4K`` or ``1.5G`` (powers of 1024)."""
     if size < 1024:
@@ -64,11 +69,6 @@ def format_size(size: float) -> str:
         if round(size, 1) < 1024 or unit == _UNITS[-1]:
             break
     return f"{size:.1f}".removesuffix(".0") + unit
-
-
-def format_known(size: float | None) -> str:
-    """The same, or a question mark for what the daemon could not find out."""
-    return "?" if size is None else format_size(size)
 
 
 def seconds_of(timestamp: str) -> str:

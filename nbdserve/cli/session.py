@@ -11,10 +11,9 @@ from socket import socket
 from types import TracebackType
 from typing import Self
 
-from backends.errors import InUseError, NotFoundError, UnavailableError
+from backends.errors import InUseError, NotFoundError, UnavailableError, one_line
 from nbdserve.control import address
 from nbdserve.control.client import Client
-from nbdserve.control.errors import one_line
 from nbdserve.control.offline import OfflineServer
 
 _PATIENCE = 15.0

@@ -5,7 +5,7 @@ from typing import Any
 import click
 
 from nbdserve.cli.options import data_directory, data_option, json_option
-from nbdserve.cli.output import format_size, print_fields, seconds_of
+from nbdserve.cli.output import describe_unreadable, format_size, print_fields, seconds_of
 from nbdserve.cli.session import Session
 from nbdserve.control.client import path
 
@@ -28,6 +28,7 @@ def status(as_json: bool) -> None:
         "data": document["data"],
         "free": f"{format_size(document['free'])} of {format_size(document['total'])}",
         "volumes": str(document["volumes"]),
+        "unreadable": "; ".join(map(describe_unreadable, document["unreadable"])) or "-",
         "snapshots": str(document["snapshots"]),
         "clients": str(document["clients"]),
         "backups": ", ".join(document["backups"]) or "-",

@@ -6,9 +6,10 @@ import click
 
 from nbdserve.cli.options import data_directory, data_option, json_option
 from nbdserve.cli.output import (
-    format_known,
+    describe_unreadable,
     format_size,
     print_fields,
+    print_json,
     print_listing,
     print_result,
     seconds_of,
@@ -20,9 +21,9 @@ from snapshots.names import check_name, parse_size
 _COLUMNS = {
     "name": lambda v: v["name"],
     "size": lambda v: format_size(v["size"]),
-    "mapped": lambda v: format_known(v["mapped"]),
-    "own": lambda v: format_known(v["own"]),
-    "shared": lambda v: format_known(v["shared"]),
+    "mapped": lambda v: format_size(v["mapped"]),
+    "own": lambda v: format_size(v["own"]),
+    "shared": lambda v: format_size(v["shared"]),
     "snapshots": lambda v: str(v["snapshots"]),
     "clients": lambda v: str(v["clients"]),
     "created": lambda v: seconds_of(v["created"]),
@@ -70,11 +71,17 @@ def list_(as_json: bool) -> None:
     """List the volumes.
 
     MAPPED is what the guest sees as data; OWN and SHARED are bytes on disk, in layers of this
-    volume alone and in layers that other volumes use too.
+    volume alone and in layers that other volumes use too. Volumes that cannot be read are named on
+    standard error.
     """
     with Session(data_directory()) as session:
-        volumes = session.client.get(path("volumes"))["volumes"]
-    print_listing("volumes", volumes, as_json, _COLUMNS)
+        document = session.client.get(path("volumes"))
+    if as_json:
+        print_json(document)
+        return
+    print_listing("volumes", document["volumes"], as_json, _COLUMNS)
+    for lost in document["unreadable"]:
+        click.echo(f"nbdserve: warning: {describe_unreadable(lost)}", err=True)
 
 
 @volume.command()

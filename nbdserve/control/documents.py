@@ -4,6 +4,7 @@ import dataclasses
 from datetime import UTC, datetime
 
 from snapshots.listings import SnapshotInfo, VolumeInfo
+from snapshots.manifest_store import UnreadableVolume
 
 Document = dict[str, object]
 
@@ -16,6 +17,10 @@ def timestamp(seconds: float) -> str:
 
 def volume(info: VolumeInfo) -> Document:
     return dataclasses.asdict(info) | {"created": timestamp(info.created)}
+
+
+def unreadable(volume: UnreadableVolume) -> Document:
+    return dataclasses.asdict(volume)
 
 
 def snapshot(info: SnapshotInfo) -> Document:

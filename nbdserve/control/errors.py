@@ -16,6 +16,7 @@ from backends.errors import (
     NotFoundError,
     StorageError,
     UnavailableError,
+    one_line,
 )
 
 
@@ -52,12 +53,3 @@ def from_document(document: Mapping[str, object]) -> StorageError:
         if entry.kind == kind:
             return entry.error(str(document["error"]))
     return StorageError(str(document["error"]))
-
-
-def one_line(error: BaseException) -> str:
-    """What ``error`` says, without line breaks; its class when it says nothing."""
-    if isinstance(error, OSError) and error.strerror:
-        line = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
-    else:
-        line = str(error)
-    return " ".join(line.split()) or type(error).__name__

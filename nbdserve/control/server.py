@@ -8,10 +8,10 @@ from collections.abc import Awaitable, Callable
 from aiohttp import web
 from aiohttp.http_exceptions import HttpProcessingError
 
-from backends.errors import StorageError
+from backends.errors import StorageError, one_line
 from nbdserve.control import address, claims, snapshots, volumes
 from nbdserve.control.bodies import MAX_BODY
-from nbdserve.control.errors import one_line, to_document
+from nbdserve.control.errors import to_document
 from nbdserve.control.state import STATE, State
 
 log = logging.getLogger(__name__)

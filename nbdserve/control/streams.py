@@ -10,8 +10,8 @@ from contextlib import asynccontextmanager
 
 from aiohttp import web
 
-from backends.errors import StorageError
-from nbdserve.control.errors import one_line, to_document
+from backends.errors import StorageError, one_line
+from nbdserve.control.errors import to_document
 
 CONTENT_TYPE = "application/x-ndjson"
 

@@ -20,7 +20,7 @@ _EXTENTS_A_WRITE = 2000
 @routes.get("/v1/status")
 async def status(request: web.Request) -> web.Response:
     state = state_of(request)
-    volumes = await state.catalogue.list_volumes()
+    volumes, unreadable = await state.catalogue.survey_volumes()
     snapshots = state.catalogue.list_snapshots()
     space = await state.store.space()
     return web.json_response(
@@ -37,6 +37,7 @@ async def status(request: web.Request) -> web.Response:
                 if state.host.daemon
             ],
             "volumes": len(volumes),
+            "unreadable": [documents.unreadable(volume) for volume in unreadable],
             "snapshots": len(snapshots),
             "clients": sum(info.clients for info in volumes)
             + sum(info.clients for info in snapshots),
@@ -49,8 +50,13 @@ async def status(request: web.Request) -> web.Response:
 
 @routes.get("/v1/volumes")
 async def list_volumes(request: web.Request) -> web.Response:
-    volumes = await state_of(request).catalogue.list_volumes()
-    return web.json_response({"volumes": [documents.volume(info) for info in volumes]})
+    volumes, unreadable = await state_of(request).catalogue.survey_volumes()
+    return web.json_response(
+        {
+            "volumes": [documents.volume(info) for info in volumes],
+            "unreadable": [documents.unreadable(volume) for volume in unreadable],
+        }
+    )
 
 
 @routes.post("/v1/volumes")
