@@ -24,6 +24,7 @@ order between unsynced writes either.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -36,6 +37,14 @@ class Space:
 
     free: int
     total: int
+
+
+@dataclass(frozen=True)
+class LayerFiles:
+    """What a layer has beside its data: names of logs, and where there is what no store made."""
+
+    logs: list[str]
+    strange: list[str]
 
 
 class DataFile(Protocol):
@@ -91,11 +100,10 @@ class DataFile(Protocol):
     def allocated(self) -> int:
         """Bytes of disk space in use."""
 
-    def damage(self, end: int) -> str | None:
-        """What is wrong when the data, written up to offset ``end`` once, does not reach it now.
+    def find_short(self, ends: Sequence[int]) -> str | None:
+        """What keeps ``read`` from reaching one of these offsets, in words; None: nothing does.
 
-        One line that names the file; None: it does. A write behind its end would turn what is
-        missing into zeroes. OSError.
+        A write behind the end of what is left would turn what is missing into zeroes. OSError.
         """
 
     def close(self) -> None:
@@ -106,7 +114,11 @@ class LogFile(Protocol):
     """A file that grows at its end."""
 
     def append(self, data: Buffer) -> None:
-        """Write at the end."""
+        """Write at the end.
+
+        Where space was reserved, zeroes of it lie behind what was appended even after a power cut:
+        a reader can tell a log that ends from one that was cut short.
+        """
 
     def reserve(self, length: int) -> None:
         """Guarantee that ``length`` further bytes can be appended whatever fills the disk."""
@@ -155,6 +167,12 @@ class LayerStore(Protocol):
 
     async def list_layers(self) -> list[str]:
         """Names of all layers."""
+
+    async def list_files(self, layer: str) -> LayerFiles:
+        """What a layer consists of; NotFoundError."""
+
+    async def list_set_aside(self) -> list[str]:
+        """Where the layers are that were set aside."""
 
     async def create_layer(self, layer: str) -> None:
         """Make an empty layer."""
@@ -209,6 +227,9 @@ class LayerStore(Protocol):
 
     async def delete_record(self, kind: str, name: str) -> None:
         """Remove a record; one that is gone already is no error."""
+
+    def describe_layer(self, layer: str) -> str:
+        """Where a layer is, for messages."""
 
     def describe(self, layer: str, log: str) -> str:
         """Where a log is, for messages."""

@@ -26,6 +26,7 @@ import contextlib
 import errno
 import os
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 
 from backends.file_calls import fallocate, find_extents, sync_file_range
@@ -249,17 +250,18 @@ class LocalDataFile:
     def allocated(self) -> int:
         return sum(os.fstat(descriptor).st_blocks * 512 for descriptor in self._rows.values())
 
-    def damage(self, end: int) -> str | None:
-        if end == 0:
-            return None
-        row = (end - 1) >> ROW_SHIFT
-        where = self._directory / f"data-{row:05d}"
-        descriptor = self._rows.get(row)
-        if descriptor is None:
-            return f"{where} is missing"
-        length = os.fstat(descriptor).st_size
-        wanted = end - (row << ROW_SHIFT)
-        return None if length >= wanted else f"{where} ends at {length}, before offset {wanted}"
+    def find_short(self, ends: Sequence[int]) -> str | None:
+        for end in ends:
+            row = (end - 1) >> ROW_SHIFT
+            position = end - (row << ROW_SHIFT)
+            path = self._directory / f"data-{row:05d}"
+            descriptor = self._row_for_read(row)
+            if descriptor is None:
+                return f"{path}: is missing, {position} bytes expected"
+            size = os.fstat(descriptor).st_size
+            if size < position:
+                return f"{path}: cut short at offset {size}, {position} bytes expected"
+        return None
 
     def close(self) -> None:
         for descriptor in self._rows.values():

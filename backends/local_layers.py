@@ -22,6 +22,7 @@ import contextlib
 import errno
 import fcntl
 import os
+import re
 import secrets
 import shutil
 from pathlib import Path
@@ -30,11 +31,13 @@ import aiofiles
 import aiofiles.os
 
 from backends.errors import CorruptError, InUseError, InvalidError, NoSpaceError, NotFoundError
-from backends.layers import Buffer, Space
+from backends.layers import Buffer, LayerFiles, Space
 from backends.local_data import LocalDataFile, drop_cache, holds_data
 
 _NEW = ".new-"
 _CLEAN = b"clean\n"
+_LOGS = ("index", "journal", "merge")
+_DATA_OR_NEW = re.compile(r"data-[0-9]{5}$|\.new-")
 _ZEROES = memoryview(bytes(64 << 10))
 # What an empty file system or a killed process may have left.
 _HARMLESS = {"lost+found", "control.sock", "control.sock.hidden", "nbd.sock"}
@@ -48,6 +51,7 @@ class LocalLogFile:
     def __init__(self, path: Path, end: int) -> None:
         self._descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
         self._end = end
+        self._durable = 0
         self._failed = False
         try:
             self._reserved = os.fstat(self._descriptor).st_size
@@ -56,6 +60,8 @@ class LocalLogFile:
             raise
 
     def append(self, data: Buffer) -> None:
+        if self._end + len(data) >= self._durable:
+            self.sync()
         view = memoryview(data)
         position = self._end
         while len(view) > 0:
@@ -75,11 +81,13 @@ class LocalLogFile:
             self._reserved = end
 
     def sync(self) -> None:
+        reserved = self._reserved
         try:
             os.fdatasync(self._descriptor)
         except OSError:
             self._failed = True
             raise
+        self._durable = reserved
 
     def close(self) -> None:
         if self._failed:  # see local_data.py
@@ -265,6 +273,23 @@ class LocalLayerStore:
         names = await aiofiles.os.listdir(self.path / "layers")
         return sorted(name for name in names if not name.startswith(_NEW))
 
+    async def list_files(self, layer: str) -> LayerFiles:
+        path = self._layer(layer)
+        try:
+            names = sorted(await aiofiles.os.listdir(path))
+        except FileNotFoundError:
+            raise NotFoundError(f"layer {path} is missing") from None
+        logs = [name for name in names if name in _LOGS]
+        known = {*_LOGS, "claim"}
+        strange = [name for name in names if name not in known and not _DATA_OR_NEW.match(name)]
+        return LayerFiles(logs, [str(path / name) for name in strange])
+
+    async def list_set_aside(self) -> list[str]:
+        try:
+            return sorted(str(path) for path in (self.path / "lost").iterdir())
+        except FileNotFoundError:
+            return []
+
     async def create_layer(self, layer: str) -> None:
         try:
             await aiofiles.os.mkdir(self._layer(layer), 0o700)
@@ -386,6 +411,9 @@ class LocalLayerStore:
 
     async def delete_record(self, kind: str, name: str) -> None:
         await _unlink(self.path / kind / name)
+
+    def describe_layer(self, layer: str) -> str:
+        return str(self._layer(layer))
 
     def describe(self, layer: str, log: str) -> str:
         return str(self._layer(layer) / log)

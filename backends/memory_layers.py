@@ -8,9 +8,10 @@ full disk can be had at will.
 from __future__ import annotations
 
 import errno
+from collections.abc import Sequence
 
 from backends.errors import InUseError, NoSpaceError, NotFoundError
-from backends.layers import Buffer, Space
+from backends.layers import Buffer, LayerFiles, Space
 
 _PAGE_SHIFT = 12
 _PAGE = 1 << _PAGE_SHIFT
@@ -44,6 +45,9 @@ class MemoryDataFile:
                 self._store.take(_PAGE)
                 self._pages[page] = bytearray(_PAGE)
             self._pages[page][start : start + count] = view[position : position + count]
+
+    def find_short(self, ends: Sequence[int]) -> str | None:
+        return None
 
     def write_zeroes(self, offset: int, length: int) -> None:
         self.write(offset, bytes(length))
@@ -91,9 +95,6 @@ class MemoryDataFile:
 
     def allocated(self) -> int:
         return len(self._pages) * _PAGE
-
-    def damage(self, end: int) -> str | None:
-        return None
 
     def close(self) -> None:
         pass
@@ -184,6 +185,14 @@ class MemoryLayerStore:
     async def list_layers(self) -> list[str]:
         return sorted(self._data)
 
+    async def list_files(self, layer: str) -> LayerFiles:
+        if layer not in self._logs:
+            raise NotFoundError(f"layer {layer} is missing")
+        return LayerFiles(sorted(self._logs[layer]), [])
+
+    async def list_set_aside(self) -> list[str]:
+        return [f"memory:lost/{layer}" for layer in sorted(self.lost)]
+
     async def create_layer(self, layer: str) -> None:
         self._data[layer] = {}
         self._logs[layer] = {}
@@ -252,6 +261,9 @@ class MemoryLayerStore:
 
     async def delete_record(self, kind: str, name: str) -> None:
         self.take(-len(self._records.pop((kind, name), b"")))
+
+    def describe_layer(self, layer: str) -> str:
+        return f"memory:{layer}"
 
     def describe(self, layer: str, log: str) -> str:
         return f"memory:{layer}/{log}"

@@ -28,6 +28,7 @@ from backends.errors import (
     one_line,
 )
 from backends.layers import LayerStore
+from snapshots.checking import Checker, CheckReport
 from snapshots.comparing import compare_snapshots, compare_with_now
 from snapshots.contexts import base_of, context_names
 from snapshots.difference import Extent
@@ -366,6 +367,29 @@ class Catalogue:
                 return await compare_with_now(self._views, manifest, old)
             new = _find(manifest, newer)
             return await compare_snapshots(self._store, self._views, manifest, old, new)
+
+    # Checking
+
+    async def check_directory(
+        self, volume: str | None, repair: bool = False, progress: Progress | None = None
+    ) -> CheckReport:
+        """Check one volume or everything (checking.py); progress in layers. NotFoundError."""
+        checker = Checker(
+            self._store, self._quiet, self._manifests, self._merging.in_use, self._check_head
+        )
+        return await checker.run(volume, repair, progress)
+
+    @contextlib.asynccontextmanager
+    async def _quiet(self) -> AsyncIterator[None]:
+        async with self._turn(), self._views.stacks:
+            yield
+
+    async def _check_head(self, volume: str) -> bool:
+        view = self._views.get(volume)
+        if view is None:
+            return False
+        await view.host.check_journal(view.key)
+        return True
 
     # Clients
 

@@ -15,14 +15,21 @@ list the extents that the layer took with data and those that it says are zero, 
 sectors override earlier ones. A **sealed** log (an index) ends in ``[sequence, durable, [], [],
 extents]``, ``extents`` being how many it holds in all.
 
-Behind the last sector lies reserved space: zeroes, so that recording what was written never fails
-for want of space.
+Behind the last sector of a journal or merge log lies reserved space: zeroes, so that recording what
+was written never fails for want of space. At least one sector of it is always there and durable
+before anything is appended.
+
+**Marks.** A sector that lists nothing, ``[sequence, durable, [], []]``, is there for what its
+``durable`` says: without a later sector nobody could tell a lost last one from one that never was.
+A log that is written whole ends in a mark, and so does one to which nothing was appended for some
+seconds, or whose writer has gone in good order.
 
 **Reading back.** A sector is a valid one, or all zeroes (never written, or lost in a power cut
 before it was synced). Anything else is damage, since sectors are never overwritten: CorruptError
-names the file and the offset. The first zero sector ends the log; when a later one claims that the
-missing one was durable, that is damage too. Valid sectors behind a gap were never synced: they are
-ignored, and the reader is told (``ragged``) to rewrite the log before it appends.
+names the file and the offset. The first zero sector ends the log; a file that ends without one was
+cut short. When a later sector claims that a missing one was durable, that is damage too. Valid
+sectors behind a gap were never synced: they are ignored, and the reader is told (``ragged``) to
+rewrite the log before it appends.
 """
 
 from __future__ import annotations
@@ -32,12 +39,12 @@ import zlib
 from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import msgpack
 
 from backends.errors import CorruptError
-from snapshots.owner_map import DATA, ZERO, OwnerMap
+from snapshots.owner_map import DATA, ZERO
 
 SECTOR = 512
 FORMAT = 1
@@ -64,12 +71,20 @@ def encode_header(layer: str, log: str) -> bytes:
     return _sector(layer, [FORMAT, layer, log])
 
 
-def encode_extents(layer: str, runs: Iterable[Run], sequence: int) -> Iterator[bytes]:
+def encode_mark(layer: str, sequence: int) -> bytes:
+    """A mark numbered ``sequence`` + 1; ``sequence`` must be durable already."""
+    return _sector(layer, [sequence + 1, sequence, [], []])
+
+
+def encode_extents(
+    layer: str, runs: Iterable[Run], sequence: int, durable: int | None = None
+) -> Iterator[bytes]:
     """Sectors for ``runs`` (ascending, disjoint), the first numbered ``sequence`` + 1.
 
-    ``sequence`` must be durable already.
+    ``durable`` is the last sequence that is durable already, ``sequence`` unless given.
     """
-    durable = sequence
+    if durable is None:
+        durable = sequence
     lists: dict[int, list[int]] = {DATA: [], ZERO: []}
     ends = {DATA: 0, ZERO: 0}
     room = _PAYLOAD - _FIXED
@@ -93,7 +108,10 @@ def encode_extents(layer: str, runs: Iterable[Run], sequence: int) -> Iterator[b
 
 
 def encode_log(layer: str, log: str, runs: Iterable[Run], *, sealed: bool) -> tuple[bytes, int]:
-    """A whole log and the sequence of its last sector; ``sealed`` adds the end mark."""
+    """A whole log and the sequence of its last sector; a ``sealed`` one has the end mark.
+
+    Another one needs a sector of zeroes at least behind it.
+    """
     count = 0
 
     def counted() -> Iterator[Run]:
@@ -109,7 +127,19 @@ def encode_log(layer: str, log: str, runs: Iterable[Run], *, sealed: bool) -> tu
     if sealed:
         sequence += 1
         content += _sector(layer, [sequence, 0, [], [], count])
+    elif sequence:
+        content += encode_mark(layer, sequence)
+        sequence += 1
     return bytes(content), sequence
+
+
+class Extents(Protocol):
+    """What a log is read into: an OwnerMap, or less."""
+
+    blocks: int
+
+    def set(self, first: int, last: int, value: int) -> None:
+        """Store ``value`` for blocks ``first`` to ``last`` (exclusive)."""
 
 
 @dataclass
@@ -118,7 +148,8 @@ class LogState:
     be rewritten before anything is appended.
 
     ``zeroed`` are the last extents (first block, end block) that it says became zero: data may
-    have come there since. No data that it lists lay behind block ``data_end``.
+    have come there since. No data that it lists lay behind block ``data_end``. ``marked``: nothing
+    but a mark could be lost from its end unseen.
     """
 
     sequence: int
@@ -127,13 +158,14 @@ class LogState:
     size: int
     zeroed: deque[tuple[int, int]] = field(compare=False, default_factory=deque)
     data_end: int = field(compare=False, default=0)
+    marked: bool = field(compare=False, default=True)
 
 
 def read_log(
     content: bytes,
     layer: str,
     log: str,
-    into: OwnerMap,
+    into: Extents,
     where: str,
     data: int = DATA,
     zero: int = ZERO,
@@ -154,6 +186,7 @@ def read_log(
     zeroed: deque[tuple[int, int]] = deque(maxlen=_ZEROED)
     offset = SECTOR
     sealed = False
+    marked = True
     try:
         while offset + SECTOR <= len(content) and not sealed:
             payload = _payload(content, offset, seed, where)
@@ -164,6 +197,7 @@ def read_log(
                     f"{where}: sector {payload[0]} at offset {offset}, {sequence + 1} expected"
                 )
             sequence += 1
+            marked = not payload[2] and not payload[3]
             count, end = _apply(payload[2], data, into)
             data_end = max(data_end, end)
             extents += count + _apply(payload[3], zero, into, zeroed)[0]
@@ -180,8 +214,10 @@ def read_log(
         if not sealed or len(content) != offset:
             raise CorruptError(f"{where}: the end mark is missing at offset {offset}")
         return LogState(sequence, offset, False, len(content), data_end=data_end)
+    if offset + SECTOR > len(content):
+        raise CorruptError(f"{where}: cut short at offset {len(content)}")
     ragged = _check_tail(content, offset, seed, sequence, where)
-    return LogState(sequence, offset, ragged, len(content), zeroed, data_end)
+    return LogState(sequence, offset, ragged, len(content), zeroed, data_end, marked)
 
 
 def _check_tail(content: bytes, offset: int, seed: int, sequence: int, where: str) -> bool:
@@ -205,7 +241,7 @@ def _check_tail(content: bytes, offset: int, seed: int, sequence: int, where: st
 def _apply(
     numbers: list[int],
     value: int,
-    into: OwnerMap,
+    into: Extents,
     noted: deque[tuple[int, int]] | None = None,
 ) -> tuple[int, int]:
     """Apply a list of extents; how many they are, and the end of the last one."""

@@ -23,7 +23,9 @@ import asyncio
 import errno
 from heapq import heappop, heappush
 
+from backends.errors import CorruptError
 from backends.layers import LayerStore, LogFile
+from snapshots.examining import examine_log
 from snapshots.extent_log import (
     EXTENTS_PER_SECTOR,
     JOURNAL,
@@ -33,6 +35,7 @@ from snapshots.extent_log import (
     encode_extents,
     encode_header,
     encode_log,
+    encode_mark,
 )
 from snapshots.layer import OpenLayer, apply_layer
 from snapshots.names import BLOCK_SHIFT
@@ -72,6 +75,7 @@ class Head:
         self._journal = journal
         self._sequence = state.sequence
         self._end = state.end
+        self.marked = state.marked
         self._reserved_end = state.end
         self._compact_at = _COMPACT_FROM
         # Why nothing may be written here, if so.
@@ -141,9 +145,21 @@ class Head:
             self._journal.sync()
             self._sequence += len(sectors) // SECTOR
             self._end += len(sectors)
+            self.marked = False
         self._captured = 0
         self.extend(ample=True)
         return extents
+
+    def mark(self) -> None:
+        """Let the journal end in a mark, if there is room; blocking, in a thread."""
+        if self._reserved_end - self._end < 2 * SECTOR:
+            return
+        self._journal.append(encode_mark(self.layer.name, self._sequence))
+        self._journal.sync()
+        self._sequence += 1
+        self._end += SECTOR
+        self.marked = True
+        self.extend()
 
     def settle(self) -> None:
         """Make what is found durable, and reserve room; blocking.
@@ -193,7 +209,8 @@ class Head:
         self._set_limits()
 
     def _set_limits(self) -> None:
-        room = self._reserved_end - self._end
+        # A mark, and the zeroes that end the log.
+        room = self._reserved_end - self._end - 2 * SECTOR
         self.write_limit = self._runs_in(room - RESERVED)
         self.zero_limit = self._runs_in(room)
 
@@ -247,9 +264,24 @@ class Head:
         self._journal = journal
         self._sequence = sequence
         self._end = len(content)
+        self.marked = True
         self._reserved_end = self._end + JOURNAL_STEP
         self._compact_at = max(_COMPACT_FROM, 2 * self._end)
         self._set_limits()
+
+    async def check_journal(self, store: LayerStore, blocks: int) -> None:
+        """CorruptError when the journal or the data is shorter than it was written; OSError."""
+        name = self.layer.name
+        where = store.describe(name, JOURNAL)
+        content = await store.read_log(name, JOURNAL)
+        if content is None:
+            raise CorruptError(f"{where}: is missing")
+        state, reach = await examine_log(content, name, JOURNAL, blocks, where)
+        if (state.sequence, state.end) != (self._sequence, self._end):
+            raise CorruptError(f"{where}: ends at offset {state.end}, {self._end} expected")
+        missing = await asyncio.to_thread(reach.missing_from, self.data)
+        if missing is not None:
+            raise CorruptError(missing)
 
     def close(self) -> None:
         """Close the journal; the data belongs to the pool."""
@@ -261,7 +293,7 @@ async def open_head(
 ) -> Head:
     """Open a head and apply its journal to ``owners``; a torn tail of the journal goes."""
     state = await apply_layer(store, layer.name, owners, slot, 0)
-    damage = layer.data.damage(state.data_end << BLOCK_SHIFT)
+    damage = layer.data.find_short([end]) if (end := state.data_end << BLOCK_SHIFT) else None
     head = Head(layer, slot, await store.open_log(layer.name, JOURNAL, state.end), state)
     head.damage = damage
     try:

@@ -119,6 +119,9 @@ class ViewHost(Protocol):
     ) -> Sequence[tuple[int, int, bool]]:
         """What ``layers`` and pending writes say of a volume: (offset, length, reads as zero)."""
 
+    async def check_journal(self, key: str) -> None:
+        """Compare the journal of a volume with what was written to it; OSError, CorruptError."""
+
     # Snapshots
 
     async def settle(self, key: str) -> None:

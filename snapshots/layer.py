@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from backends.errors import CorruptError, NotFoundError
 from backends.layers import DataFile, LayerStore
-from snapshots.extent_log import INDEX, JOURNAL, MERGE, LogState, encode_log, read_log
+from snapshots.extent_log import INDEX, JOURNAL, MERGE, Extents, LogState, encode_log, read_log
 from snapshots.owner_map import DATA, ZERO, OwnerMap
 
 _THREAD_FROM = 1 << 16
@@ -54,7 +54,7 @@ class LayerPool:
 
 
 async def apply_layer(
-    store: LayerStore, layer: str, into: OwnerMap, data: int = DATA, zero: int = ZERO
+    store: LayerStore, layer: str, into: Extents, data: int = DATA, zero: int = ZERO
 ) -> LogState:
     """Apply what ``layer`` holds to ``into``: its index when it is sealed, else its journal."""
     # An index that appears while we look takes the journal's place: so look for it again.
@@ -66,7 +66,7 @@ async def apply_layer(
 
 
 async def apply_merge(
-    store: LayerStore, layer: str, into: OwnerMap, data: int = DATA, zero: int = ZERO
+    store: LayerStore, layer: str, into: Extents, data: int = DATA, zero: int = ZERO
 ) -> LogState | None:
     """Apply the merge log of ``layer``, the extents that it took over so far; None: no such log."""
     content = await store.read_log(layer, MERGE)
@@ -76,7 +76,7 @@ async def apply_merge(
 
 
 async def _apply(
-    store: LayerStore, content: bytes, layer: str, log: str, into: OwnerMap, data: int, zero: int
+    store: LayerStore, content: bytes, layer: str, log: str, into: Extents, data: int, zero: int
 ) -> LogState:
     where = store.describe(layer, log)
     if len(content) < _THREAD_FROM:

@@ -139,6 +139,7 @@ class LocalHost:
         if isinstance(view, Volume):
             await view.quiesce()
             if hasattr(view, "head"):
+                await view.mark_journal()
                 view.head.close()
         await view.reads_before_now()
         for _, layer in view.stack:
@@ -183,6 +184,12 @@ class LocalHost:
             finally:
                 touched.close()
         return [(extent.offset, extent.length, extent.zero) for extent in extents]
+
+    async def check_journal(self, key: str) -> None:
+        volume = self._writing(key).volume
+        # Held, so that the journal does not grow while it is read.
+        async with volume.head.lock:
+            await volume.head.check_journal(self._store, volume.owners.blocks)
 
     # Snapshots
 

@@ -35,7 +35,7 @@ from backends.errors import (
     UnavailableError,
 )
 from backends.layers import LayerStore, StagedRecord
-from snapshots.extent_log import MERGE, encode_header
+from snapshots.extent_log import MERGE, SECTOR, encode_header
 from snapshots.manifest import (
     Manifest,
     Merge,
@@ -323,8 +323,8 @@ class ManifestStore:
     async def begin_merge(self, merge: Merge) -> None:
         """Note durably that a merge is under way, with an empty log."""
         self.check()
-        header = encode_header(merge.target, MERGE)
-        await with_reserve(self._store, lambda: self._store.create_log(merge.target, MERGE, header))
+        empty = encode_header(merge.target, MERGE) + bytes(SECTOR)
+        await with_reserve(self._store, lambda: self._store.create_log(merge.target, MERGE, empty))
         await self._commit_record(_MERGES, merge.target, merge.pack())
         self.merges[merge.target] = merge
 

@@ -28,7 +28,8 @@ from collections.abc import Callable, Iterator
 
 from backends.errors import CorruptError, NoSpaceError
 from backends.layers import LayerStore, LogFile
-from snapshots.extent_log import MERGE, SECTOR, Run, encode_extents
+from snapshots.examining import Reach
+from snapshots.extent_log import MERGE, SECTOR, Run, encode_extents, encode_mark
 from snapshots.head import JOURNAL_STEP
 from snapshots.layer import OpenLayer, apply_layer, apply_merge, write_index
 from snapshots.manifest import Merge
@@ -78,6 +79,7 @@ class Merger:
         self._merge = merge
         self._blocks = blocks
         self._sequence = 0
+        self._durable = 0
 
     async def run(
         self, wanted: Callable[[], bool], progress: Callable[[int, int], None] | None
@@ -117,16 +119,13 @@ class Merger:
         return True
 
     async def _check(self, source: OpenLayer, target: OpenLayer) -> None:
-        """CorruptError when data of either layer is missing at the end: see ``damage``."""
+        """CorruptError when data of either layer is missing: see ``DataFile.find_short``."""
         for layer in (source, target):
-            holds = OwnerMap(self._blocks)
-            try:
-                state = await apply_layer(self._store, layer.name, holds)
-            finally:
-                holds.close()
-            damage = layer.data.damage(state.data_end << BLOCK_SHIFT)
-            if damage is not None:
-                raise CorruptError(damage)
+            reach = Reach(self._blocks)
+            await apply_layer(self._store, layer.name, reach)
+            missing = await asyncio.to_thread(reach.missing_from, layer.data)
+            if missing is not None:
+                raise CorruptError(missing)
 
     async def _begin(self) -> tuple[LogFile, OwnerMap]:
         """Open the merge log and find out what is still to be moved."""
@@ -141,13 +140,14 @@ class Merger:
                 if state.ragged:
                     content = await store.read_log(merge.target, MERGE)
                     assert content is not None
-                    await store.create_log(merge.target, MERGE, content[: state.end])
+                    whole = content[: state.end] + bytes(SECTOR)
+                    await store.create_log(merge.target, MERGE, whole)
                 # What an interrupted attempt logged may not have reached the views.
                 await self._views.follow_merge(merge)
                 recalled = asyncio.ensure_future(self._views.recall(merge))
                 await asyncio.sleep(0)  # it begins while nothing is opened or closed
             await recalled
-            self._sequence = state.sequence
+            self._sequence = self._durable = state.sequence
             await apply_layer(store, merge.source, todo)
             if merge.target == merge.upper:
                 # Blocks that the upper one has anyway; what it took over before is among them.
@@ -172,7 +172,10 @@ class Merger:
         self, source: OpenLayer, target: OpenLayer, log: LogFile, runs: list[Run]
     ) -> None:
         threads = self._views.threads
-        sectors = b"".join(encode_extents(target.name, runs, self._sequence))
+        sectors = b"".join(encode_extents(target.name, runs, self._sequence, durable=self._durable))
+        self._durable = self._sequence + len(sectors) // SECTOR
+        # Durable with the next chunk; before the source's blocks go, it should be there.
+        mark = encode_mark(target.name, self._durable)
         try:
             await threads.sync(_copy, source, target, log, len(sectors), runs)
         except OSError as error:
@@ -185,8 +188,8 @@ class Merger:
                 ) from error
             await threads.sync(_copy, source, target, log, len(sectors), runs)
         async with self._views.stacks:
-            await threads.sync(_record, log, sectors)
-            self._sequence += len(sectors) // SECTOR
+            await threads.sync(_record, log, sectors, mark)
+            self._sequence = self._durable + 1
             moved = asyncio.ensure_future(self._views.move(self._merge, runs))
             await asyncio.sleep(0)  # it begins while nothing is opened or closed
         await moved
@@ -242,7 +245,8 @@ def _chunks(todo: OwnerMap) -> Iterator[list[Run]]:
 
 
 def _copy(source: OpenLayer, target: OpenLayer, log: LogFile, logged: int, runs: list[Run]) -> None:
-    log.reserve(max(logged, JOURNAL_STEP))
+    # With the mark, and the zeroes that end the log.
+    log.reserve(max(logged + 2 * SECTOR, JOURNAL_STEP))
     longest = max((end - start for start, end, kind in runs if kind == DATA), default=0)
     buffer = memoryview(bytearray(longest * BLOCK_SIZE))
     for start, end, kind in runs:
@@ -253,9 +257,10 @@ def _copy(source: OpenLayer, target: OpenLayer, log: LogFile, logged: int, runs:
     target.data.sync()
 
 
-def _record(log: LogFile, sectors: bytes) -> None:
+def _record(log: LogFile, sectors: bytes, mark: bytes) -> None:
     log.append(sectors)
     log.sync()
+    log.append(mark)
 
 
 def _punch(source: OpenLayer, target: OpenLayer, runs: list[Run]) -> None:

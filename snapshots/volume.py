@@ -344,6 +344,19 @@ class Volume(View):
         """
         if self.head.pending:
             await self.flush()
+        else:
+            await self.mark_journal()
+
+    async def mark_journal(self) -> None:
+        """Let a journal that nothing is appended to for now end in a mark (extent_log.py)."""
+        head = self.head
+        async with head.lock:
+            if head.marked or head.sealed or self._failure is not None:
+                return
+            try:
+                await self._threads.sync(head.mark)
+            except OSError as error:
+                self.fail(f"a sync failed: {error.strerror or error}")
 
     async def _flush_after(self, previous: asyncio.Task[None] | None) -> None:
         if previous is not None:

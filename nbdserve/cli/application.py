@@ -23,6 +23,7 @@ _COMMANDS = {
     "repo": "nbdserve.cli.repo",
     "backup": "nbdserve.cli.backup",
     "status": "nbdserve.cli.status",
+    "check": "nbdserve.cli.check",
 }
 
 INTERRUPTED = 128 + signal.SIGINT

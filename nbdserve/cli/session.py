@@ -16,7 +16,7 @@ from nbdserve.control import address
 from nbdserve.control.client import Client
 from nbdserve.control.offline import OfflineServer
 
-_PATIENCE = 15.0
+PATIENCE = 15.0
 """Seconds to wait for a process that has the lock and does not serve yet."""
 
 
@@ -28,11 +28,8 @@ class Session:
         self.data = data.absolute()
         self.client = Client(self._connect)
         self._offline: OfflineServer | None = None
-        if not self.data.is_dir():
-            if self.data.exists():
-                raise NotFoundError(f"data directory {data} is not a directory")
-            if not create:
-                raise NotFoundError(f"data directory {data} does not exist")
+        if self.data.exists() or not create:
+            check_directory(data)
 
     def __enter__(self) -> Self:
         return self
@@ -48,24 +45,41 @@ class Session:
             self._offline.stop(at_once=interrupted)
 
     def _connect(self) -> socket:
-        deadline = time.monotonic() + _PATIENCE
+        deadline = time.monotonic() + PATIENCE
         while True:
-            try:
-                return address.connect(self.data)
-            except (FileNotFoundError, ConnectionRefusedError):
-                pass
-            except PermissionError:
-                raise UnavailableError(
-                    f"no permission to use {self.data / address.NAME}: "
-                    "run the command as the user who runs the daemon"
-                ) from None
-            except OSError as error:
-                raise UnavailableError(f"{self.data / address.NAME}: {one_line(error)}") from None
+            connection = connect(self.data)
+            if connection is not None:
+                return connection
             try:
                 self._offline = OfflineServer(self.data)
             except InUseError as error:
-                if time.monotonic() > deadline:
-                    raise InUseError(
-                        f"{error}, which does not answer at its control socket"
-                    ) from None
-                time.sleep(0.05)
+                wait_for_lock(error, deadline)
+
+
+def check_directory(data: Path) -> None:
+    """NotFoundError when there is no directory of that name."""
+    if not data.is_dir():
+        what = "is not a directory" if data.exists() else "does not exist"
+        raise NotFoundError(f"data directory {data} {what}")
+
+
+def connect(data: Path) -> socket | None:
+    """A connection to whoever serves a data directory; None when nobody does. UnavailableError."""
+    try:
+        return address.connect(data)
+    except (FileNotFoundError, ConnectionRefusedError):
+        return None
+    except PermissionError:
+        raise UnavailableError(
+            f"no permission to use {data / address.NAME}: "
+            "run the command as the user who runs the daemon"
+        ) from None
+    except OSError as error:
+        raise UnavailableError(f"{data / address.NAME}: {one_line(error)}") from None
+
+
+def wait_for_lock(error: InUseError, deadline: float) -> None:
+    """Give who has the lock time to serve, or to let go of it; InUseError when it had enough."""
+    if time.monotonic() > deadline:
+        raise InUseError(f"{error}, which does not answer at its control socket") from None
+    time.sleep(0.05)

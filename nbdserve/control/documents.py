@@ -3,6 +3,7 @@
 import dataclasses
 from datetime import UTC, datetime
 
+from snapshots.checking import CheckReport
 from snapshots.listings import SnapshotInfo, VolumeInfo
 from snapshots.manifest_store import UnreadableVolume
 
@@ -17,6 +18,10 @@ def timestamp(seconds: float) -> str:
 
 def volume(info: VolumeInfo) -> Document:
     return dataclasses.asdict(info) | {"created": timestamp(info.created)}
+
+
+def check_report(report: CheckReport) -> Document:
+    return dataclasses.asdict(report)
 
 
 def unreadable(volume: UnreadableVolume) -> Document:

@@ -256,6 +256,9 @@ class WorkerHost:
         found = await self._call("list_changed", key, layers, blocks)
         return [(offset, length, zero) for offset, length, zero in found]
 
+    async def check_journal(self, key: str) -> None:
+        await self._call("check_journal", key)
+
     async def settle(self, key: str) -> None:
         await self._call("settle", key)
 

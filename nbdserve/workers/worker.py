@@ -38,6 +38,7 @@ _METHODS: Final = frozenset(
         "grow",
         "count_owned",
         "list_changed",
+        "check_journal",
         "settle",
         "add_head",
         "drop_head",

@@ -96,7 +96,7 @@ def test_an_index_says_what_was_put_into_it(steps: list[tuple[int, int, int]]) -
 
 
 @settings(max_examples=100, deadline=None)
-@given(st.lists(steps, max_size=5), st.integers(0, 3))
+@given(st.lists(steps, max_size=5), st.integers(1, 3))
 def test_a_journal_says_what_its_batches_say_the_later_over_the_earlier(
     batches: list[list[tuple[int, int, int]]], reserved: int
 ) -> None:
@@ -159,16 +159,36 @@ def test_an_index_cut_short_or_followed_by_anything_is_refused() -> None:
     refused(content + content[SECTOR : 2 * SECTOR], INDEX)
 
 
-def test_a_journal_cut_short_is_a_shorter_journal_and_never_a_part_of_a_sector() -> None:
-    runs = many(130)
-    content = journal([[run] for run in runs[:20]])
-    for end in range(SECTOR, len(content), SECTOR):
-        found, state = read(content[:end], JOURNAL)
-        assert found == runs[: end // SECTOR - 1]
-        assert state.end == end
-        refused(content[: end + 300], JOURNAL, end)
-    refused(content[: SECTOR - 1], JOURNAL, SECTOR - 1)
-    refused(b"", JOURNAL, 0)
+@pytest.mark.parametrize("log", [JOURNAL, MERGE])
+def test_a_journal_cut_short_is_refused_unless_only_reserved_zeroes_are_gone(log: str) -> None:
+    content, sequence = encode_log(LAYER, log, many(500), sealed=False)
+    end = len(content)
+    assert end == (sequence + 1) * SECTOR > 4 * SECTOR
+    content += bytes(3 * SECTOR)
+    for cut in {*range(0, len(content), 100), *range(0, len(content), SECTOR), end + SECTOR - 1}:
+        if cut < end + SECTOR:
+            refused(content[:cut], log)
+        else:
+            assert read(content[:cut], log) == (many(500), LogState(sequence, end, False, cut))
+
+
+@pytest.mark.parametrize("log", [JOURNAL, MERGE])
+def test_a_log_that_ends_in_a_mark_loses_no_sector_unseen(log: str) -> None:
+    for runs in (many(1), many(500)):
+        content, sequence = encode_log(LAYER, log, runs, sealed=False)
+        content += bytes(SECTOR)
+        _, state = read(content, log)
+        assert state.marked
+        mark = sequence * SECTOR
+        for offset in range(SECTOR, mark, SECTOR):
+            damaged = content[:offset] + bytes(SECTOR) + content[offset + SECTOR :]
+            refused(damaged, log, offset)
+        # The mark itself says nothing of the layer.
+        found, state = read(content[:mark] + bytes(2 * SECTOR), log)
+        assert found == runs
+        assert not state.marked
+    content, sequence = encode_log(LAYER, log, [], sealed=False)
+    assert (content, sequence) == (encode_header(LAYER, log), 0)
 
 
 def test_a_lost_sector_that_was_synced_is_refused() -> None:
@@ -196,7 +216,7 @@ def test_unsynced_sectors_behind_a_gap_are_ignored_and_reported() -> None:
     assert state == LogState(1, len(content), True, len(torn))
     # A part of the batch in front of the gap was written whole: it counts.
     _, state = read(content + batch[0] + bytes(SECTOR) + batch[2], JOURNAL)
-    assert (state.sequence, state.ragged) == (2, True)
+    assert (state.sequence, state.ragged, state.marked) == (2, True, False)
     # An index is written whole before it gets its name: nothing may be missing from it.
     index, _ = encode_log(LAYER, INDEX, many(500), sealed=True)
     refused(index[:SECTOR] + bytes(SECTOR) + index[2 * SECTOR :], INDEX, SECTOR)
@@ -209,6 +229,7 @@ def test_sectors_of_other_layers_and_logs_are_refused() -> None:
     refused(content + foreign, JOURNAL, 2 * SECTOR)
     refused(content + bytes(SECTOR) + foreign, JOURNAL, 3 * SECTOR)
     refused(content, MERGE, 0)
+    refused(content, JOURNAL, len(content))
     refused(encode_header(other, JOURNAL), JOURNAL, 0)
     # A stale sector of the layer's own, with the wrong number.
     (stale,) = encode_extents(LAYER, many(3), 0)
