@@ -275,6 +275,27 @@ def test_a_whole_directory_has_no_findings_and_is_left_alone(
     assert check(data).findings == []
 
 
+def test_no_sector_of_a_merge_log_is_lost_unseen(
+    original: tuple[Path, Contents], data: Path
+) -> None:
+    """What it says was moved is nowhere else any more."""
+    (log,) = data.glob("layers/*/merge")
+    whole = log.read_bytes()
+    said = -(-len(whole.rstrip(b"\0")) // SECTOR) * SECTOR
+    assert said >= 3 * SECTOR
+    for offset in range(0, said, SECTOR):
+        kept = sorted((data / "merges").iterdir())
+        log.write_bytes(whole[:offset] + bytes(SECTOR) + whole[offset + SECTOR :])
+        found = check(data).findings
+        if offset == said - SECTOR:
+            assert found == [], "the mark"
+        else:
+            assert [(each.file, each.offset) for each in found] == [(str(log), offset)]
+            assert serve(data)["mail@c"] is None
+            assert sorted((data / "merges").iterdir()) == kept
+    assert serve(data) == original[1]
+
+
 def heads(data: Path) -> dict[str, Path]:
     """The directory of each volume's head."""
 
