@@ -417,19 +417,21 @@ class Checker:
 
     async def _check_torn(self, layer: str, log: str, content: bytes, state: LogState) -> None:
         where = self._store.describe(layer, log)
+        advice = "--repair cuts it off, as opening the volume does"
         repaired = False
-        if self._repair:
+        if log == MERGE:
+            advice = "nothing: it is cut off when the merge goes on"
+        elif self._repair:
             async with self._quiet():
-                users = self._current_users(layer)
-                if users and await self._store.read_log(layer, log) == content:
-                    room = JOURNAL_STEP if log == JOURNAL else SECTOR
-                    whole = content[: state.end] + bytes(room)
-                    await self._store.create_log(layer, log, whole)
-                    repaired = True
+                if await self._store.read_log(layer, log) != content:
+                    return  # the volume was opened, or has gone
+                whole = content[: state.end] + bytes(JOURNAL_STEP)
+                await self._store.create_log(layer, log, whole)
+                repaired = True
         self._find(
             f"{where}: a torn tail from offset {state.end} on, of writes that nobody was told were"
             " durable",
-            "--repair cuts it off, as opening the volume does",
+            advice,
             repaired=repaired,
         )
 

@@ -350,6 +350,8 @@ class Volume(View):
     async def mark_journal(self) -> None:
         """Let a journal that nothing is appended to for now end in a mark (extent_log.py)."""
         head = self.head
+        if head.marked:
+            return
         async with head.lock:
             if head.marked or head.sealed or self._failure is not None:
                 return

@@ -216,7 +216,7 @@ def judge(data: Path, contents: Contents, whole: bool, what: str) -> None:
         assert served == contents, what
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(
     damage=st.sampled_from([flip, flip, truncate, zero]),
     which=st.integers(0, 1 << 16),
@@ -244,7 +244,7 @@ def test_damage_to_any_metadata_file_is_found_and_never_served(
     judge(data, contents, whole, f"{damage.__name__} of {path}")
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(first=st.integers(0, 1 << 16), second=st.integers(0, 1 << 16))
 def test_two_files_swapped_are_found_and_never_served(
     original: tuple[Path, Contents], scratch: Path, first: int, second: int
