@@ -2,8 +2,8 @@
 # make test   set up what is missing, then lint, types and every test, real clients and servers
 #             included
 # make check  format, lint, types and the fast tests
-# make torture  fuzz for TORTURE_MINUTES, which keeps what it finds, then let every call of a script
-#             fail: see docs/testing.md
+# make torture  what make test does a little of, at length: fuzzing for TORTURE_MINUTES, a million
+#             states of power cuts, every fault, …; TORTURE="--only PART" for one: docs/testing.md
 # make bench  measure beside nbdkit and qemu-nbd; BENCH="--quick" only sees that it runs
 # make conformance  check nbdserve and its peers against the specification; writes
 #             docs/conformance.md
@@ -15,8 +15,9 @@ BIN := $(VENV)/bin
 PORT ?= 10809
 # Options of the benchmark: --rounds N, --seconds N, --quick, --directory DIR, --results DIR.
 BENCH ?=
-# How long torture takes.
+# How long torture fuzzes, and what else it is told: see python -m tests.torture --help.
 TORTURE_MINUTES ?= 10
+TORTURE ?=
 # Python without the suffix that tools find it by.
 SCRIPTS := scripts/kernel-vm scripts/s3-test-server scripts/nbd-conformance scripts/conformance-table
 
@@ -61,7 +62,7 @@ check: lint fast-tests
 
 torture: $(VENV)/installed
 	@scripts/install-test-dependencies
-	@$(BIN)/python -m tests.fuzz.torture --minutes $(TORTURE_MINUTES)
+	@$(BIN)/python -m tests.torture --minutes $(TORTURE_MINUTES) $(TORTURE)
 
 $(VENV)/installed-bench: $(VENV)/installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[bench]'
