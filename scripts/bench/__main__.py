@@ -15,6 +15,7 @@ from types import FrameType
 from scripts.bench import chart, comparison, report
 from scripts.bench.machine import describe_machine
 from scripts.bench.probe_crowd import measure_crowd
+from scripts.bench.probe_flush import measure_flush
 from scripts.bench.probe_gate import measure_gate
 from scripts.bench.probe_layers import measure_layers
 from scripts.bench.probe_memory import measure_memory
@@ -25,7 +26,7 @@ from scripts.bench.results import Results
 from scripts.bench.scale import FULL, QUICK, Scale
 
 PROJECT = Path(__file__).resolve().parents[2]
-PROGRAMS = ("fio", "nbdkit", "qemu-nbd", "qemu-img", "openssl", "setpriv", "findmnt")
+PROGRAMS = ("fio", "nbdkit", "qemu-nbd", "qemu-img", "openssl", "setpriv", "findmnt", "strace")
 QUIET_LOAD = 0.5
 
 
@@ -127,6 +128,7 @@ def measure(scale: Scale, directory: Path, results: Results) -> Iterator[None]:
             ("memory", measure_memory),
             ("trim", measure_trim),
             ("crowd", measure_crowd),
+            ("flush", measure_flush),
         ):
             tell(f"{name}:")
             # Socket paths are short in the one, the file system to measure is under the other.

@@ -16,6 +16,7 @@ from typing import Final, Self
 
 from nbdserve.protocol.constants import (
     CMD_DISC,
+    CMD_FLAG_FUA,
     CMD_FLUSH,
     CMD_READ,
     CMD_TRIM,
@@ -122,10 +123,11 @@ class Client:
         self._take_reply()
         return self._receive(length)
 
-    def write(self, offset: int, data: bytes | memoryview) -> None:
-        """Write ``data`` and wait for the reply."""
+    def write(self, offset: int, data: bytes | memoryview, *, fua: bool = False) -> None:
+        """Write ``data`` and wait for the reply; with ``fua``, until it is durable."""
+        flags = CMD_FLAG_FUA if fua else 0
         self._socket.sendall(
-            _REQUEST.pack(REQUEST_MAGIC, 0, CMD_WRITE, 0, offset, len(data)) + data
+            _REQUEST.pack(REQUEST_MAGIC, flags, CMD_WRITE, 0, offset, len(data)) + data
         )
         self._take_reply()
 

@@ -39,6 +39,7 @@ _PROBES = {
     "memory": "Resident memory of the daemon",
     "trim": "Whole-device TRIM",
     "crowd": "A crowd of idle and stuck clients",
+    "flush": "What a FLUSH costs the disk",
 }
 
 

@@ -35,6 +35,8 @@ class Scale:
     """Of the crowd: clients that stopped in the middle of something."""
     working: int
     """Clients that go on meanwhile."""
+    flushes: int
+    """Of each load whose syncs and bytes are counted."""
 
     def adjusted(self, rounds: int | None, seconds: int | None) -> Scale:
         """The same with what the user asked for."""
@@ -67,6 +69,7 @@ FULL = Scale(
     idle=1000,
     stuck=200,
     working=50,
+    flushes=400,
 )
 
 QUICK = Scale(
@@ -83,4 +86,5 @@ QUICK = Scale(
     idle=40,
     stuck=9,
     working=4,
+    flushes=8,
 )

@@ -11,6 +11,7 @@ from scripts.bench import process, report
 from scripts.bench.jobs import JOBS, Job, parse_fio
 from scripts.bench.layering import assign, make_content, pieces_of
 from scripts.bench.machine import parse_model
+from scripts.bench.probe_flush import parse_trace
 from scripts.bench.probe_gate import longest_between
 from scripts.bench.process import BenchError
 from scripts.bench.results import (
@@ -252,3 +253,22 @@ def test_table_columns_line_up() -> None:
     lines = report.format_table(("a", "long head"), [("long cell", "b"), ("", "µ")]).splitlines()
     assert len({len(line) for line in lines}) == 1
     assert set(lines[1]) == {"|", "-"}
+
+
+def test_syncs_and_bytes_are_counted_by_kind_of_file() -> None:
+    traced = parse_trace(
+        [
+            '7 pwrite64(9</d/layers/a/data-00000>, "\\0"..., 4096, 8192) = 4096',
+            "7 fdatasync(9</d/layers/a/data-00000>)  = 0",
+            "8 fdatasync(10</d/layers/a/journal>)  = 0",
+            '8 pwritev2(9</d/layers/a/data-00000>, [{iov_base="x"}], 1, 0, 0) = 512',
+            "8 fsync(4</elsewhere/file>) = 0",
+            "8 fdatasync(10</d/layers/a/journal> <unfinished ...>",
+            "7 fdatasync(9</d/layers/a/data-00000> <unfinished ...>",
+            "8 <... fdatasync resumed>)              = 0",
+            "8 fdatasync(10</d/layers/a/journal>) = -1 EIO (Input/output error)",
+        ],
+        Path("/d"),
+    )
+    assert traced.syncs == {"data": 1, "journal": 2}
+    assert traced.written == {"data": 4608}
