@@ -140,6 +140,10 @@ def rename(old: SimulatedPath, new: SimulatedPath) -> None:
     disk.change((directory, name, None), (to, new_name, node))
 
 
+def stat_path(path: SimulatedPath) -> SimpleNamespace:
+    return _stat(path.disk.find(path.path))
+
+
 def list_directory(path: SimulatedPath) -> list[str]:
     directory = path.disk.find(path.path)
     if not isinstance(directory, Directory):
@@ -204,6 +208,12 @@ class Calls:
         buffer[: len(data)] = data
         return len(data)
 
+    def pread(self, descriptor: int, length: int, offset: int) -> bytes:
+        disk, _, file = self._file(descriptor)
+        if disk.dead:
+            disk.note("read")
+        return file.read(offset, length)
+
     def fstat(self, descriptor: int) -> SimpleNamespace:
         return _stat(self._file(descriptor)[2])
 
@@ -247,10 +257,11 @@ class Calls:
             file.grow(offset + length)
 
     def posix_fadvise(self, descriptor: int, offset: int, length: int, advice: int) -> None:
-        pass
+        """Of DONTNEED: clean pages go, and read as before; writing dirty ones is begun, which makes
+        nothing durable, and they stay."""
 
     def sync_file_range(self, descriptor: int, offset: int, length: int, flags: int) -> None:
-        pass
+        """Writing is begun, which makes nothing durable."""
 
     def is_cached(self, descriptor: int, offset: int, length: int) -> bool:
         return False
@@ -314,6 +325,7 @@ class _AsynchronousFiles:
             mkdir=_threaded(make_directory),
             makedirs=_threaded(make_directories),
             listdir=_threaded(list_directory),
+            stat=_threaded(stat_path),
             path=SimpleNamespace(exists=_threaded(exists), isdir=_threaded(is_directory)),
         )
 
