@@ -457,6 +457,8 @@ def _check_space(error: OSError, directory: Path) -> None:
 async def _unlink(path: Path) -> None:
     with contextlib.suppress(FileNotFoundError):
         await aiofiles.os.unlink(path)
+    # Also where it is gone already: a killed process may have removed it, and nobody synced that.
+    with contextlib.suppress(FileNotFoundError):
         await _sync_directory(path.parent)
 
 
