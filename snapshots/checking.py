@@ -25,7 +25,7 @@ from dataclasses import dataclass, field
 
 from backends.errors import CorruptError, NotFoundError, StorageError, one_line
 from backends.layers import LayerStore
-from snapshots.examining import Reach, examine_log
+from snapshots.examining import Reach, examine_log, holds_listed_data
 from snapshots.extent_log import INDEX, JOURNAL, MERGE, SECTOR, LogState
 from snapshots.head import JOURNAL_STEP
 from snapshots.manifest import (
@@ -395,7 +395,10 @@ class Checker:
                             " of what the layer holds"
                         )
                     found.logs[INDEX] = content
-                if layer in merges and MERGE not in found.logs:
+                merge = merges.get(layer)
+                # One that has come to its end loses its log first, then its record.
+                wanting = merge is not None and self._current_users(merge.source)
+                if wanting and MERGE not in found.logs:
                     raise CorruptError(f"{store.describe(layer, MERGE)}: is missing")
             except (OSError, CorruptError, NotFoundError) as error:
                 self._find_in(layer, _one_problem(error, store.describe(layer, JOURNAL)))
@@ -463,11 +466,11 @@ class Checker:
             strangers = []  # any may belong to a volume that cannot be read
         for layer in strangers:
             repaired = self._repair
-            advice = "--repair moves it to lost/ if it holds data, and removes it if not"
+            advice = "--repair moves it to lost/ if its logs list data, and removes it if not"
             where = store.describe_layer(layer)
             if repaired:
                 try:
-                    if await store.holds_data(layer):
+                    if await holds_listed_data(store, layer):
                         await store.set_aside_layer(layer)
                     else:
                         await store.delete_layer(layer)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 
-from backends.layers import DataFile
+from backends.errors import CorruptError, NotFoundError
+from backends.layers import DataFile, LayerStore
 from backends.local_data import ROW_SHIFT
 from snapshots.extent_log import LogState, read_log
-from snapshots.names import BLOCK_SHIFT
+from snapshots.layer import apply_layer, apply_merge
+from snapshots.names import BLOCK_SHIFT, MAX_VOLUME_SIZE
 from snapshots.owner_map import DATA
 
 _ROW_BLOCKS_SHIFT = ROW_SHIFT - BLOCK_SHIFT
@@ -32,6 +34,11 @@ class Reach:
             end = min(last, (row + 1) << _ROW_BLOCKS_SHIFT)
             self._ends[row] = max(self._ends.get(row, 0), end)
 
+    @property
+    def nowhere(self) -> bool:
+        """Whether the log lists no data at all."""
+        return not self._ends
+
     def missing_from(self, data: DataFile) -> str | None:
         """What is not there of the data, in words that name the file; None when all is. OSError."""
         return data.find_short([end << BLOCK_SHIFT for end in self._ends.values()])
@@ -43,3 +50,21 @@ async def examine_log(
     """Read a log of a volume of ``blocks`` blocks in a thread; CorruptError."""
     reach = Reach(blocks)
     return await asyncio.to_thread(read_log, content, layer, log, reach, where), reach
+
+
+async def holds_listed_data(store: LayerStore, layer: str) -> bool:
+    """Whether a layer that no volume lists may be all that is left of one. OSError.
+
+    So if it has data, and a log that lists some or cannot be read. Data that no log lists could
+    not be read again, whatever else came back: the next head of a snapshot that was not committed
+    has it, when the process is killed behind the gate.
+    """
+    if not await store.holds_data(layer):
+        return False
+    reach = Reach(MAX_VOLUME_SIZE >> BLOCK_SHIFT)
+    try:
+        await apply_layer(store, layer, reach)
+        await apply_merge(store, layer, reach)
+    except (CorruptError, NotFoundError):
+        return True
+    return not reach.nowhere

@@ -7,6 +7,7 @@ import contextlib
 import logging
 
 from backends.layers import LayerStore
+from snapshots.examining import holds_listed_data
 from snapshots.manifest_store import ManifestStore
 from snapshots.merging import Merging
 from snapshots.open_views import OpenViews
@@ -52,9 +53,9 @@ class Upkeep:
     async def _set_strangers_aside(self) -> None:
         """Deal with layers that nothing lists and nothing condemned.
 
-        Without data, such a layer is what an interrupted snapshot left, and goes. With data it may
-        belong to a volume whose manifest was lost: it is kept out of the way. While a volume is
-        unreadable, it may be that one's, and stays where it is.
+        Without data that a log lists, such a layer is what an interrupted snapshot left, and goes.
+        With such data it may belong to a volume whose manifest was lost: it is kept out of the way.
+        While a volume is unreadable, it may be that one's, and stays where it is.
         """
         if self._manifests.unreadable:
             return
@@ -63,7 +64,7 @@ class Upkeep:
         for layer in await self._store.list_layers():
             if layer in known:
                 continue
-            if await self._store.holds_data(layer):
+            if await holds_listed_data(self._store, layer):
                 where = await self._store.set_aside_layer(layer)
                 _log.warning("layer %s belongs to no volume; it is kept in %s", layer, where)
             else:

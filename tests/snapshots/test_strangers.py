@@ -13,6 +13,7 @@ from backends.errors import CorruptError
 from backends.local_layers import LocalLayerStore
 from backends.memory_layers import MemoryDataFile, MemoryLayerStore
 from snapshots.catalogue import Catalogue
+from snapshots.head import create_head
 from snapshots.sink import open_sink
 
 BLOCK = 4096
@@ -61,6 +62,32 @@ def test_data_of_a_volume_whose_manifest_was_lost_is_kept(
         manifest.write_bytes(record)
         catalogue = await Catalogue.open(LocalLayerStore(tmp_path))
         assert await first_byte(catalogue, "lost") == 7
+        await catalogue.close()
+
+    asyncio.run(scenario())
+
+
+def test_the_head_of_a_snapshot_that_was_not_committed_goes(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The process is killed behind the gate: the next head has data, but no log lists it."""
+
+    async def scenario() -> None:
+        store = LocalLayerStore(tmp_path)
+        catalogue = await Catalogue.open(store)
+        await catalogue.create_volume("v", SIZE)
+        await fill(catalogue, "v", 7)
+        await create_head(store, "00000000000000aa")
+        head = tmp_path / "layers" / "00000000000000aa"
+        (head / "data-00000").write_bytes(b"x" * BLOCK)
+        await store.unlock()
+
+        with caplog.at_level(logging.WARNING):
+            catalogue = await Catalogue.open(LocalLayerStore(tmp_path))
+        assert not head.exists()
+        assert not (tmp_path / "lost").exists()
+        assert caplog.text == ""
+        assert await first_byte(catalogue, "v") == 7
         await catalogue.close()
 
     asyncio.run(scenario())
