@@ -58,9 +58,11 @@ def many_histories(seed, states, end):
 def report(result):
     """Print what came out; whether nothing was found."""
     tally, finding = result
+    places = ", ".join(f"{count} {where}" for where, count in tally.where.most_common())
     print(
-        f"power cuts: {tally.states} states of {tally.cuts} moments in {tally.histories} histories;"
-        f" {tally.recoveries} of them cuts of a recovery, {tally.kills} lives begun after a kill",
+        f"power cuts: {tally.states} states ({tally.disks} different disks) of {tally.cuts} moments"
+        f" in {tally.histories} histories. Where the power failed: {places}."
+        f" {tally.kills} kills recovered, {tally.checks} checks",
         flush=True,
     )
     if finding is not None:

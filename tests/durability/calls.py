@@ -2,11 +2,13 @@
 
 ``SimulatedPath`` is what the store is given for its directory; ``Calls`` stands for the ``os``
 module, with nothing in it but what is simulated and the constants. ``routed`` puts them into the
-two modules, and makes whatever else differs between two runs the same.
+two modules, makes whatever else differs between two runs the same, and collects what the product
+complains of in its log.
 """
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import errno
 import fcntl
@@ -26,7 +28,7 @@ from backends import local_data, local_layers
 from snapshots import dirty_pages, head, merge, punching, threads, volume
 
 from .disk import PAGE, Directory, Disk, File
-from .loop import InlineExecutor, SimulatedLoop
+from .loop import InlineExecutor, this_loop, to_thread
 
 _SPACE = 1 << 40
 _PUNCH = 0x02
@@ -187,6 +189,11 @@ class Calls:
     def close(self, descriptor: int) -> None:
         del self._open[descriptor]
         self._locks.pop(descriptor, None)
+
+    def close_all(self) -> None:
+        """The process ends."""
+        self._open.clear()
+        self._locks.clear()
 
     def _file(self, descriptor: int) -> tuple[Disk, str, File]:
         disk, path, node = self._open[descriptor]
@@ -354,10 +361,7 @@ class _AsynchronousFiles:
 
 def _threaded(function: Any) -> Any:
     async def call(*args: Any, **kwargs: Any) -> Any:
-        loop = local_layers.asyncio.get_running_loop()
-        if isinstance(loop, SimulatedLoop) and loop.hurried:
-            return function(*args, **kwargs)
-        return await local_layers.asyncio.to_thread(function, *args, **kwargs)
+        return await this_loop().in_thread(function, *args, **kwargs)
 
     return call
 
@@ -376,10 +380,35 @@ _LIMITS = {
 }
 
 
+class _Complaints(logging.Handler):
+    """Collects lines in a list."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.lines: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines.append(record.getMessage())
+
+
+class Process:
+    """What is routed: ``end`` it before another one is run; ``complaints`` is its log."""
+
+    def __init__(self, calls: Calls, complaints: list[str]) -> None:
+        self.complaints = complaints
+        self._calls = calls
+
+    def end(self) -> None:
+        """Close what it had open, forget what it has logged."""
+        self._calls.close_all()
+        self.complaints.clear()
+
+
 @contextlib.contextmanager
-def routed(seed: object) -> Iterator[None]:
+def routed(seed: object) -> Iterator[Process]:
     """Route the store's calls to the disks of the paths that it is given."""
     calls = Calls()
+    handler = _Complaints()
     source = random.Random(repr(seed))
     stand_ins = {
         **_LIMITS,
@@ -399,17 +428,17 @@ def routed(seed: object) -> Iterator[None]:
         (local_data, "is_cached"): calls.is_cached,
         (local_data, "count_unwritten"): calls.count_unwritten,
         (threads, "ThreadPoolExecutor"): InlineExecutor,
+        (asyncio, "to_thread"): to_thread,
         (dirty_pages, "read_room"): lambda: 1 << 30,
         (punching, "sleep"): lambda seconds: None,
         (punching, "perf_counter"): lambda: 0.0,
         (secrets, "token_hex"): lambda count: f"{source.getrandbits(8 * count):0{2 * count}x}",
     }
-    level = logging.root.manager.disable
-    logging.disable(logging.CRITICAL)
-    try:
-        with contextlib.ExitStack() as stack:
-            for (module, name), value in stand_ins.items():
-                stack.enter_context(patch.object(module, name, value))
-            yield
-    finally:
-        logging.disable(level)
+    loggers = [logging.getLogger(name) for name in ("backends", "snapshots")]
+    with contextlib.ExitStack() as stack:
+        for logger in loggers:
+            stack.enter_context(patch.object(logger, "handlers", [handler]))
+            stack.enter_context(patch.object(logger, "propagate", False))
+        for (module, name), value in stand_ins.items():
+            stack.enter_context(patch.object(module, name, value))
+        yield Process(calls, handler.lines)

@@ -25,7 +25,7 @@ class PowerCutError(BaseException):
 
 
 class Choice:
-    """Which of the changes that were not synced have come; ``made`` tells states apart.
+    """Which of the changes that were not synced have come; ``made`` says it.
 
     All are alike likely within one file, or within what is not in files; how likely is drawn anew
     for each, so that much of one and little of another is as common as some of all.
@@ -324,6 +324,16 @@ class Disk:
             )
         disk.log = self.log[-2000:]
         return disk
+
+    def fingerprint(self) -> int:
+        """The same for the same files with the same content, whatever of that is durable."""
+
+        def take(node: Node) -> int:
+            if isinstance(node, File):
+                return hash((node.size, frozenset(node.pages.items())))
+            return hash(frozenset((name, take(below)) for name, below in node.entries.items()))
+
+        return take(self.root)
 
     def cut(self, choice: Choice) -> Disk:
         """What a power cut leaves."""

@@ -1,7 +1,8 @@
 """An event loop in which nothing takes time and everything happens in the same order again.
 
 Its clock jumps to the next timer whenever nothing else is to be done. What the product gives to a
-thread is done in the loop's own, one piece at a time, some time after it was asked for. ``inside``
+thread is done in the loop's own, one piece at a time, some time after it was asked for, and not
+always in the order of asking: so whatever waits for a sync sees others get on meanwhile. ``inside``
 says that such a piece is running: then a real event loop could be doing something else at the same
 moment, which whoever hooks into a system call may do there. A ``hurried`` loop does each piece when
 it is asked for, which is quicker.
@@ -11,9 +12,16 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import functools
 import selectors
 from collections.abc import Callable
+from random import Random
 from typing import Any
+
+from .disk import PowerCutError
+
+# Seconds until what a thread is given has been done.
+_DELAYS = (0, 0, 0.0005, 0.002, 0.006)
 
 
 class _NoSelector(selectors.SelectSelector):
@@ -31,12 +39,14 @@ class _NoSelector(selectors.SelectSelector):
 class SimulatedLoop(asyncio.SelectorEventLoop):
     """See the module's text."""
 
-    def __init__(self) -> None:
+    def __init__(self, seed: object) -> None:
         selector = _NoSelector()
         selector.loop = self
+        self._random = Random(repr(seed))
         self.now = 0.0
         self.inside = False
         self.hurried = False
+        self.ended = False
         self.complaints: list[BaseException] = []
         super().__init__(selector)
         self.set_exception_handler(self._complain)
@@ -67,15 +77,23 @@ class SimulatedLoop(asyncio.SelectorEventLoop):
         if self.hurried:
             work()
         else:
-            self.call_soon(work)
+            self.call_later(self._random.choice(_DELAYS), work)
 
     def do(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Do what a thread would do."""
+        if self.ended:
+            raise PowerCutError
         self.inside = True
         try:
             return function(*args, **kwargs)
         finally:
             self.inside = False
+
+    async def in_thread(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """``asyncio.to_thread``."""
+        if self.hurried:
+            return self.do(function, *args, **kwargs)
+        return await self.run_in_executor(None, functools.partial(function, *args, **kwargs))
 
     def _complain(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
         error = context.get("exception")
@@ -83,7 +101,8 @@ class SimulatedLoop(asyncio.SelectorEventLoop):
             self.complaints.append(error)
 
     def abandon(self) -> None:
-        """End all tasks, in whatever state; what they touch must be dead."""
+        """End all tasks, in whatever state, and what threads were given."""
+        self.ended = True
         while tasks := asyncio.all_tasks(self):
             for task in tasks:
                 task.cancel()
@@ -91,6 +110,19 @@ class SimulatedLoop(asyncio.SelectorEventLoop):
         self._ready.clear()  # type: ignore[attr-defined]
         self._scheduled.clear()  # type: ignore[attr-defined]
         self.complaints.clear()
+        self.ended = False
+
+
+def this_loop() -> SimulatedLoop:
+    """The loop that runs."""
+    loop = asyncio.get_running_loop()
+    assert isinstance(loop, SimulatedLoop)
+    return loop
+
+
+async def to_thread(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Stands for ``asyncio.to_thread``."""
+    return await this_loop().in_thread(function, *args, **kwargs)
 
 
 class InlineExecutor:
@@ -101,8 +133,7 @@ class InlineExecutor:
 
     def submit(self, function: Any, *args: Any, **kwargs: Any) -> concurrent.futures.Future[Any]:
         future: concurrent.futures.Future[Any] = concurrent.futures.Future()
-        loop = asyncio.get_running_loop()
-        assert isinstance(loop, SimulatedLoop)
+        loop = this_loop()
 
         def work() -> None:
             if future.set_running_or_notify_cancel():

@@ -2,11 +2,18 @@
 
 A history is a row of lives of the daemon on one data directory. In each, a workload runs, and the
 disk is copied together with the model at moments that chance picks, each just before a system
-call. From each copy several states are made and examined: the real recovery opens it, everything
-is read and compared, sometimes once more when all that recovery leaves to the background is done.
+call. From each copy several states are made and **examined**:
+
+1. sometimes `nbdserve check` looks at it as it is: nothing but leftovers may be found;
+2. the real recovery opens it, everything is read and compared with the model; then the check must
+   find nothing at all;
+3. sometimes all that recovery leaves to the background is let happen, and both once more.
+
+Whatever the product warns of in its log is a finding, too: after a power cut all is in order.
+
 While that goes on, the disk is copied in the same way, so recoveries are cut and recovered, too.
-Each copy is also what a kill leaves: the next process may write, it FLUSHes, and then the power
-fails. The next life goes on from a cut or from a kill of this one.
+Each copy is also what a kill leaves: sometimes the next process recovers that, it may write, it
+FLUSHes, and then the power fails. The next life goes on from a cut or from a kill of this one.
 
 The same seed gives the same history, as long as PYTHONHASHSEED is the same.
 """
@@ -14,7 +21,9 @@ The same seed gives the same history, as long as PYTHONHASHSEED is the same.
 from __future__ import annotations
 
 import asyncio
+import re
 import sys
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from random import Random
@@ -22,12 +31,13 @@ from typing import Any
 
 from backends.local_layers import LocalLayerStore
 from snapshots.catalogue import Catalogue
+from snapshots.checking import CheckReport, check_store
 from snapshots.handle import Handle
 
-from .calls import SimulatedPath, routed
+from .calls import Process, SimulatedPath, routed
 from .disk import Choice, Disk, PowerCutError
 from .loop import SimulatedLoop
-from .model import SECTOR, Expected, FoundVolume, adopt
+from .model import SECTOR, Expected, FoundVolume, ViolationError, adopt
 from .workload import IN_BLOCK, Workload, read_all
 
 DATA = "/srv/data"
@@ -37,19 +47,34 @@ STATES = 4
 CUT_CHANCE = 0.04
 # Before a rename: that is what commits.
 COMMIT_CUT_CHANCE = 0.2
+KILL_CHANCE = 0.3
 RECOVERY_CUT_CHANCE = 0.04
 DEEPEST = 3
+# What nbdserve check may find before anybody has recovered, before merges have gone on, and then.
+LEFT_BY_A_CUT = r": (belongs to no volume|a torn tail from offset \d+ on, .*)$"
+LEFT_TO_MERGES = r"/merge: a torn tail from offset \d+ on, .*$"
+NOTHING = r"(?!)"
+
+WORKLOAD = "in a workload"
+KILLED = "in a life begun after a kill"
+RECOVERY = "in a recovery"
 
 
 @dataclass
 class Tally:
-    """What was examined. ``states`` are different ones; ``recoveries`` were cut themselves."""
+    """What was examined: ``states`` of ``cuts`` moments, ``where`` those moments were.
+
+    ``disks`` of them were different ones: the others are the same disk at a moment of which more,
+    or less, must hold.
+    """
 
     histories: int = 0
     cuts: int = 0
     states: int = 0
-    recoveries: int = 0
+    disks: int = 0
+    where: Counter[str] = field(default_factory=Counter)
     settled: int = 0
+    checks: int = 0
     kills: int = 0
 
 
@@ -57,16 +82,16 @@ class Finding(AssertionError):  # noqa: N818
     """A state in which a promise is broken, with all that is needed to look into it."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class Cut:
-    """The disk and what must hold, at a moment; ``depth`` counts the recoveries that were cut."""
+    """The disk and what must hold, at a moment; ``depth`` counts the lives that were cut before."""
 
     disk: Disk
     expected: Expected
     name: str
     call: str
+    where: str
     depth: int = 0
-    examined: set[tuple[int, ...]] = field(default_factory=set)
 
 
 class History:
@@ -84,7 +109,10 @@ class History:
         self.most = states
         self.stop = stop
         self.random = Random(seed)
-        self.loop = SimulatedLoop()
+        self.loop = SimulatedLoop(seed)
+        self.process: Process
+        self._examined: set[tuple[int, Expected]] = set()
+        self._disks: set[int] = set()
 
     @property
     def enough(self) -> bool:
@@ -94,10 +122,11 @@ class History:
         """Finding, when anything is wrong."""
         self.tally.histories += 1
         try:
-            with routed(self.seed):
+            with routed(self.seed) as self.process:
                 self._run()
         finally:
             self.loop.close()
+            self.tally.disks += len(self._disks)
 
     def _run(self) -> None:
         disk = Disk()
@@ -106,7 +135,6 @@ class History:
         written = 0
         for life in range(LIVES):
             cuts = self._live(disk, expected, written, f"{life}", durable=durable)
-            self.tally.cuts += len(cuts)
             for cut in cuts:
                 self._examine(cut)
                 if self.enough:
@@ -130,13 +158,15 @@ class History:
         """Recover, check, and run a workload; the cuts that were made."""
         cuts: list[Cut] = []
         random = Random(f"{self.seed}/{name}")
-        current: list[Callable[[], Expected]] = [lambda: expected]
+        where = RECOVERY if durable else KILLED
+        freeze: Callable[[], Expected] = lambda: expected  # noqa: E731
 
         async def live() -> None:
+            nonlocal where, freeze
             catalogue, found = await _recover(disk)
             model = adopt(expected.check(found), written, durable=durable)
             workload = Workload(catalogue, model, random, self.loop)
-            current[0] = model.freeze
+            where, freeze = WORKLOAD, model.freeze
 
             def on_call(call: str) -> None:
                 take(call)
@@ -148,14 +178,15 @@ class History:
         def take(call: str) -> None:
             chance = COMMIT_CUT_CHANCE if call.startswith("rename") else CUT_CHANCE
             if random.random() < chance:
-                cuts.append(Cut(disk.copy(), current[0](), f"{name}.{len(disk.log)}", call))
+                cuts.append(Cut(disk.copy(), freeze(), f"{name}.{len(disk.log)}", call, where))
 
         disk.on_call = take
         self._do(live(), disk, f"life {name}", [])
         return cuts
 
     def _examine(self, cut: Cut) -> None:
-        if cut.depth == 0:
+        self.tally.cuts += 1
+        if cut.depth == 0 and self.random.random() < KILL_CHANCE:
             self.tally.kills += 1
             for deeper in self._check_kill(cut):
                 self._examine(deeper)
@@ -164,46 +195,64 @@ class History:
                 return
             choice = Choice((self.seed, cut.name, number))
             state = cut.disk.cut(choice)
-            made = tuple(choice.made)
-            if made in cut.examined:
+            disk = state.fingerprint()
+            if (disk, cut.expected) in self._examined:
                 continue
-            cut.examined.add(made)
+            self._examined.add((disk, cut.expected))
+            self._disks.add(disk)
             self.tally.states += 1
-            self.tally.recoveries += cut.depth > 0
-            for deeper in self._check(cut, state, f"{cut.name}.{number}", made):
+            self.tally.where[cut.where] += 1
+            for deeper in self._check(cut, state, f"{cut.name}.{number}", choice.made):
                 self._examine(deeper)
 
-    def _check(self, cut: Cut, state: Disk, name: str, made: tuple[int, ...]) -> list[Cut]:
+    def _check(self, cut: Cut, state: Disk, name: str, made: list[int]) -> list[Cut]:
         """Recover a state and compare; returns what was cut meanwhile."""
         cuts: list[Cut] = []
         random = Random(f"{self.seed}/{name}")
         settles = random.random() < 0.3
+        looks = random.random() < 0.2
         expected = cut.expected
 
         def take(call: str) -> None:
-            if random.random() < RECOVERY_CUT_CHANCE and len(cuts) < 3:
+            if random.random() < RECOVERY_CUT_CHANCE and len(cuts) < 2:
                 deeper = f"{name}.{len(state.log)}"
-                cuts.append(Cut(state.copy(), expected, deeper, call, cut.depth + 1))
+                cuts.append(Cut(state.copy(), expected, deeper, call, RECOVERY, cut.depth + 1))
 
-        if cut.depth < DEEPEST and random.random() < 0.3:
+        if cut.depth < DEEPEST and random.random() < 0.2:
             state.on_call = take
         self.loop.hurried = random.random() < 0.8
 
         async def check() -> None:
             nonlocal expected
+            if looks:
+                await self._look(state, LEFT_BY_A_CUT)
             catalogue, found = await _recover(state)
             outcome = expected.check(found)
             if settles or state.on_call is take:
                 # What was read after a power cut must be there after the next one.
                 expected = adopt(outcome, 0, durable=True).freeze()
+            self._judge(await catalogue.check_directory(None), LEFT_TO_MERGES)
             if settles:
                 self.tally.settled += 1
                 await asyncio.sleep(1)
                 expected.check(await _read_everything(catalogue))
+                self._judge(await catalogue.check_directory(None), NOTHING)
                 await catalogue.close()
+                await self._look(state, NOTHING)
 
         self._do(check(), state, f"state {name} (before: {cut.call})", made)
         return cuts
+
+    async def _look(self, state: Disk, left: str) -> None:
+        """Let nbdserve check look at a data directory at rest."""
+        self._judge(await check_store(_store(state), None, repair=False), left)
+
+    def _judge(self, report: CheckReport, left: str) -> None:
+        self.tally.checks += 1
+        for found in report.findings:
+            line = f"{found.file}: {found.problem}"
+            if not re.search(left, line):
+                raise ViolationError(f"nbdserve check: {line}")
 
     def _check_kill(self, cut: Cut) -> list[Cut]:
         """Recover what a kill leaves, maybe write, FLUSH; returns what was cut meanwhile."""
@@ -217,12 +266,13 @@ class History:
         def take(call: str) -> None:
             if random.random() < CUT_CHANCE and len(cuts) < 2:
                 deeper = f"{name}.{len(state.log)}"
-                cuts.append(Cut(state.copy(), expected, deeper, call, 1))
+                cuts.append(Cut(state.copy(), expected, deeper, call, KILLED, 1))
 
         async def check() -> None:
             nonlocal expected
             catalogue, found = await _recover(state)
             outcome = expected.check(found)
+            self._judge(await catalogue.check_directory(None), LEFT_TO_MERGES)
             model = adopt(outcome, 1 << 40, durable=False)
             for volume in model.volumes:
                 expected = model.freeze()
@@ -238,37 +288,43 @@ class History:
                 await lease.flush()
                 volume.settle(mark)
             expected = model.freeze()
-            cuts.append(Cut(state.copy(), expected, f"{name}.flushed", "nothing", 1))
+            cuts.append(Cut(state.copy(), expected, f"{name}.flushed", "nothing", KILLED, 1))
 
         state.on_call = take
         self.loop.hurried = True
         self._do(check(), state, f"kill {name} (before: {cut.call})", [])
         return cuts
 
-    def _do(self, work: Any, disk: Disk, what: str, made: Any) -> None:
+    def _do(self, work: Any, disk: Disk, what: str, made: list[int]) -> None:
         loop = self.loop
         try:
             loop.run_until_complete(work)
             if loop.complaints:
                 raise loop.complaints[0]
+            if self.process.complaints:
+                raise ViolationError(f"in the log: {self.process.complaints[0]}")
         except PowerCutError:
             raise
         except Exception as error:
             log = "\n    ".join(disk.log)
             raise Finding(
                 f"history {self.seed}, {what}: {type(error).__name__}: {error}\n"
-                f"  which changes came: {list(made)}\n  calls:\n    {log}"
+                f"  which changes came: {made}\n  calls:\n    {log}"
             ) from error
         finally:
             disk.dead = True
             disk.on_call = lambda call: None
             loop.abandon()
             loop.hurried = False
+            self.process.end()
+
+
+def _store(disk: Disk) -> LocalLayerStore:
+    return LocalLayerStore(SimulatedPath(disk, DATA))  # type: ignore[arg-type]
 
 
 async def _recover(disk: Disk) -> tuple[Catalogue, dict[str, FoundVolume]]:
-    store = LocalLayerStore(SimulatedPath(disk, DATA))  # type: ignore[arg-type]
-    catalogue = await Catalogue.open(store)
+    catalogue = await Catalogue.open(_store(disk))
     return catalogue, await _read_everything(catalogue)
 
 
