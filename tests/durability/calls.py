@@ -28,7 +28,7 @@ from backends import local_data, local_layers
 from snapshots import dirty_pages, head, merge, punching, threads, volume
 
 from .disk import PAGE, Directory, Disk, File
-from .loop import InlineExecutor, this_loop, to_thread
+from .loop import InlineExecutor, to_thread
 
 _SPACE = 1 << 40
 _PUNCH = 0x02
@@ -69,13 +69,17 @@ class SimulatedPath:
         return self.parent / name
 
     def exists(self) -> bool:
-        with contextlib.suppress(FileNotFoundError):
+        try:
             self.disk.find(self.path)
-            return True
-        return False
+        except FileNotFoundError:
+            return False
+        return True
 
     def is_dir(self) -> bool:
-        return self.exists() and isinstance(self.disk.find(self.path), Directory)
+        try:
+            return isinstance(self.disk.find(self.path), Directory)
+        except FileNotFoundError:
+            return False
 
     def mkdir(self, mode: int = 0o777, parents: bool = False, exist_ok: bool = False) -> None:
         if parents and self.path.count("/") > 1 and not self.parent.exists():
@@ -95,8 +99,9 @@ class SimulatedPath:
 
     def glob(self, pattern: str) -> Iterator[SimulatedPath]:
         first, _, rest = pattern.partition("/")
-        for path in self.iterdir():
-            if fnmatchcase(path.name, first):
+        for name in list_directory(self):
+            if fnmatchcase(name, first):
+                path = self / name
                 if not rest:
                     yield path
                 elif path.is_dir():
@@ -360,10 +365,7 @@ class _AsynchronousFiles:
 
 
 def _threaded(function: Any) -> Any:
-    async def call(*args: Any, **kwargs: Any) -> Any:
-        return await this_loop().in_thread(function, *args, **kwargs)
-
-    return call
+    return functools.partial(to_thread, function)
 
 
 # Small, so that short workloads reach what long ones do.

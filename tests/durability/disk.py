@@ -255,11 +255,12 @@ class Disk:
     def find(self, path: str) -> Node:
         """What is there; FileNotFoundError."""
         node: Node = self.root
-        for name in path.strip("/").split("/"):
-            if name:
-                if not isinstance(node, Directory) or name not in node.entries:
-                    raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path)
-                node = node.entries[name]
+        try:
+            for name in path.split("/"):
+                if name:
+                    node = node.entries[name]  # type: ignore[union-attr]
+        except (KeyError, AttributeError):
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path) from None
         return node
 
     def place(self, path: str) -> tuple[Directory, str]:

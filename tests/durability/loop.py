@@ -89,12 +89,6 @@ class SimulatedLoop(asyncio.SelectorEventLoop):
         finally:
             self.inside = False
 
-    async def in_thread(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """``asyncio.to_thread``."""
-        if self.hurried:
-            return self.do(function, *args, **kwargs)
-        return await self.run_in_executor(None, functools.partial(function, *args, **kwargs))
-
     def _complain(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
         error = context.get("exception")
         if isinstance(error, Exception):
@@ -122,7 +116,10 @@ def this_loop() -> SimulatedLoop:
 
 async def to_thread(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Stands for ``asyncio.to_thread``."""
-    return await this_loop().in_thread(function, *args, **kwargs)
+    loop = this_loop()
+    if loop.hurried:
+        return loop.do(function, *args, **kwargs)
+    return await loop.run_in_executor(None, functools.partial(function, *args, **kwargs))
 
 
 class InlineExecutor:

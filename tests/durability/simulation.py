@@ -4,10 +4,11 @@ A history is a row of lives of the daemon on one data directory. In each, a work
 disk is copied together with the model at moments that chance picks, each just before a system
 call. From each copy several states are made and **examined**:
 
-1. sometimes `nbdserve check` looks at it as it is: nothing but leftovers may be found;
-2. the real recovery opens it, everything is read and compared with the model; then the check must
-   find nothing at all;
-3. sometimes all that recovery leaves to the background is let happen, and both once more.
+1. the real recovery opens it, everything is read and compared with the model;
+2. of every fifth, ``nbdserve check`` looks at it before, where nothing but leftovers may be found,
+   and after that;
+3. of every fifth, what recovery leaves to the background is let happen, everything is compared once
+   more, the daemon ends in good order, and the check must find nothing at all.
 
 Whatever the product warns of in its log is a finding, too: after a power cut all is in order.
 
@@ -43,10 +44,10 @@ from .workload import IN_BLOCK, Workload, read_all
 DATA = "/srv/data"
 LIVES = 3
 OPERATIONS = 10
-STATES = 4
-CUT_CHANCE = 0.04
+STATES = 3
+CUT_CHANCE = 0.02
 # Before a rename: that is what commits.
-COMMIT_CUT_CHANCE = 0.2
+COMMIT_CUT_CHANCE = 0.15
 KILL_CHANCE = 0.3
 RECOVERY_CUT_CHANCE = 0.04
 DEEPEST = 3
@@ -209,7 +210,7 @@ class History:
         """Recover a state and compare; returns what was cut meanwhile."""
         cuts: list[Cut] = []
         random = Random(f"{self.seed}/{name}")
-        settles = random.random() < 0.3
+        settles = random.random() < 0.2
         looks = random.random() < 0.2
         expected = cut.expected
 
@@ -220,7 +221,7 @@ class History:
 
         if cut.depth < DEEPEST and random.random() < 0.2:
             state.on_call = take
-        self.loop.hurried = random.random() < 0.8
+        self.loop.hurried = random.random() < 0.9
 
         async def check() -> None:
             nonlocal expected
@@ -231,7 +232,8 @@ class History:
             if settles or state.on_call is take:
                 # What was read after a power cut must be there after the next one.
                 expected = adopt(outcome, 0, durable=True).freeze()
-            self._judge(await catalogue.check_directory(None), LEFT_TO_MERGES)
+            if looks:
+                self._judge(await catalogue.check_directory(None), LEFT_TO_MERGES)
             if settles:
                 self.tally.settled += 1
                 await asyncio.sleep(1)
@@ -272,7 +274,6 @@ class History:
             nonlocal expected
             catalogue, found = await _recover(state)
             outcome = expected.check(found)
-            self._judge(await catalogue.check_directory(None), LEFT_TO_MERGES)
             model = adopt(outcome, 1 << 40, durable=False)
             for volume in model.volumes:
                 expected = model.freeze()
