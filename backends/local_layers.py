@@ -135,13 +135,16 @@ class LocalLayerStore:
     # Ownership
 
     async def lock(self) -> None:
-        made = []
         try:
+            missing = []
             above = self.path
             while not above.exists():
+                missing.append(above)
                 above = above.parent
-                made.append(above)
-            self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
+            for directory in reversed(missing):
+                directory.mkdir(mode=0o700 if directory == self.path else 0o777, exist_ok=True)
+                # Each by itself: whoever finds one later can rely on those that it is in.
+                await _sync_directory(directory.parent)
             # A mistyped path must not end up with a data directory's files among its own.
             found = {path.name for path in self.path.iterdir()} - _HARMLESS
             if found and found.isdisjoint(("lock", "layers", *RECORD_KINDS)):
@@ -180,7 +183,7 @@ class LocalLayerStore:
                 await asyncio.to_thread(self._drop_caches)
             os.ftruncate(descriptor, 0)
             await self._remove_leftovers()
-            await self._settle_names(made)
+            await self._settle_names()
             await self.keep_reserve()
         except BaseException:
             self._lock.release()
@@ -223,7 +226,7 @@ class LocalLayerStore:
 
         await asyncio.to_thread(remove)
 
-    async def _settle_names(self, above: list[Path]) -> None:
+    async def _settle_names(self) -> None:
         """Make every name durable that is found: what a killed process did last may not be yet.
 
         What follows builds on it: a layer is deleted because no manifest lists it any more, say.
@@ -231,12 +234,9 @@ class LocalLayerStore:
         for directory in (*RECORD_KINDS, "layers"):
             await _sync_directory(self.path / directory)
         await _sync_directory(self.path)
-        if not above:
-            # It may be new all the same, but nobody has to let us read what it is in.
-            with contextlib.suppress(PermissionError):
-                await _sync_directory(self.path.parent)
-        for parent in above:
-            await _sync_directory(parent)
+        # Its own name, too, but nobody has to let us read what it is in.
+        with contextlib.suppress(PermissionError):
+            await _sync_directory(self.path.parent)
 
     # Space
 
