@@ -15,7 +15,7 @@ import logging
 from collections.abc import Callable, Coroutine
 from typing import Any
 
-from backends.errors import NotFoundError, StorageError
+from backends.errors import StorageError
 from backends.layers import LayerClaim, LayerStore
 from snapshots.extent_log import INDEX
 from snapshots.layer import seal_journal
@@ -197,11 +197,11 @@ class Merging:
                     return
                 await seal_journal(self._store, layer, holds)
                 await self._punch_zeroes(layer, holds)
-            except NotFoundError:
-                pass  # the volume was deleted meanwhile
             except (OSError, StorageError) as error:
                 # The journal serves as well; it is tried again at the next start.
-                _log.warning("%s was not written: %s", self._store.describe(layer, INDEX), error)
+                if self._manifests.uses(layer):  # else the volume was deleted meanwhile
+                    where = self._store.describe(layer, INDEX)
+                    _log.warning("%s was not written: %s", where, error)
             finally:
                 holds.close()
 
