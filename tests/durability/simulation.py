@@ -166,7 +166,7 @@ class History:
             nonlocal where, freeze
             catalogue, found = await _recover(disk)
             model = adopt(expected.check(found), written, durable=durable)
-            workload = Workload(catalogue, model, random, self.loop)
+            workload = Workload(_store(disk), catalogue, model, random, self.loop)
             where, freeze = WORKLOAD, model.freeze
 
             def on_call(call: str) -> None:

@@ -1,8 +1,8 @@
 """Random clients and a random operator on one data directory, and the model that goes with them.
 
 Each volume has a client, which writes, zeroes, trims and flushes, one request after the other;
-meanwhile the operator takes snapshots, of groups too, deletes and rolls back, clones, resizes,
-renames, removes. In the middle of what runs in a thread a client may write as well: the event loop
+meanwhile the operator takes snapshots, of groups too, deletes and rolls back, clones, imports,
+resizes, renames, removes. In the middle of what runs in a thread a client may write as well: the event loop
 would go on just then.
 """
 
@@ -15,8 +15,11 @@ from random import Random
 from typing import Any
 
 from backends.errors import StorageError
+from backends.layers import LayerStore
 from snapshots.catalogue import Catalogue
 from snapshots.handle import Handle
+from snapshots.sink import open_sink
+from snapshots.transfer import Import
 
 from .loop import SimulatedLoop
 from .model import SECTOR, ZERO, Form, Model, ViolationError, VolumeModel, cut_up
@@ -165,8 +168,14 @@ class Workload:
     """One process's life on a data directory; ``model`` follows it."""
 
     def __init__(
-        self, catalogue: Catalogue, model: Model, random: Random, loop: SimulatedLoop
+        self,
+        store: LayerStore,
+        catalogue: Catalogue,
+        model: Model,
+        random: Random,
+        loop: SimulatedLoop,
     ) -> None:
+        self.store = store
         self.catalogue = catalogue
         self.model = model
         self.random = random
@@ -230,6 +239,7 @@ class Workload:
                 self._resize,
                 self._rename,
                 self._create,
+                self._import,
                 self._delete_volume,
                 self._read_snapshots,
             )
@@ -354,6 +364,33 @@ class Workload:
                 [ZERO] * (blocks * IN_BLOCK),
                 lambda new: self.catalogue.create_volume(new, blocks * BLOCK),
             )
+
+    async def _import(self) -> None:
+        if len(self.model.volumes) >= MOST_VOLUMES:
+            return
+        random = self.random
+        blocks = random.randint(2, MOST_BLOCKS)
+        base = [ZERO] * (blocks * IN_BLOCK)
+        written = random.sample(range(0, len(base), IN_BLOCK), random.randint(1, blocks))
+        for first in written:
+            base[first : first + IN_BLOCK] = self.model.new_sectors(first, IN_BLOCK)
+
+        async def fill(name: str) -> Import:
+            imported = await self.catalogue.begin_import(name, blocks * BLOCK)
+            sink = await open_sink(self.store, imported.sink)
+            for first in written:
+                sink.write(first * SECTOR, b"".join(base[first : first + IN_BLOCK]))
+            await sink.finish()
+            sink.close()
+            return imported
+
+        async def restore(name: str) -> None:
+            await self.catalogue.commit_import(await fill(name))
+
+        if random.random() < 0.2:
+            await self.catalogue.discard_import(await fill("given-up"))
+        else:
+            await self._add(base, restore)
 
     async def _add(
         self, base: list[bytes], make: Callable[[str], Coroutine[Any, Any, object]]
