@@ -22,7 +22,7 @@ _EMPTY = frozenset((EMPTY,))
 @dataclass
 class Modelled:
     """A volume; ``sure`` says whether it surely exists, ``sizes`` which sizes it may have,
-    and ``other_name`` under which it may be found instead."""
+    and ``other_name`` under which it may be found instead; ``id`` is known once a life ended."""
 
     sizes: set[int]
     now: Contents = field(default_factory=dict)
@@ -30,6 +30,7 @@ class Modelled:
     snapshots: dict[str, Snapshot] = field(default_factory=dict)
     sure: bool = True
     other_name: str = ""
+    id: str = ""
 
     def put(self, offset: int, data: bytes, *, done: bool) -> None:
         """``data`` was written, or (not ``done``) may have been, in any part."""

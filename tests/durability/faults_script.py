@@ -11,6 +11,7 @@ fails any more. All the while the rules are:
 * Want of space makes nothing read-only, as long as it is not a sync that tells of it. While there
   is none, reads, overwrites, TRIM and FLUSH work; everything works as soon as there is, in the same
   life.
+* A volume whose manifest could not be read at the start is refused until the next one.
 * What is read is what the model says (faults_model.py), in this life and in later ones; a snapshot
   is whole or not there. At the end the pages are gone that failed syncs have lost.
 * No descriptor stays open, and nothing is left behind in the directory.
@@ -222,6 +223,7 @@ class _Script:
         self.catalogue: Catalogue
         self.numbers = iter(range(1, 1 << 20))
         self.last_written = "a"
+        self.refused: set[str] = set()
         self.stray: list[dict[str, Any]] = []
 
     # Lives
@@ -244,6 +246,8 @@ class _Script:
                 self.seam.clear()
                 if script in ACTS:
                     await self.everything_works()
+                for name in self.catalogue.volume_names():
+                    self.model[name].id = self.catalogue._manifests.get(name).id
                 await (self.close() if orderly else self.kill())
 
         asyncio.run(life())
@@ -266,16 +270,22 @@ class _Script:
             return False
         await self.quiet()
         names = set(self.catalogue.volume_names())
+        unreadable = {lost.id for lost in self.catalogue._manifests.unreadable.values()}
+        assert not unreadable or self.struck, "a manifest cannot be read"
+        if self.struck and unreadable:
+            self.outcome.step = self.step
+        self.refused = {name for name, each in self.model.items() if each.id in unreadable}
         for name, modelled in list(self.model.items()):
             if modelled.other_name in names:
                 self.model[modelled.other_name] = self.model.pop(name)
             modelled.other_name = ""
-        for name in list(self.model):
+        for name in self.model.keys() - self.refused:
             if name not in names:
                 assert not self.model[name].sure, f"volume {name} is gone"
                 del self.model[name]
-        assert names == set(self.model), "volumes that nobody made"
-        for name, modelled in self.model.items():
+        assert names == self.model.keys() - self.refused, "volumes that nobody made"
+        for name in names:
+            modelled = self.model[name]
             modelled.sure = True
             found = {each.name: each for each in self.catalogue.list_snapshots(name)}
             for snapshot in list(modelled.snapshots):
@@ -292,7 +302,7 @@ class _Script:
         await self.catalogue.close()
         if not self.struck:
             for name, modelled in self.model.items():
-                if not self.is_read_only(name):
+                if not self.is_read_only(name) and name not in self.refused:
                     modelled.flushed()
 
     async def kill(self) -> None:
@@ -461,6 +471,12 @@ class _Script:
 
     # Operations
 
+    def snapshot_of(self, volume: str, name: str) -> Snapshot | None:
+        """A snapshot that can be had in this life, or might be."""
+        if volume not in self.catalogue.volume_names():
+            return None
+        return self.model[volume].snapshots.get(name)
+
     async def create(self, name: str, size: int) -> None:
         work = self.catalogue.create_volume(name, size)
         done = await self.do(f"create {name}", work=work, commits=True)
@@ -468,7 +484,7 @@ class _Script:
             self.model[name] = Modelled({size}, sure=done is not None)
 
     async def clone(self, name: str, source: str, snapshot: str) -> None:
-        taken = self.model[source].snapshots.get(snapshot) if source in self.model else None
+        taken = self.snapshot_of(source, snapshot)
         if taken is None or not taken.sure:
             return
         work = self.catalogue.clone_volume(name, source, snapshot)
@@ -520,7 +536,7 @@ class _Script:
             self.model[volume].snapshots[name].sure = not self.in_doubt
 
     async def rollback(self, volume: str, snapshot: str) -> None:
-        taken = self.model[volume].snapshots.get(snapshot) if volume in self.model else None
+        taken = self.snapshot_of(volume, snapshot)
         if taken is None or not taken.sure:
             return
         await self.end(volume)
@@ -566,7 +582,7 @@ class _Script:
             self.model[old].other_name = new
 
     async def compare(self, volume: str, older: str) -> None:
-        taken = self.model[volume].snapshots.get(older) if volume in self.model else None
+        taken = self.snapshot_of(volume, older)
         if taken is not None and taken.sure:
             work = self.catalogue.diff(volume, older)
             await self.do(f"diff {volume}@{older}", volume, work=work)
@@ -672,6 +688,8 @@ class _Script:
     async def killed(self) -> None:
         await self.read_everything()
         await self.write("a", 0, 3 * BLOCK)
+        await self.flush("a")
+        await self.write("a", 0, 2 * BLOCK)  # in place: what a failed sync loses of it shows
         await self.flush("a")
         await self.write("a", 40 * BLOCK, BLOCK)
         await self.zero("a", 0, BLOCK, "trim")
