@@ -153,8 +153,8 @@ class LayerStore(Protocol):
     async def lock(self) -> None:
         """Become the one owner of the store; InUseError when another process is."""
 
-    async def unlock(self) -> None:
-        """Stop being the owner."""
+    async def unlock(self, *, orderly: bool = True) -> None:
+        """Stop being the owner; not ``orderly``: what is cached may not be what is on the disk."""
 
     async def space(self) -> Space:
         """Room left and in all."""
@@ -191,6 +191,12 @@ class LayerStore(Protocol):
 
     async def open_data(self, layer: str, *, writable: bool) -> DataFile:
         """Open the data of a layer."""
+
+    async def drop_cache(self, layer: str) -> None:
+        """Let what of a layer is cached, and counts as durable, be read from the disk again.
+
+        A process that was killed may have left what a sync of its own had failed to write.
+        """
 
     async def create_log(self, layer: str, log: str, content: bytes) -> None:
         """Make a log with this content, replacing one of that name atomically."""

@@ -17,6 +17,9 @@ would otherwise have to write to the file system's journal, and may wait for a c
 the disk, and a later sync has nothing to say of them. So when a sync has failed, closing drops the
 cache: whoever opens the file again, this process or the next one, finds what the disk has.
 
+**A file that somebody removed or cut short** while it is open can be written and synced all the
+same, and what is written behind its end turns what is missing into zeroes. ``sync`` looks for that.
+
 ``write_back`` and ``unwritten`` tell the kernel to write early, and ask it how much is left to do.
 """
 
@@ -64,12 +67,16 @@ class LocalDataFile:
         self._writable = writable
         self._rows: dict[int, int] = {}
         self._dirty: set[int] = set()
+        # How long each was at the end of the last sync: none ever gets shorter.
+        self._sizes: dict[int, int] = {}
         self._failed = False
         self._making = threading.Lock()
         try:
             for path in sorted(directory.glob("data-*")):
                 flags = os.O_RDWR if writable else os.O_RDONLY
-                self._rows[int(path.name[5:])] = _open(path, flags)
+                row = int(path.name[5:])
+                self._rows[row] = _open(path, flags)
+                self._sizes[row] = os.fstat(self._rows[row]).st_size
         except BaseException:
             self.close()
             raise
@@ -239,6 +246,7 @@ class LocalDataFile:
                 _sync_directory(self._directory)
             except OSError:
                 self._entries_made = True
+                self._dirty.update(rows)
                 raise
         try:
             for row in rows:
@@ -246,6 +254,9 @@ class LocalDataFile:
         except OSError:
             self._failed = True
             raise
+        for row in rows:
+            path = self._directory / f"data-{row:05d}"
+            self._sizes[row] = check_there(self._rows[row], path, self._sizes.get(row, 0))
 
     def allocated(self) -> int:
         return sum(os.fstat(descriptor).st_blocks * 512 for descriptor in self._rows.values())
@@ -269,6 +280,16 @@ class LocalDataFile:
                 drop_cache(descriptor)
             os.close(descriptor)
         self._rows.clear()
+
+
+def check_there(descriptor: int, path: Path, size: int) -> int:
+    """The size of an open file; EIO when it was removed, or is shorter than ``size`` bytes."""
+    found = os.fstat(descriptor)
+    if found.st_nlink == 0:
+        raise OSError(errno.EIO, f"{path} was removed while it was open")
+    if found.st_size < size:
+        raise OSError(errno.EIO, f"{path} was cut short from {size} to {found.st_size} bytes")
+    return found.st_size
 
 
 def drop_cache(descriptor: int) -> None:

@@ -3,7 +3,7 @@
 ::
 
     DATA/lock                        held (flock) by the process that owns the directory; says
-                                     "clean" once that has ended in an orderly way
+                                     "clean" once that and its workers ended in an orderly way
     DATA/reserve                     space kept back for metadata when the disk is full
     DATA/<kind>/<name>               records, one file each
     DATA/layers/<layer>/data-00000   a layer's data, a file a TiB (see local_data.py)
@@ -32,7 +32,7 @@ import aiofiles.os
 
 from backends.errors import CorruptError, InUseError, InvalidError, NoSpaceError, NotFoundError
 from backends.layers import Buffer, LayerFiles, Space
-from backends.local_data import LocalDataFile, drop_cache, holds_data
+from backends.local_data import LocalDataFile, check_there, drop_cache, holds_data
 
 _NEW = ".new-"
 _CLEAN = b"clean\n"
@@ -49,6 +49,7 @@ class LocalLogFile:
     """A log open for appending at ``end``; what lies behind it is reserved space, all zeroes."""
 
     def __init__(self, path: Path, end: int) -> None:
+        self._path = path
         self._descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
         self._end = end
         self._durable = 0
@@ -87,6 +88,7 @@ class LocalLogFile:
         except OSError:
             self._failed = True
             raise
+        check_there(self._descriptor, self._path, reserved)
         self._durable = reserved
 
     def close(self) -> None:
@@ -180,7 +182,7 @@ class LocalLayerStore:
         self._lock = FileClaim(descriptor)
         try:
             if os.pread(descriptor, len(_CLEAN), 0) != _CLEAN:
-                await asyncio.to_thread(self._drop_caches)
+                await asyncio.to_thread(self._drop_caches, "layers/*/*")
             os.ftruncate(descriptor, 0)
             await self._remove_leftovers()
             await self._settle_names()
@@ -196,20 +198,24 @@ class LocalLayerStore:
         assert self._lock is not None, "the store is locked"
         return self._lock.descriptor
 
-    async def unlock(self) -> None:
+    async def unlock(self, *, orderly: bool = True) -> None:
         if self._lock is not None:
             # Nothing is lost without it: the next owner drops caches for nothing.
-            with contextlib.suppress(OSError):
-                os.pwrite(self._lock.descriptor, _CLEAN, 0)
+            if orderly:
+                with contextlib.suppress(OSError):
+                    os.pwrite(self._lock.descriptor, _CLEAN, 0)
             self._lock.release()
             self._lock = None
 
-    def _drop_caches(self) -> None:
-        """Let the files of all layers be read from the disk again, for the last owner was killed.
+    async def drop_cache(self, layer: str) -> None:
+        await asyncio.to_thread(self._drop_caches, f"layers/{layer}/*")
+
+    def _drop_caches(self, pattern: str) -> None:
+        """Let files be read from the disk again, for whoever wrote them was killed.
 
         One whose syncs had failed has left pages that only seem to be on the disk (local_data.py).
         """
-        for path in self.path.glob("layers/*/*"):
+        for path in self.path.glob(pattern):
             with contextlib.suppress(OSError):
                 descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
                 drop_cache(descriptor)

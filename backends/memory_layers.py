@@ -170,7 +170,7 @@ class MemoryLayerStore:
             raise InUseError("this memory store is in use")
         self._locked = True
 
-    async def unlock(self) -> None:
+    async def unlock(self, *, orderly: bool = True) -> None:
         self._locked = False
 
     async def space(self) -> Space:
@@ -217,6 +217,9 @@ class MemoryLayerStore:
         if layer not in self._data:
             raise NotFoundError(f"layer {layer} is missing")
         return MemoryDataFile(self, self._data[layer])
+
+    async def drop_cache(self, layer: str) -> None:
+        pass
 
     async def create_log(self, layer: str, log: str, content: bytes) -> None:
         if layer not in self._logs:

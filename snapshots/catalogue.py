@@ -116,12 +116,14 @@ class Catalogue:
             self._upkeep_task.cancel()
             await asyncio.gather(self._upkeep_task, return_exceptions=True)
         async with self._commits:
+            orderly = False
             try:
                 await self._views.close()
+                orderly = self._views.orderly
                 self._imports.discard_all()
                 await self._merging.drop_condemned()
             finally:
-                await self._store.unlock()
+                await self._store.unlock(orderly=orderly)
 
     @contextlib.asynccontextmanager
     async def _turn(self) -> AsyncIterator[None]:

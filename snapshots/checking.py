@@ -25,9 +25,10 @@ from dataclasses import dataclass, field
 
 from backends.errors import CorruptError, NotFoundError, StorageError, one_line
 from backends.layers import LayerStore
-from snapshots.examining import Reach, examine_log, holds_listed_data
+from snapshots.examining import examine_log, missing_from
 from snapshots.extent_log import INDEX, JOURNAL, MERGE, SECTOR, LogState
 from snapshots.head import JOURNAL_STEP
+from snapshots.layer import holds_listed_data
 from snapshots.manifest import (
     MAX_LAYERS,
     Manifest,
@@ -179,6 +180,16 @@ class Checker:
             Finding(file, at, problem, tuple(dict.fromkeys(harms)), advice, repaired)
         )
 
+    async def _mend(self, advice: str, mend: Callable[[], Awaitable[None]]) -> tuple[bool, str]:
+        """Repair something if that is asked for; whether it was done, and the advice if not."""
+        if not self._repair:
+            return False, advice
+        try:
+            await mend()
+        except (OSError, StorageError) as error:
+            return False, f"see to this, then check again: {one_line(error)}"
+        return True, advice
+
     # Records
 
     async def _check_records(self) -> None:
@@ -242,14 +253,14 @@ class Checker:
         try:
             self._condemned |= unpack_deletion(await store.read_record("deletions", name), where)
         except (OSError, CorruptError) as error:
-            if self._repair:
-                await store.delete_record("deletions", name)
-            self._find(
-                _one_problem(error, where),
+            advice = (
                 "--repair removes it: the layers that it names belong to no volume, and are moved"
-                " to lost/ at the next start",
-                repaired=self._repair,
+                " to lost/ at the next start"
             )
+            repaired, advice = await self._mend(
+                advice, lambda: store.delete_record("deletions", name)
+            )
+            self._find(_one_problem(error, where), advice, repaired=repaired)
 
     async def _check_merge_record(self, name: str) -> None:
         store = self._store
@@ -336,7 +347,7 @@ class Checker:
         for log, content in read.logs.items():
             where = self._store.describe(layer, log)
             try:
-                state, reach = await examine_log(content, layer, log, read.blocks, where)
+                state = await examine_log(content, layer, log, read.blocks, where)
                 if len(content) % SECTOR:
                     raise CorruptError(f"{where}: cut short at offset {len(content)}")
                 if state.ragged and log == JOURNAL and not read.head:
@@ -352,7 +363,7 @@ class Checker:
                 continue
             if state.ragged:
                 await self._check_torn(layer, log, content, state)
-            await self._check_data(layer, reach)
+            await self._check_data(layer, state)
 
     async def _read_layer(self, layer: str) -> _Layer | None:
         """What is to be examined of a layer; None when nothing, or nothing else, is."""
@@ -424,13 +435,14 @@ class Checker:
         repaired = False
         if log == MERGE:
             advice = "nothing: it is cut off when the merge goes on"
-        elif self._repair:
+        else:
+            whole = content[: state.end] + bytes(JOURNAL_STEP)
             async with self._quiet():
-                if await self._store.read_log(layer, log) != content:
+                if self._repair and await self._store.read_log(layer, log) != content:
                     return  # the volume was opened, or has gone
-                whole = content[: state.end] + bytes(JOURNAL_STEP)
-                await self._store.create_log(layer, log, whole)
-                repaired = True
+                repaired, advice = await self._mend(
+                    advice, lambda: self._store.create_log(layer, log, whole)
+                )
         self._find(
             f"{where}: a torn tail from offset {state.end} on, of writes that nobody was told were"
             " durable",
@@ -438,11 +450,11 @@ class Checker:
             repaired=repaired,
         )
 
-    async def _check_data(self, layer: str, reach: Reach) -> None:
+    async def _check_data(self, layer: str, state: LogState) -> None:
         try:
             data = await self._store.open_data(layer, writable=False)
             try:
-                missing = reach.missing_from(data)
+                missing = missing_from(data, state)
             finally:
                 data.close()
         except (OSError, NotFoundError) as error:
@@ -462,21 +474,20 @@ class Checker:
         for merge in self._merges.values():
             known.update((merge.lower, merge.upper))
         strangers = sorted(set(await store.list_layers()) - known)
-        if not self._all_read or (self._manifests is not None and self._manifests.unreadable):
+        served = self._manifests
+        if not self._all_read or (served and (served.unreadable or served.in_doubt)):
             strangers = []  # any may belong to a volume that cannot be read
         for layer in strangers:
-            repaired = self._repair
+
+            async def clear_away(layer: str = layer) -> None:
+                if await holds_listed_data(store, layer):
+                    await store.set_aside_layer(layer)
+                else:
+                    await store.delete_layer(layer)
+
             advice = "--repair moves it to lost/ if its logs list data, and removes it if not"
+            repaired, advice = await self._mend(advice, clear_away)
             where = store.describe_layer(layer)
-            if repaired:
-                try:
-                    if await holds_listed_data(store, layer):
-                        await store.set_aside_layer(layer)
-                    else:
-                        await store.delete_layer(layer)
-                except OSError as error:
-                    repaired = False
-                    advice = one_line(error)
             self._find("belongs to no volume", advice, file=where, repaired=repaired)
         for where in await store.list_set_aside():
             self._find(

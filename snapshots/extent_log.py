@@ -44,6 +44,8 @@ from typing import Any, Protocol
 import msgpack
 
 from backends.errors import CorruptError
+from backends.local_data import ROW_SHIFT
+from snapshots.names import BLOCK_SHIFT
 from snapshots.owner_map import DATA, ZERO
 
 SECTOR = 512
@@ -59,6 +61,7 @@ _EMPTY = bytes(SECTOR)
 _FIXED = 32
 # The fewest extents that fit a sector: two 5-byte numbers each (a block number is below 2**32).
 EXTENTS_PER_SECTOR = (_PAYLOAD - _FIXED) // 10
+_ROW_BLOCKS_SHIFT = ROW_SHIFT - BLOCK_SHIFT
 # What a killed process has left to be punched are its last TRIMs.
 _ZEROED = 4096
 
@@ -148,8 +151,10 @@ class LogState:
     be rewritten before anything is appended.
 
     ``zeroed`` are the last extents (first block, end block) that it says became zero: data may
-    have come there since. No data that it lists lay behind block ``data_end``. ``marked``: nothing
-    but a mark could be lost from its end unseen.
+    have come there since. ``data_ends`` are the blocks at which the data that it lists ends, one
+    for each TiB of the volume: a store may cut data there. What became zero later still counts, for
+    a layer's data never gets shorter. ``marked``: nothing but a mark could be lost from its end
+    unseen.
     """
 
     sequence: int
@@ -157,7 +162,7 @@ class LogState:
     ragged: bool
     size: int
     zeroed: deque[tuple[int, int]] = field(compare=False, default_factory=deque)
-    data_end: int = field(compare=False, default=0)
+    data_ends: dict[int, int] = field(compare=False, default_factory=dict)
     marked: bool = field(compare=False, default=True)
 
 
@@ -182,7 +187,8 @@ def read_log(
     if header is None or header[:1] != [FORMAT] or header[1:] != [layer, log]:
         raise CorruptError(f"{where}: offset 0 is not the header of this {log}")
     sequence = 0
-    extents = data_end = 0
+    extents = 0
+    data_ends: dict[int, int] = {}
     zeroed: deque[tuple[int, int]] = deque(maxlen=_ZEROED)
     offset = SECTOR
     sealed = False
@@ -198,9 +204,9 @@ def read_log(
                 )
             sequence += 1
             marked = not payload[2] and not payload[3]
-            count, end = _apply(payload[2], data, into)
-            data_end = max(data_end, end)
-            extents += count + _apply(payload[3], zero, into, zeroed)[0]
+            extents += _apply(payload[2], data, into)
+            extents += _apply(payload[3], zero, into, zeroed)
+            _note_ends(payload[2], data_ends)
             if len(payload) == 5:
                 sealed = True
                 if payload[4] != extents:
@@ -213,11 +219,11 @@ def read_log(
     if log == INDEX:
         if not sealed or len(content) != offset:
             raise CorruptError(f"{where}: the end mark is missing at offset {offset}")
-        return LogState(sequence, offset, False, len(content), data_end=data_end)
+        return LogState(sequence, offset, False, len(content), data_ends=data_ends)
     if offset + SECTOR > len(content):
         raise CorruptError(f"{where}: cut short at offset {len(content)}")
     ragged = _check_tail(content, offset, seed, sequence, where)
-    return LogState(sequence, offset, ragged, len(content), zeroed, data_end, marked)
+    return LogState(sequence, offset, ragged, len(content), zeroed, data_ends, marked)
 
 
 def _check_tail(content: bytes, offset: int, seed: int, sequence: int, where: str) -> bool:
@@ -243,8 +249,8 @@ def _apply(
     value: int,
     into: Extents,
     noted: deque[tuple[int, int]] | None = None,
-) -> tuple[int, int]:
-    """Apply a list of extents; how many they are, and the end of the last one."""
+) -> int:
+    """Apply a list of extents; how many they are."""
     position = 0
     if not isinstance(numbers, list) or len(numbers) % 2:
         raise ValueError("not a list of pairs")
@@ -258,7 +264,26 @@ def _apply(
         into.set(first, position, value)
         if noted is not None:
             noted.append((first, position))
-    return len(numbers) // 2, position
+    return len(numbers) // 2
+
+
+def _note_ends(numbers: list[int], ends: dict[int, int]) -> None:
+    """Note where the extents of a list, which are ascending, end in each TiB."""
+    if not numbers:
+        return
+    last = sum(numbers)
+    if numbers[0] >> _ROW_BLOCKS_SHIFT == (last - 1) >> _ROW_BLOCKS_SHIFT:
+        row = (last - 1) >> _ROW_BLOCKS_SHIFT
+        ends[row] = max(ends.get(row, 0), last)
+        return
+    position = 0
+    pairs = iter(numbers)
+    for gap, length in zip(pairs, pairs, strict=True):
+        first = position + gap
+        position = first + length
+        for row in range(first >> _ROW_BLOCKS_SHIFT, ((position - 1) >> _ROW_BLOCKS_SHIFT) + 1):
+            end = min(position, (row + 1) << _ROW_BLOCKS_SHIFT)
+            ends[row] = max(ends.get(row, 0), end)
 
 
 def _sector(layer: str, payload: list[Any]) -> bytes:

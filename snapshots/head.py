@@ -25,7 +25,7 @@ from heapq import heappop, heappush
 
 from backends.errors import CorruptError
 from backends.layers import LayerStore, LogFile
-from snapshots.examining import examine_log
+from snapshots.examining import examine_log, missing_from
 from snapshots.extent_log import (
     EXTENTS_PER_SECTOR,
     JOURNAL,
@@ -269,17 +269,20 @@ class Head:
         self._compact_at = max(_COMPACT_FROM, 2 * self._end)
         self._set_limits()
 
-    async def check_journal(self, store: LayerStore, blocks: int) -> None:
-        """CorruptError when the journal or the data is shorter than it was written; OSError."""
+    async def check_journal(self, store: LayerStore, blocks: int, failed: bool) -> None:
+        """CorruptError when the journal or the data is shorter than it was written; OSError.
+
+        Where the journal of a volume that ``failed`` ends, nobody knows.
+        """
         name = self.layer.name
         where = store.describe(name, JOURNAL)
         content = await store.read_log(name, JOURNAL)
         if content is None:
             raise CorruptError(f"{where}: is missing")
-        state, reach = await examine_log(content, name, JOURNAL, blocks, where)
-        if (state.sequence, state.end) != (self._sequence, self._end):
+        state = await examine_log(content, name, JOURNAL, blocks, where)
+        if not failed and state.end != self._end:
             raise CorruptError(f"{where}: ends at offset {state.end}, {self._end} expected")
-        missing = await asyncio.to_thread(reach.missing_from, self.data)
+        missing = await asyncio.to_thread(missing_from, self.data, state)
         if missing is not None:
             raise CorruptError(missing)
 
@@ -293,7 +296,7 @@ async def open_head(
 ) -> Head:
     """Open a head and apply its journal to ``owners``; a torn tail of the journal goes."""
     state = await apply_layer(store, layer.name, owners, slot, 0)
-    damage = layer.data.find_short([end]) if (end := state.data_end << BLOCK_SHIFT) else None
+    damage = missing_from(layer.data, state)
     head = Head(layer, slot, await store.open_log(layer.name, JOURNAL, state.end), state)
     head.damage = damage
     try:

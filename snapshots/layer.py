@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from backends.errors import CorruptError, NotFoundError
 from backends.layers import DataFile, LayerStore
 from snapshots.extent_log import INDEX, JOURNAL, MERGE, Extents, LogState, encode_log, read_log
+from snapshots.names import BLOCK_SHIFT, MAX_VOLUME_SIZE
 from snapshots.owner_map import DATA, ZERO, OwnerMap
 
 _THREAD_FROM = 1 << 16
@@ -73,6 +74,24 @@ async def apply_merge(
     if content is None:
         return None
     return await _apply(store, content, layer, MERGE, into, data, zero)
+
+
+async def holds_listed_data(store: LayerStore, layer: str) -> bool:
+    """Whether a layer that no volume lists may be all that is left of one. OSError.
+
+    So if it has data, and a log that lists some or cannot be read. Data that no log lists could
+    not be read again, whatever else came back: the next head of a snapshot that was not committed
+    has it, when the process is killed behind the gate.
+    """
+    if not await store.holds_data(layer):
+        return False
+    nothing = Nothing(MAX_VOLUME_SIZE >> BLOCK_SHIFT)
+    try:
+        held = await apply_layer(store, layer, nothing)
+        merged = await apply_merge(store, layer, nothing)
+    except (CorruptError, NotFoundError):
+        return True
+    return bool(held.data_ends or (merged is not None and merged.data_ends))
 
 
 async def _apply(

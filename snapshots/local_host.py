@@ -189,7 +189,8 @@ class LocalHost:
         volume = self._writing(key).volume
         # Held, so that the journal does not grow while it is read.
         async with volume.head.lock:
-            await volume.head.check_journal(self._store, volume.owners.blocks)
+            failed = volume.failure is not None
+            await volume.head.check_journal(self._store, volume.owners.blocks, failed)
 
     # Snapshots
 

@@ -28,7 +28,7 @@ from collections.abc import Callable, Iterator
 
 from backends.errors import CorruptError, NoSpaceError
 from backends.layers import LayerStore, LogFile
-from snapshots.examining import Reach
+from snapshots.examining import Nothing, missing_from
 from snapshots.extent_log import MERGE, SECTOR, Run, encode_extents, encode_mark
 from snapshots.head import JOURNAL_STEP
 from snapshots.layer import OpenLayer, apply_layer, apply_merge, write_index
@@ -120,12 +120,15 @@ class Merger:
 
     async def _check(self, source: OpenLayer, target: OpenLayer) -> None:
         """CorruptError when data of either layer is missing: see ``DataFile.find_short``."""
+        nothing = Nothing(self._blocks)
         for layer in (source, target):
-            reach = Reach(self._blocks)
-            await apply_layer(self._store, layer.name, reach)
-            missing = await asyncio.to_thread(reach.missing_from, layer.data)
-            if missing is not None:
-                raise CorruptError(missing)
+            states = [await apply_layer(self._store, layer.name, nothing)]
+            if layer is target and (merged := await apply_merge(self._store, layer.name, nothing)):
+                states.append(merged)
+            for state in states:
+                missing = await asyncio.to_thread(missing_from, layer.data, state)
+                if missing is not None:
+                    raise CorruptError(missing)
 
     async def _begin(self) -> tuple[LogFile, OwnerMap]:
         """Open the merge log and find out what is still to be moved."""

@@ -7,7 +7,8 @@ change.
 
 All views of one volume, its snapshots' included, are on one host while any is open; a volume that
 opens goes to the host with the fewest. When a host is lost its views leave the book at once; who
-used them finds out at the next call, and what is opened then is opened anew.
+used them finds out at the next call, and what is opened then is opened anew. Nobody knows whether
+a sync had failed just before: what is cached of the volume's head is read from the disk again.
 """
 
 from __future__ import annotations
@@ -72,6 +73,8 @@ class OpenViews:
         self._leases: dict[Lease, tuple[OpenView, ...]] = {}
         # What is cached of a volume that failed may not be what is on disk, opened again or not.
         self._failures: dict[str, str] = {}
+        self._lost_volumes: set[str] = set()
+        self.orderly = True
 
     async def start(self) -> None:
         """Start the hosts."""
@@ -86,6 +89,10 @@ class OpenViews:
         for view in gone:
             view.lost = True
             del self._open[view.key]
+            if view.key == view.volume:
+                self._lost_volumes.add(view.volume)
+                # The next process that owns the store has to drop all that is cached as well.
+                self.orderly = False
         if gone:
             names = ", ".join(sorted(view.name for view in gone))
             _log.error("closed with their worker: %s; what was not flushed may be lost", names)
@@ -125,6 +132,9 @@ class OpenViews:
         async with self.stacks:
             found = self._open.get(manifest.id)
             if found is None:
+                if manifest.id in self._lost_volumes:
+                    await self._store.drop_cache(manifest.head)
+                    self._lost_volumes.discard(manifest.id)
                 stack = manifest.stack(manifest.head)
                 found = self._enter(manifest.id, manifest.id, manifest.name, stack)
                 await self._opened(
@@ -190,7 +200,7 @@ class OpenViews:
         return [
             (merge.lower, merge.upper, merge.target)
             for merge in self._manifests.merges.values()
-            if merge.upper in stack
+            if merge.upper in stack or merge.target in stack
         ]
 
     async def release(self, view: OpenView) -> None:

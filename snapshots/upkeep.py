@@ -7,7 +7,7 @@ import contextlib
 import logging
 
 from backends.layers import LayerStore
-from snapshots.examining import holds_listed_data
+from snapshots.layer import holds_listed_data
 from snapshots.manifest_store import ManifestStore
 from snapshots.merging import Merging
 from snapshots.open_views import OpenViews

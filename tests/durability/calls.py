@@ -309,9 +309,12 @@ class Calls:
 
 def _stat(node: File | Directory) -> SimpleNamespace:
     if isinstance(node, Directory):
-        return SimpleNamespace(st_size=PAGE, st_blocks=8, st_mode=stat.S_IFDIR)
+        return SimpleNamespace(st_size=PAGE, st_blocks=8, st_mode=stat.S_IFDIR, st_nlink=2)
     return SimpleNamespace(
-        st_size=node.size, st_blocks=len(node.pages) * PAGE // 512, st_mode=stat.S_IFREG
+        st_size=node.size,
+        st_blocks=len(node.pages) * PAGE // 512,
+        st_mode=stat.S_IFREG,
+        st_nlink=1,
     )
 
 

@@ -98,6 +98,7 @@ class Seam:
         self.open: dict[int, _Open] = {}
         self._pages: dict[int, _Pages] = {}
         self._layers: dict[str, int] = {}
+        self._roles: dict[str, str] = {}
         self._counts: Counter[str] = Counter()
         self._lock = threading.RLock()
         self._real: dict[str, Any] = {}
@@ -310,6 +311,12 @@ class Seam:
 
     def _role(self, path: str) -> str:
         """What a file is, without what is random in its name."""
+        role = self._roles.get(path)
+        if role is None:
+            role = self._roles[path] = self._make_role(path)
+        return role
+
+    def _make_role(self, path: str) -> str:
         parts = path[len(self.root) :].strip("/").split("/")
         if parts[0] in ("layers", "lost") and len(parts) > 1:
             gone = ".new-" if parts[1].startswith(".new-") else ""

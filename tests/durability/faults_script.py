@@ -162,6 +162,21 @@ class _Inline(ThreadPoolExecutor):
         return done
 
 
+class _Loop(asyncio.SelectorEventLoop):
+    """Does what is meant for a thread at once."""
+
+    def run_in_executor(self, executor: Any, function: Any, *args: Any) -> Any:
+        done = self.create_future()
+        try:
+            done.set_result(function(*args))
+        except BaseException as error:
+            done.set_exception(error)
+        return done
+
+    def call_soon_threadsafe(self, *args: Any, **kwargs: Any) -> Any:
+        return self.call_soon(*args, **kwargs)
+
+
 @contextmanager
 def _no_threads() -> Iterator[None]:
     """Threads would only take time here: nothing is done at the same time as anything else."""
@@ -233,7 +248,6 @@ class _Script:
 
         async def life() -> None:
             loop = asyncio.get_running_loop()
-            loop.set_default_executor(_Inline())
             loop.set_exception_handler(lambda _, context: self.stray.append(context))
             async with asyncio.timeout(SECONDS):
                 if not await self.open():
@@ -250,7 +264,8 @@ class _Script:
                     self.model[name].id = self.catalogue._manifests.get(name).id
                 await (self.close() if orderly else self.kill())
 
-        asyncio.run(life())
+        with asyncio.Runner(loop_factory=_Loop) as runner:
+            runner.run(life())
         left = self.seam.close_all()
         assert not orderly or not left, f"still open: {left}"
         assert not self.stray, self.stray

@@ -53,7 +53,8 @@ def every_fault(stage: Stage) -> list[Job]:
 def chosen(jobs: list[Job]) -> list[Job]:
     """The first of each kind of call on a kind of file in an act, and the syncs of layers.
 
-    What only reads is not told that there is no space.
+    Want of space that is over at once is tried with each kind of call in one act. What only reads
+    is not told that there is no space.
     """
     found: dict[object, Job] = {}
     for act, fault in jobs:
@@ -62,7 +63,8 @@ def chosen(jobs: list[Job]) -> list[Job]:
             continue
         kind = re.sub(r"\d+", "", fault.name)
         where = fault.name if call == "fdatasync" and not fault.full else kind
-        key = (None if call in QUESTIONS else act, where, fault.error, fault.full)
+        once = call in QUESTIONS or (fault.error == errno.ENOSPC and not fault.full)
+        key = (None if once else act, where, fault.error, fault.full)
         found.setdefault(key, (act, fault))
     return list(found.values())
 
