@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from backends.errors import CorruptError, NotFoundError
 from backends.layers import DataFile, LayerStore
+from snapshots.examining import Nothing
 from snapshots.extent_log import INDEX, JOURNAL, MERGE, Extents, LogState, encode_log, read_log
 from snapshots.names import BLOCK_SHIFT, MAX_VOLUME_SIZE
 from snapshots.owner_map import DATA, ZERO, OwnerMap
@@ -92,6 +93,16 @@ async def holds_listed_data(store: LayerStore, layer: str) -> bool:
     except (CorruptError, NotFoundError):
         return True
     return bool(held.data_ends or (merged is not None and merged.data_ends))
+
+
+async def check_no_merge(store: LayerStore, layer: str, blocks: int) -> None:
+    """CorruptError when ``layer`` took over blocks in a merge of which there is no record.
+
+    They are nowhere else any more, and nothing says between which layers they lie.
+    """
+    state = await apply_merge(store, layer, Nothing(blocks))
+    if state is not None and state.sequence:
+        raise CorruptError(f"{store.describe(layer, MERGE)}: the record of this merge is lost")
 
 
 async def _apply(

@@ -31,7 +31,7 @@ from backends.layers import LayerStore, LogFile
 from snapshots.examining import Nothing, missing_from
 from snapshots.extent_log import MERGE, SECTOR, Run, encode_extents, encode_mark
 from snapshots.head import JOURNAL_STEP
-from snapshots.layer import OpenLayer, apply_layer, apply_merge, write_index
+from snapshots.layer import OpenLayer, apply_layer, apply_merge, check_no_merge, write_index
 from snapshots.manifest import Merge
 from snapshots.manifest_store import ManifestStore, is_no_space
 from snapshots.names import BLOCK_SHIFT, BLOCK_SIZE
@@ -45,7 +45,9 @@ _CHUNK_RUNS = 1024
 
 
 async def plan_merge(store: LayerStore, lower: str, upper: str, blocks: int) -> Merge:
-    """Choose the target: the layer into which fewer blocks must be copied."""
+    """Choose the target: the layer into which fewer blocks must be copied. CorruptError."""
+    for layer in (lower, upper):
+        await check_no_merge(store, layer, blocks)
     below, above = OwnerMap(blocks), OwnerMap(blocks)
     try:
         await apply_layer(store, lower, below)

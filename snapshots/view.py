@@ -24,9 +24,7 @@ from time import monotonic
 from backends.errors import CorruptError, UnavailableError
 from backends.layers import DataFile, LayerStore
 from snapshots.cold_reads import Part
-from snapshots.examining import Nothing
-from snapshots.extent_log import MERGE
-from snapshots.layer import LayerPool, OpenLayer, apply_layer, apply_merge
+from snapshots.layer import LayerPool, OpenLayer, apply_layer, apply_merge, check_no_merge
 from snapshots.lending import MIN_LOAN, Borrower, wait_for_loans
 from snapshots.manifest import MAX_LAYERS, Merge
 from snapshots.names import BLOCK_SHIFT, BLOCK_SIZE
@@ -301,7 +299,7 @@ async def load_stack(
 
     ``merges`` are the merges under way, by the layer that takes over: what it took over already
     is in its merge log, which counts from the upper one of the two layers on. CorruptError when
-    there is such a log and no such merge: its blocks are nowhere else any more.
+    there is such a log and no such merge.
     """
     if len(layers) > MAX_LAYERS:
         raise CorruptError(f"{view.name}: {len(layers)} layers, at most {MAX_LAYERS} are possible")
@@ -312,10 +310,7 @@ async def load_stack(
         if any(merge.source == name for merge in merges.values()):
             view.stop_lending(name)
         if name not in merges:
-            lost = await apply_merge(store, name, Nothing(view.owners.blocks))
-            if lost is not None and lost.sequence:
-                where = store.describe(name, MERGE)
-                raise CorruptError(f"{where}: the record of this merge is lost")
+            await check_no_merge(store, name, view.owners.blocks)
         merge = upper.get(name)
         if merge is not None:
             target = view.slot_of(merge.target)

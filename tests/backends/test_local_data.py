@@ -326,3 +326,50 @@ def test_an_error_while_looking_for_extents_is_told(
     with pytest.raises(OSError, match="broken"):
         data.allocated_ranges(0, BLOCK, 1)
     data.close()
+
+
+def test_a_file_removed_or_cut_short_while_it_is_open_fails_the_next_sync(tmp_path: Path) -> None:
+    data = LocalDataFile(tmp_path, writable=True)
+    data.write(0, b"a" * 3 * BLOCK)
+    data.write(ROW_SIZE, b"b" * BLOCK)
+    data.sync()
+    first, second = tmp_path / "data-00000", tmp_path / "data-00001"
+    os.truncate(first, 2 * BLOCK)
+    data.write(ROW_SIZE, b"c" * BLOCK)
+    data.sync()  # of the row that was written
+    data.write(0, b"d" * BLOCK)
+    with pytest.raises(OSError, match=f"{first} was cut short from 12288 to 8192 bytes") as caught:
+        data.sync()
+    assert caught.value.errno == errno.EIO
+    second.unlink()
+    data.write(ROW_SIZE, b"e" * BLOCK)
+    with pytest.raises(OSError, match=f"{second} was removed while it was open"):
+        data.sync()
+    data.close()
+    # What was cut short between opening and the first sync is seen too.
+    data = LocalDataFile(tmp_path, writable=True)
+    os.truncate(first, BLOCK)
+    with pytest.raises(OSError, match="was cut short"):
+        data.sync()
+    data.close()
+
+
+def test_rows_stay_to_be_synced_when_their_directory_could_not_be(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = LocalDataFile(tmp_path, writable=True)
+    data.write(0, b"a" * BLOCK)
+
+    def fails(descriptor: int) -> None:
+        raise OSError(errno.EIO, "no directory")
+
+    synced: list[int] = []
+    monkeypatch.setattr(os, "fdatasync", synced.append)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", fails)
+        with pytest.raises(OSError):
+            data.sync()
+        assert not synced
+    data.sync()
+    assert len(synced) == 1
+    data.close()

@@ -110,6 +110,16 @@ class Seam:
             self.cleared = True
             self.counted = len(self.names)
 
+    def begin_again(self) -> None:
+        """Count calls from here on, as if there had been none."""
+        self.names.clear()
+        self._counts.clear()
+
+    def fail_next(self, call: str, layer: Path) -> None:
+        """Let the next such call on the data of a layer fail with EIO."""
+        name = f"{call} {self._role(f'{layer}/data-00000')}"
+        self.fault = Fault(f"{name} #{self._counts[name] + 1}", errno.EIO)
+
     def lose(self) -> None:
         """Let the pages that failed syncs have lost be as the disk has them."""
         for pages in self._pages.values():

@@ -14,7 +14,8 @@ fails any more. All the while the rules are:
 * A volume whose manifest could not be read at the start is refused until the next one.
 * What is read is what the model says (faults_model.py), in this life and in later ones; a snapshot
   is whole or not there. At the end the pages are gone that failed syncs have lost.
-* No descriptor stays open, and nothing is left behind in the directory.
+* No descriptor stays open, and nothing is left behind in the directory; the check calls nothing
+  damaged.
 """
 
 from __future__ import annotations
@@ -86,7 +87,7 @@ class Stage:
             _copy(current, directory / str(act))
             self.models.append(copy.deepcopy(model))
             outcome = Outcome()
-            with _environment(act, outcome), Seam(current / "data") as seam:
+            with environment(act, outcome.log), Seam(current / "data") as seam:
                 script = _Script(current / "data", seam, outcome, model)
                 script.live(ACTS[act], orderly=ACTS[act] is not _Script.killed)
             assert not script.failed, script.failed
@@ -99,7 +100,7 @@ class Stage:
         outcome = Outcome()
         with (
             tempfile.TemporaryDirectory(dir=self.directory) as name,
-            _environment(act, outcome),
+            environment(act, outcome.log),
             Seam(Path(name) / "data", fault) as seam,
         ):
             _copy(self.directory / str(act), Path(name))
@@ -133,8 +134,9 @@ def _copy(source: Path, target: Path) -> None:
 
 
 @contextmanager
-def _environment(act: int, outcome: Outcome) -> Iterator[None]:
-    with _small_limits(), _logged(outcome.log), _no_chance(act), _no_threads():
+def environment(act: int, log: list[str]) -> Iterator[None]:
+    """Small limits, no chance and no threads; what is logged goes to ``log``."""
+    with _small_limits(), _logged(log), _no_chance(act), _no_threads():
         yield
 
 
@@ -175,6 +177,12 @@ class _Loop(asyncio.SelectorEventLoop):
 
     def call_soon_threadsafe(self, *args: Any, **kwargs: Any) -> Any:
         return self.call_soon(*args, **kwargs)
+
+
+def run(scenario: Coroutine[Any, Any, T]) -> T:
+    """``asyncio.run`` on a loop that needs no threads."""
+    with asyncio.Runner(loop_factory=_Loop) as runner:
+        return runner.run(scenario)
 
 
 @contextmanager
@@ -264,8 +272,7 @@ class _Script:
                     self.model[name].id = self.catalogue._manifests.get(name).id
                 await (self.close() if orderly else self.kill())
 
-        with asyncio.Runner(loop_factory=_Loop) as runner:
-            runner.run(life())
+        run(life())
         left = self.seam.close_all()
         assert not orderly or not left, f"still open: {left}"
         assert not self.stray, self.stray
@@ -719,8 +726,16 @@ class _Script:
     # And afterwards
 
     async def found_again(self) -> None:
-        """What was written is there, and becomes durable again."""
+        """What was written is there, and becomes durable again; nothing is damaged."""
+        await self.nothing_is_damaged()
         await self.writing_works()
+        await self.nothing_is_damaged()
+
+    async def nothing_is_damaged(self) -> None:
+        findings = (await self.catalogue.check_directory(None)).findings
+        # What a volume that failed had not committed may have been set aside.
+        damage = [found for found in findings if "/lost/" not in found.file]
+        assert not damage, damage
 
     async def clear_away(self) -> None:
         """In the end only what the volumes need is left."""
@@ -735,6 +750,7 @@ class _Script:
         assert not manifests.condemned and not manifests.merges
         left = [str(path) for path in self.data.rglob(".new-*")]
         assert not left, left
+        await self.nothing_is_damaged()
 
 
 ACTS = (

@@ -16,8 +16,13 @@ from pathlib import Path
 
 import pytest
 
-from tests.durability.faults import Fault
-from tests.durability.faults_script import ACTS, Stage
+from backends.local_layers import LocalLayerStore
+from snapshots.catalogue import Catalogue
+from snapshots.local_host import LocalHost
+from snapshots.threads import Threads
+from tests.durability.faults import Fault, Seam
+from tests.durability.faults_model import BLOCK
+from tests.durability.faults_script import ACTS, Stage, environment, run
 
 ALL = os.environ.get("NBDSERVE_FAULTS") == "all"
 MEMORY = Path("/dev/shm")
@@ -89,3 +94,41 @@ def test_every_call_fails(stage: Stage, act: int) -> None:
     print(f"{len(faults)} faults at {len(stage.calls[act].names)} calls")
     wrong = [line for fault in faults if (line := play(stage, act, fault))]
     assert not wrong, f"{len(wrong)} of {len(faults)}:\n" + "\n".join(wrong[:20])
+
+
+def test_a_worker_killed_behind_a_failed_sync() -> None:
+    """It told nobody: what it left in the cache is neither served nor taken for durable."""
+
+    async def scenario(data: Path, seam: Seam) -> None:
+        store = LocalLayerStore(data)
+        threads = Threads()
+        host = LocalHost(store, threads)
+        catalogue = await Catalogue.open(store, [host])
+        await catalogue.create_volume("a", 16 * BLOCK)
+        handle = await catalogue.open_volume("a", lambda: None)
+        await handle.write(0, b"a" * BLOCK)
+        await handle.flush()
+        await handle.write(0, b"b" * BLOCK)
+        host._watcher = None
+        seam.fail_next("fdatasync", data / "layers" / catalogue._manifests.get("a").head)
+        with pytest.raises(OSError, match="sync failed"):
+            await handle.flush()
+        catalogue._views.lost(host)
+        catalogue._views.hosts[:] = [again := LocalHost(store, threads)]
+        await again.start(catalogue._views)
+        handle = await catalogue.open_volume("a", lambda: None)
+        buffer = bytearray(BLOCK)
+        await handle.read(0, memoryview(buffer))
+        assert bytes(buffer) == b"a" * BLOCK
+        await catalogue.close_export(handle)
+        await catalogue.close()
+        assert (data / "lock").read_bytes() == b"", "the next start drops what is cached"
+
+    with (
+        new_directory() as directory,
+        environment(0, []),
+        Seam(Path(directory) / "data") as seam,
+    ):
+        run(scenario(Path(directory) / "data", seam))
+        assert seam.fired
+        seam.close_all()

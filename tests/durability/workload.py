@@ -2,8 +2,8 @@
 
 Each volume has a client, which writes, zeroes, trims and flushes, one request after the other;
 meanwhile the operator takes snapshots, of groups too, deletes and rolls back, clones, imports,
-resizes, renames, removes. In the middle of what runs in a thread a client may write as well: the event loop
-would go on just then.
+resizes, renames, removes. In the middle of what runs in a thread a client may write as well: the
+event loop would go on just then.
 """
 
 from __future__ import annotations

@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 
 from backends.errors import CorruptError
+from snapshots.examining import Nothing
 from snapshots.extent_log import (
     EXTENTS_PER_SECTOR,
     INDEX,
@@ -303,3 +304,29 @@ def test_no_bytes_at_all_raise_anything_else(content: bytes, log: str) -> None:
             read(found, log)
         except CorruptError as error:
             assert str(error).startswith(WHERE)
+
+
+@given(
+    batches=st.lists(
+        st.lists(st.tuples(st.integers(0, 1 << 20), st.integers(1, 3 << 28)), max_size=12),
+        max_size=6,
+    )
+)
+def test_where_data_ends_in_each_tib(batches: list[list[tuple[int, int]]]) -> None:
+    blocks = 1 << 32
+    content = encode_header(LAYER, JOURNAL)
+    expected: dict[int, int] = {}
+    for batch in batches:
+        runs = []
+        position = 0
+        for number, (gap, length) in enumerate(batch):
+            first, position = position + gap, position + gap + length
+            if position <= blocks:
+                runs.append((first, position, ZERO if number % 3 == 2 else DATA))
+        for first, last, kind in runs:
+            for row in range(first >> 28, ((last - 1) >> 28) + 1) if kind == DATA else ():
+                expected[row] = max(expected.get(row, 0), min(last, (row + 1) << 28))
+        sequence = len(content) // SECTOR - 1
+        content += b"".join(encode_extents(LAYER, runs, sequence))
+    state = read_log(content + bytes(SECTOR), LAYER, JOURNAL, Nothing(blocks), WHERE)
+    assert state.data_ends == expected

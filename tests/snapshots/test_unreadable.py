@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from backends.errors import CorruptError, ExistsError, NotFoundError
 from backends.local_layers import LocalLayerStore
+from snapshots import merge as merge_module
 from snapshots.catalogue import Catalogue
 from snapshots.manifest import salvage_name
 from tests.snapshots.stores import BLOCK
@@ -220,5 +223,67 @@ def test_a_damaged_deletion_deletes_nothing(tmp_path: Path) -> None:
         assert catalogue.volume_names() == ["copy", "other", "web"]
         await catalogue.close()
         assert (tmp_path / "deletions" / "0011").exists()
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("row", [0, 1])
+def test_each_file_of_a_large_head_is_looked_at(tmp_path: Path, row: int) -> None:
+    """A volume of more than 1 TiB has several; what is written behind a cut would hide it."""
+
+    async def scenario() -> None:
+        catalogue = await Catalogue.open(LocalLayerStore(tmp_path))
+        await catalogue.create_volume("large", 3 << 40)
+        handle = await catalogue.open_volume("large", lambda: None)
+        for offset in (0, 1 << 40):
+            await handle.write(offset, b"x" * 8 * BLOCK)
+        await handle.flush()
+        await catalogue.close_export(handle)
+        head = catalogue._manifests.get("large").head
+        data = tmp_path / "layers" / head / f"data-{row:05d}"
+        os.truncate(data, 4 * BLOCK)
+        handle = await catalogue.open_volume("large", lambda: None)
+        for offset in (0, 1 << 40, 2 << 40):
+            says = f"read-only: {data}: cut short at offset {4 * BLOCK}"
+            with pytest.raises(OSError, match=says):
+                await handle.write(offset + 6 * BLOCK, b"y" * BLOCK)
+        await catalogue.close_export(handle)
+        await catalogue.close()
+
+    asyncio.run(scenario())
+
+
+def test_a_merge_whose_record_was_lost_is_not_served(tmp_path: Path) -> None:
+    """Blocks that were moved are nowhere but where its log says."""
+
+    async def scenario() -> None:
+        await make(tmp_path)
+        catalogue = await Catalogue.open(LocalLayerStore(tmp_path))
+        await catalogue.delete_volume("copy")
+        punch = merge_module._punch
+        with pytest.MonkeyPatch.context() as patch:
+
+            def punches_and_ends(*arguments: Any) -> None:
+                punch(*arguments)
+                raise OSError(5, "ends here")
+
+            patch.setattr(merge_module, "_punch", punches_and_ends)
+            with pytest.raises(OSError):
+                await catalogue.delete_snapshot("web", "b")
+        await catalogue.close()
+        (merge,) = (tmp_path / "merges").iterdir()
+        merge.unlink()
+        catalogue = await Catalogue.open(LocalLayerStore(tmp_path))
+        log = str(tmp_path / "layers" / merge.name / "merge")
+        for opening in (
+            catalogue.open_snapshot("web", "c", lambda: None),
+            catalogue.open_volume("web", lambda: None),
+        ):
+            with pytest.raises(CorruptError, match=log):
+                await opening
+        findings = (await catalogue.check_directory(None)).findings
+        assert [found.file for found in findings] == [log]
+        assert await content(catalogue, "web", "a") == b"\1" * SIZE
+        await catalogue.close()
 
     asyncio.run(scenario())
