@@ -159,8 +159,8 @@ class LocalLayerStore:
                     f"{self.path / 'volumes'} is missing although there are layers: nothing is"
                     " touched; restore it from a backup of the data directory"
                 )
-            for directory in RECORD_KINDS:
-                (self.path / directory).mkdir(mode=0o700, exist_ok=True)
+            for kind in RECORD_KINDS:
+                (self.path / kind).mkdir(mode=0o700, exist_ok=True)
             if "layers" not in found:
                 # Never there without the others, whatever a power cut leaves.
                 await _sync_directory(self.path)
