@@ -307,12 +307,12 @@ class LocalLayerStore:
     async def delete_layer(self, layer: str) -> None:
         path = self._layer(layer)
         gone = path.with_name(_NEW + layer)
-        try:
+        with contextlib.suppress(FileNotFoundError):
             await aiofiles.os.rename(path, gone)
-        except FileNotFoundError:
-            return
-        await asyncio.to_thread(shutil.rmtree, gone)
+        # Before anything in it goes: half of a layer must not come back under its name.
         await _sync_directory(self.path / "layers")
+        with contextlib.suppress(FileNotFoundError):
+            await asyncio.to_thread(shutil.rmtree, gone)
 
     async def holds_data(self, layer: str) -> bool:
         def find() -> bool:
