@@ -269,11 +269,15 @@ class VolumeModel:
         self.names: tuple[str, ...] = (name,)
         self.optional = False
         self.also: Form | None = None
-        self.busy: tuple[int, int] | None = None
+        self.busy: list[tuple[int, int]] = []
 
     @property
     def sectors(self) -> int:
         return len(self.now)
+
+    def is_busy(self, first: int, last: int) -> bool:
+        """Whether something is under way that touches sectors ``first`` to ``last`` (exclusive)."""
+        return any(first < end and begin < last for begin, end in self.busy)
 
     def settle(self, mark: int) -> None:
         """What was acknowledged before ``mark`` is durable."""

@@ -45,9 +45,10 @@ DATA = "/srv/data"
 LIVES = 3
 OPERATIONS = 10
 STATES = 3
-CUT_CHANCE = 0.02
-# Before a rename: that is what commits.
-COMMIT_CUT_CHANCE = 0.15
+CUT_CHANCE = 0.015
+# While a snapshot is taken, and before what commits, gives space back or belongs to a merge.
+LIKELY_CUT_CHANCE = 0.1
+LIKELY = ("rename", "punch")
 KILL_CHANCE = 0.3
 RECOVERY_CUT_CHANCE = 0.04
 DEEPEST = 3
@@ -161,9 +162,10 @@ class History:
         random = Random(f"{self.seed}/{name}")
         where = RECOVERY if durable else KILLED
         freeze: Callable[[], Expected] = lambda: expected  # noqa: E731
+        workload: Workload | None = None
 
         async def live() -> None:
-            nonlocal where, freeze
+            nonlocal where, freeze, workload
             catalogue, found = await _recover(disk)
             model = adopt(expected.check(found), written, durable=durable)
             workload = Workload(_store(disk), catalogue, model, random, self.loop)
@@ -177,8 +179,10 @@ class History:
             await workload.run(OPERATIONS)
 
         def take(call: str) -> None:
-            chance = COMMIT_CUT_CHANCE if call.startswith("rename") else CUT_CHANCE
-            if random.random() < chance:
+            likely = call.startswith(LIKELY) or "/merge" in call
+            if workload is not None and workload.at_gate:
+                likely = True
+            if random.random() < (LIKELY_CUT_CHANCE if likely else CUT_CHANCE):
                 cuts.append(Cut(disk.copy(), freeze(), f"{name}.{len(disk.log)}", call, where))
 
         disk.on_call = take

@@ -3,7 +3,7 @@
 import pytest
 
 from backends import local_data, local_layers
-from snapshots import head, manifest_store, merge, punching
+from snapshots import head, manifest_store, merge, punching, volume
 from snapshots.extent_log import SECTOR, encode_extents
 
 from .simulation import Finding, Tally, simulate
@@ -94,6 +94,20 @@ def what_is_renamed_was_not_synced(patch):
 
 
 @bug
+def a_flush_does_not_wait_for_the_commit_of_a_snapshot(patch):
+    patch.setattr(volume.Volume, "commit_begins", lambda self: None)
+
+
+@bug
+def a_sealed_head_is_not_made_durable(patch):
+    async def finish(self, old, runs):
+        await old.idle()
+        self._sealing.remove(old)
+
+    patch.setattr(volume.Volume, "finish_seal", finish)
+
+
+@bug
 def a_hole_is_punched_where_blocks_were_written_again(patch):
     patch.setattr(punching, "gaps", lambda owners, first, last: [(first, last)])
 
@@ -161,6 +175,16 @@ def what_a_killed_process_wrote_is_not_synced(patch):
 @bug
 def what_a_killed_process_renamed_is_not_synced(patch):
     patch.setattr(local_layers.LocalLayerStore, "_settle_names", nothing)
+
+
+@bug
+def what_a_killed_process_removed_is_not_synced(patch):
+    async def unlink(path):
+        if path.exists():
+            path.unlink()
+            await local_layers._sync_directory(path.parent)
+
+    patch.setattr(local_layers, "_unlink", unlink)
 
 
 @bug

@@ -18,10 +18,11 @@ def test_states():
         env={**os.environ, "PYTHONHASHSEED": "0"}, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
-    states, recoveries, kills = (
-        int(re.search(pattern, done.stdout)[1])
-        for pattern in (r"(\d+) states", r"(\d+) of them cuts of a recovery", r"(\d+) lives begun")
-    )
-    assert states >= STATES
-    assert recoveries > 0
-    assert kills > 0
+    found = {
+        what: int(re.search(rf"(\d+) {what}", done.stdout)[1])
+        for what in ("states", "different disks", "in a workload", "in a recovery",
+                     "in a life begun after a kill", "kills recovered", "checks")
+    }  # fmt: skip
+    assert found["states"] >= STATES
+    assert found["different disks"] > 0.9 * STATES
+    assert all(found.values()), found

@@ -1,9 +1,9 @@
 """Random clients and a random operator on one data directory, and the model that goes with them.
 
-Each volume has a client, which writes, zeroes, trims and flushes, one request after the other;
-meanwhile the operator takes snapshots, of groups too, deletes and rolls back, clones, imports,
-resizes, renames, removes. In the middle of what runs in a thread a client may write as well: the
-event loop would go on just then.
+Each volume has two clients, which write, zero, trim and flush, each one request after the other and
+never both in the same place; meanwhile the operator takes snapshots, of groups too, deletes and
+rolls back, clones, imports, resizes, renames, removes. In the middle of what runs in a thread a
+client may write as well: the event loop would go on just then.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Callable, Coroutine
+from itertools import chain
 from random import Random
 from typing import Any
 
@@ -28,8 +29,13 @@ BLOCK = 4096
 IN_BLOCK = BLOCK // SECTOR
 MOST_BLOCKS = 14
 MOST_VOLUMES = 3
+CLIENTS = 2
 # Seconds between two requests of a client. A system call takes none.
 PAUSES = (0, 0, 0, 0.001, 0.003, 0.01)
+# While a snapshot is taken: then requests of all kinds are under way, begin and end around its gate
+# and before its commit.
+GATE_PAUSES = (0, 0, 0.0003)
+REQUESTS = ("write", "write", "write", "fua", "fua", "flush", "flush", "trim", "zeroes", "read")
 SNAPSHOTS = ("s0", "s1", "s2", "s3")
 
 
@@ -42,7 +48,7 @@ async def read_all(handle: Handle) -> bytes:
 
 
 class Client:
-    """One volume's client; ``lock`` is held while it asks for something, or by the operator."""
+    """One client of a volume; ``lock`` is held while it asks for something, or by the operator."""
 
     def __init__(self, workload: Workload, volume: VolumeModel) -> None:
         self.workload = workload
@@ -53,13 +59,19 @@ class Client:
         self._between = False
         workload.start(self._run())
 
+    @property
+    def at_gate(self) -> bool:
+        """Whether a snapshot of its volume is being taken."""
+        return self.volume in self.workload.at_gate
+
     async def _run(self) -> None:
         random = self.workload.random
         while not self.gone and not self.workload.stopping:
             async with self.lock:
                 if not self.gone:
                     await self._ask(random)
-            await asyncio.sleep(6 if random.random() < 0.01 else random.choice(PAUSES))
+            pauses = GATE_PAUSES if self.at_gate else PAUSES
+            await asyncio.sleep(6 if random.random() < 0.01 else random.choice(pauses))
 
     async def open(self) -> Handle:
         if self.handle is None:
@@ -78,7 +90,8 @@ class Client:
         sectors = self.volume.sectors
         if random.random() < 0.65:
             first = random.randrange(sectors // IN_BLOCK)
-            blocks = random.choice((1, 1, 1, 2, 3, 5, MOST_BLOCKS))
+            usual = (1, 1, 1, 2, 3, 5, MOST_BLOCKS)
+            blocks = random.choice((1, 2, 5, 5, MOST_BLOCKS) if self.at_gate else usual)
             return first * IN_BLOCK, min(blocks * IN_BLOCK, sectors - first * IN_BLOCK)
         first = random.randrange(sectors)
         return first, min(random.choice((1, 2, 5, 9, 20)), sectors - first)
@@ -86,21 +99,7 @@ class Client:
     async def _ask(self, random: Random) -> None:
         handle = await self.open()
         model, volume = self.workload.model, self.volume
-        what = random.choice(
-            (
-                "write",
-                "write",
-                "write",
-                "fua",
-                "fua",
-                "flush",
-                "flush",
-                "trim",
-                "zeroes",
-                "read",
-                "close",
-            )
-        )
+        what = "close" if random.random() < 0.1 else random.choice(REQUESTS)
         if what == "flush":
             mark = model.tick()
             await handle.flush()
@@ -119,7 +118,10 @@ class Client:
                 await self.close()
             return
         first, count = self.place(random)
-        volume.busy = first, first + count
+        if volume.is_busy(first, first + count):
+            return
+        busy = first, first + count
+        volume.busy.append(busy)
         try:
             if what in ("write", "fua"):
                 sectors = model.new_sectors(first, count)
@@ -136,7 +138,7 @@ class Client:
                     await handle.write_zeroes(first * SECTOR, count * SECTOR, no_hole=no_hole)
             model.end(volume, write)
         finally:
-            volume.busy = None
+            volume.busy.remove(busy)
         if what == "fua" or random.random() < 0.1:
             await handle.flush()
             volume.settle_one(write)
@@ -147,7 +149,7 @@ class Client:
         if handle is None or self.gone or self._between or handle.view.closed:
             return
         first, count = self.place(random)
-        if volume.busy is not None and first < volume.busy[1] and volume.busy[0] < first + count:
+        if volume.is_busy(first, first + count):
             return
         model = self.workload.model
         sectors = model.new_sectors(first, count)
@@ -181,7 +183,8 @@ class Workload:
         self.random = random
         self.loop = loop
         self.stopping = False
-        self.clients: dict[VolumeModel, Client] = {}
+        self.at_gate: list[VolumeModel] = []
+        self.clients: dict[VolumeModel, list[Client]] = {}
         self._tasks: list[asyncio.Task[None]] = []
         self._deleting: set[tuple[VolumeModel, str]] = set()
         self._names = 0
@@ -194,8 +197,9 @@ class Workload:
         """A system call begins, maybe in a thread; where that makes a file, it holds a lock."""
         if call.startswith("create"):
             return
-        if self.loop.inside and not self._between and self.random.random() < 0.1:
-            clients = [client for client in self.clients.values() if client.handle is not None]
+        likely = 0.3 if self.at_gate else 0.1
+        if self.loop.inside and not self._between and self.random.random() < likely:
+            clients = [each for each in chain(*self.clients.values()) if each.handle is not None]
             if clients:
                 self._between = True
                 try:
@@ -206,7 +210,7 @@ class Workload:
     async def run(self, operations: int) -> None:
         """Do so many of the operator's operations, then close."""
         for volume in self.model.volumes:
-            self.clients[volume] = Client(self, volume)
+            self._start_clients(volume)
         if not self.model.volumes:
             await self._create()
         for _ in range(operations):
@@ -217,9 +221,12 @@ class Workload:
             await asyncio.wait(running)
         for task in self._tasks:
             task.result()
-        for client in self.clients.values():
+        for client in chain(*self.clients.values()):
             await client.close()
         await self.catalogue.close()
+
+    def _start_clients(self, volume: VolumeModel) -> None:
+        self.clients[volume] = [Client(self, volume) for _ in range(CLIENTS)]
 
     # The operator
 
@@ -255,10 +262,18 @@ class Workload:
 
     @contextlib.asynccontextmanager
     async def _alone(self, volume: VolumeModel) -> AsyncIterator[None]:
-        """Without its client."""
-        client = self.clients[volume]
-        async with client.lock:
-            await client.close()
+        """Without its clients."""
+        async with self._held(volume):
+            for client in self.clients[volume]:
+                await client.close()
+            yield
+
+    @contextlib.asynccontextmanager
+    async def _held(self, volume: VolumeModel) -> AsyncIterator[None]:
+        """While its clients ask for nothing."""
+        async with contextlib.AsyncExitStack() as stack:
+            for client in self.clients[volume]:
+                await stack.enter_async_context(client.lock)
             yield
 
     async def _snapshot(self, most: int = 1) -> None:
@@ -269,7 +284,9 @@ class Workload:
             return
         name = self.random.choice(names)
         self.model.begin_snapshots(volumes, name)
+        self.at_gate = volumes
         await self.catalogue.create_snapshots([(volume.name, name) for volume in volumes])
+        self.at_gate = []
         self.model.end_snapshots(volumes, name)
         group = [volume.snapshots[name] for volume in volumes]
         contents = [await self._read_snapshot(volume, name) for volume in volumes]
@@ -402,13 +419,14 @@ class Workload:
         self.model.volumes.append(volume)
         await make(name)
         volume.optional = False
-        self.clients[volume] = Client(self, volume)
+        self._start_clients(volume)
 
     async def _delete_volume(self) -> None:
         volume = self.random.choice(self.model.volumes)
         if len(self.model.volumes) > 1 and not self._busy(volume):
             async with self._alone(volume):
-                self.clients[volume].gone = True
+                for client in self.clients[volume]:
+                    client.gone = True
                 volume.optional = True
                 await self.catalogue.delete_volume(volume.name, with_snapshots=True)
                 self.model.volumes.remove(volume)
@@ -431,7 +449,7 @@ class Workload:
         volume = self.random.choice(self.model.volumes)
         if self._busy(volume):
             return
-        async with self.clients[volume].lock:
+        async with self._held(volume):
             self._names += 1
             new = f"r{self.model.written}-{self._names}"
             volume.names = (volume.name, new)
