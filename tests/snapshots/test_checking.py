@@ -26,6 +26,7 @@ from snapshots.catalogue import Catalogue
 from snapshots.checking import CheckReport, Finding, check_store
 from snapshots.extent_log import SECTOR, encode_extents
 from snapshots.manifest import pack_deletion, pack_transaction, salvage_name, unpack_manifest
+from snapshots.merging import Merging
 
 BLOCK = 4096
 BLOCKS = 300
@@ -135,7 +136,7 @@ def metadata(data: Path) -> list[Path]:
     """Every file that says something: records and logs."""
     records = [path for kind in RECORDS for path in (data / kind).iterdir()]
     logs = [path for log in ("journal", "index", "merge") for path in data.glob(f"layers/*/{log}")]
-    return sorted(records) + sorted(logs)
+    return [*sorted(records), *sorted(logs), *sorted(data.glob("lock")), *data.glob("reserve")]
 
 
 RECORDS = ("volumes", "transactions", "merges", "deletions")
@@ -169,26 +170,32 @@ def serve(data: Path) -> dict[str, str | None]:
 def flip(content: bytes, choice: random.Random) -> bytes:
     damaged = bytearray(content)
     # Where something is said as often as in the zeroes behind it.
-    said = len(content.rstrip(b"\0"))
+    said = len(content.rstrip(b"\0")) or len(content)
     at = choice.randrange(said if choice.random() < 0.7 else len(content))
     damaged[at] ^= choice.randrange(1, 256)
     return bytes(damaged)
 
 
 def truncate(content: bytes, choice: random.Random) -> bytes:
-    said = len(content.rstrip(b"\0"))
+    said = len(content.rstrip(b"\0")) or len(content)
     length = choice.randrange(said if choice.random() < 0.7 else len(content))
     return content[: length // SECTOR * SECTOR if choice.random() < 0.5 else length]
 
 
 def zero(content: bytes, choice: random.Random) -> bytes:
-    sectors = range(0, len(content.rstrip(b"\0")), SECTOR)
+    sectors = range(0, len(content.rstrip(b"\0")) or len(content), SECTOR)
     at = choice.choice(sectors)
     return content[:at] + bytes(min(SECTOR, len(content) - at)) + content[at + SECTOR :]
 
 
 def says_nothing(path: Path, whole: bytes, damaged: bytes) -> bool:
-    """Whether only reserved zeroes are gone from the end of a log, or the mark in front of them."""
+    """Whether nothing is lost with what was damaged.
+
+    Of a log, only reserved zeroes are gone from the end, or the mark in front of them. The lock's
+    word only spares the next start the caches, and what is in the reserve nobody reads.
+    """
+    if path.name in ("lock", "reserve"):
+        return True
     if path.parent.parent.name != "layers" or path.name == "index":
         return False
     said = -(-len(whole.rstrip(b"\0")) // SECTOR) * SECTOR
@@ -216,6 +223,37 @@ def judge(data: Path, contents: Contents, whole: bool, what: str) -> None:
         assert served == contents, what
 
 
+def damage_one(
+    files: list[Path], damage: Callable[[bytes, random.Random], bytes], which: int, seed: int
+) -> tuple[Path, bytes, bytes]:
+    """Damage one of the files in place, each kind as often as another; what it was and is."""
+    kinds = sorted({kind_of(path) for path in files})
+    kind = kinds[which % len(kinds)]
+    found = [path for path in files if kind_of(path) == kind]
+    path = found[which // len(kinds) % len(found)]
+    content = path.read_bytes()
+    damaged = damage(content, random.Random(seed))
+    with path.open("r+b") as file:
+        file.write(damaged)
+        file.truncate()
+    return path, content, damaged
+
+
+def kind_of(path: Path) -> str:
+    return path.parent.name if path.parent.name in RECORDS else path.name
+
+
+KINDS = {*("volumes", "transactions", "deletions", "merges"), *("index", "journal", "merge")}
+
+
+def test_the_directory_has_metadata_of_every_kind(data: Path) -> None:
+    names = {path.name for path in data.rglob("*") if path.is_file()}
+    known = {path.name for path in metadata(data)}
+    assert {name for name in names - known if not name.startswith("data-")} == {"claim"}
+    assert all(path.stat().st_size == 0 for path in data.rglob("claim"))
+    assert {kind_of(path) for path in metadata(data)} == KINDS | {"lock", "reserve"}
+
+
 @settings(max_examples=40, deadline=None)
 @given(
     damage=st.sampled_from([flip, flip, truncate, zero]),
@@ -232,15 +270,10 @@ def test_damage_to_any_metadata_file_is_found_and_never_served(
     source, contents = original
     data = scratch / "damaged"
     copy_of(source, data)
-    files = metadata(data)
-    path = files[which % len(files)]
-    content = path.read_bytes()
-    damaged = damage(content, random.Random(seed))
+    path, content, damaged = damage_one(metadata(data), damage, which, seed)
     if damaged == content:
         return
-    path.write_bytes(damaged)
     whole = says_nothing(path, content, damaged)
-    assert not whole or damage is not flip
     judge(data, contents, whole, f"{damage.__name__} of {path}")
 
 
@@ -481,3 +514,50 @@ def test_while_everything_changes_nothing_is_found(data: Path) -> None:
         await catalogue.close()
 
     asyncio.run(scenario())
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    damage=st.sampled_from([flip, flip, truncate, zero]),
+    which=st.integers(0, 1 << 16),
+    seed=st.integers(0, 1 << 30),
+    client=st.booleans(),
+)
+def test_damage_under_a_process_that_serves_is_found_and_never_served(
+    original: tuple[Path, Contents],
+    scratch: Path,
+    damage: Callable[[bytes, random.Random], bytes],
+    which: int,
+    seed: int,
+    client: bool,
+) -> None:
+    """With a client that has a volume open, or without; merges and indexes stand still."""
+    source, contents = original
+    data = scratch / "damaged"
+    copy_of(source, data)
+
+    async def scenario() -> None:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Merging, "resume", lambda self: None)
+            catalogue = await Catalogue.open(LocalLayerStore(data))
+        if client:
+            handle = await catalogue.open_volume("web", lambda: None)
+        files = [path for path in metadata(data) if path.name not in ("lock", "reserve")]
+        path, content, damaged = damage_one(files, damage, which, seed)
+        if damaged != content:
+            found = (await catalogue.check_directory(None)).findings
+            # Whoever writes a journal knows where it ends.
+            known = client and path.parent.name == catalogue._manifests.get("web").head
+            whole = says_nothing(path, content, damaged) and not known
+            assert (found == []) == whole, (path, found)
+            harmed = {name for finding in found for name in finding.harms}
+            for name, read in (await read_all(catalogue)).items():
+                assert read == contents[name] or (read is None and name in harmed), (path, name)
+        if client:
+            await catalogue.close_export(handle)
+        await catalogue.close()
+
+    asyncio.run(scenario())
+    # Whatever was cached or is written at the end, no later process serves what is damaged.
+    for name, read in serve(data).items():
+        assert read in (None, contents[name]), name
