@@ -134,6 +134,35 @@ assert read(2**20 + 4096, 4096) is None
     )
 
 
+@pytest.mark.parametrize("how", ["cut short", "removed"])
+def test_the_head_cut_short_or_removed_while_it_is_written(served: Daemon, how: str) -> None:
+    """No FLUSH covers what would be gone when the volume is opened again."""
+    (head,) = layers(served)["n"]
+    data = head / "data-00000"
+    script = f"""
+import os
+def refused(what):
+    try:
+        what()
+    except nbd.Error as error:
+        assert error.errnum == errno.EIO, error
+        return True
+    return False
+h.pwrite(b"m" * 4096, 2**20)
+{f"os.truncate({str(data)!r}, 2**20 + 4096)" if how == "cut short" else f"os.unlink({str(data)!r})"}
+h.pwrite(b"x" * 4096, 2**20)
+assert refused(lambda: h.flush())
+assert refused(lambda: h.pwrite(b"x" * 4096, 2**23))
+assert read(2**20, 4096) == b"x" * 4096
+assert (read(2**20 + 4096, 4096) is None) == {how == "cut short"}
+assert read(0) == b"o" * 2**20
+"""
+    run_nbdsh(READ + script, served.uri("disk"))
+    lives(served)
+    assert "volume disk is read-only from now on: a sync failed: " in served.read_log()
+    assert f"{data} was {how}" in served.read_log()
+
+
 def test_a_layer_cut_short_is_not_merged(served: Daemon) -> None:
     """What is left of it stays as it is; and it is merged when the file is whole again."""
     data = old_layer(served) / "data-00000"
