@@ -64,8 +64,11 @@ class Upkeep:
         for layer in await self._store.list_layers():
             if layer in known:
                 continue
-            if await holds_listed_data(self._store, layer):
-                where = await self._store.set_aside_layer(layer)
-                _log.warning("layer %s belongs to no volume; it is kept in %s", layer, where)
-            else:
-                await self._store.delete_layer(layer)
+            try:
+                if await holds_listed_data(self._store, layer):
+                    where = await self._store.set_aside_layer(layer)
+                    _log.warning("layer %s belongs to no volume; it is kept in %s", layer, where)
+                else:
+                    await self._store.delete_layer(layer)
+            except OSError as error:
+                _log.warning("layer %s, of no volume, stays where it is: %s", layer, error)
