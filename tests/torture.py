@@ -102,7 +102,9 @@ def power_cuts(arguments):
 
 def faults(arguments):
     """Let every call fail in every way; whether all was right."""
-    return run_test("tests/durability/test_faults.py", NBDSERVE_FAULTS="all")
+    tests = ("tests/durability/test_faults.py", "tests/durability/test_faults_check.py")
+    good = [run_test(test, NBDSERVE_FAULTS="all") for test in tests]
+    return all(good)
 
 
 def run_test(test, **environment):
