@@ -29,10 +29,12 @@ def main():
         "storm": storm,
         "power-cuts": power_cuts,
         "faults": faults,
+        "vm": machine,
     }
     parser = argparse.ArgumentParser(prog="python -m tests.torture", description=__doc__)
     parser.add_argument("--minutes", type=float, default=10, help="for fuzz and storm; 10")
     parser.add_argument("--states", type=int, default=1_000_000, help="of power cuts; a million")
+    parser.add_argument("--rounds", type=int, default=20, help="of real power cuts; 20")
     parser.add_argument("--seed", type=int, default=secrets.randbelow(1 << 31))
     parser.add_argument("--only", action="append", choices=parts, help="only this part")
     arguments = parser.parse_args()
@@ -105,6 +107,17 @@ def faults(arguments):
     tests = ("tests/durability/test_faults.py", "tests/durability/test_faults_check.py")
     good = [run_test(test, NBDSERVE_FAULTS="all") for test in tests]
     return all(good)
+
+
+def machine(arguments):
+    """Cut off a virtual machine, and one whose daemon does not sync; whether all was right."""
+    program = [sys.executable, "-m", "tests.integration.power", "--seed", str(arguments.seed)]
+    ways = (
+        ["--rounds", str(arguments.rounds)],
+        ["--rounds", "3", "--file-system", "ext4", "--broken", "fdatasync"],
+    )
+    ends = [subprocess.run([*program, *way], cwd=PROJECT, check=False) for way in ways]
+    return all(done.returncode == 0 for done in ends)
 
 
 def run_test(test, **environment):

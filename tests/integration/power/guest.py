@@ -1,0 +1,190 @@
+"""What the machine boots into: busybox, this Python, nbdserve as it is here, and what it imports.
+
+Python and its standard library lie where they do on this machine, so that Python finds them;
+nbdserve and the packages it needs are together in /nbdserve. Nothing is compiled: the files come
+with their times, so the bytecode that is beside them counts.
+"""
+
+import compileall
+import re
+import sys
+import sysconfig
+from importlib.machinery import SourceFileLoader
+from importlib.metadata import PackageNotFoundError, distribution
+from importlib.util import module_from_spec, spec_from_loader
+from pathlib import Path
+
+PROJECT = Path(__file__).resolve().parents[3]
+FOR_REPOSITORIES = ("boto3", "lz4")
+PACKAGES = ("nbdserve", "snapshots", "backends")
+MODULES = ("virtio_pci", "virtio_net", "virtio_blk", "xfs")
+PYTHON = Path(sys._base_executable).resolve()
+TOP = Path("/nbdserve")
+
+# Of the standard library, what a server has no use for.
+_LEFT_OUT = re.compile(
+    r"(site-packages|dist-packages|test|tests|idlelib|ensurepip|lib2to3|tkinter|turtledemo"
+    r"|pydoc_data|distutils|unittest|config-.*|.*\.opt-\d\.pyc"
+    r"|(_test.*|_ctypes_test|_xxtestfuzz|_tkinter|_sqlite3|_curses.*|readline|_codecs_.*)\..*\.so)"
+)
+
+INIT = """\
+#!/bin/busybox sh
+/bin/busybox mount -t devtmpfs devtmpfs /dev
+exec </dev/console >/dev/console 2>&1
+/bin/busybox --install -s 2>/dev/null
+export PATH=/usr/sbin:/usr/bin:/sbin:/bin
+mount -t proc proc /proc
+mount -t sysfs sysfs /sys
+mount -t tmpfs tmpfs /tmp
+# Give pages to the disk at once: what is in its cache at a cut comes back in part and out of order.
+echo 5 >/proc/sys/vm/dirty_writeback_centisecs
+echo 5 >/proc/sys/vm/dirty_expire_centisecs
+for module in {modules}; do insmod "$module"; done
+ip link set lo up
+ip link set eth0 up
+ip address add 10.0.2.15/24 dev eth0
+stty -F /dev/ttyS1 raw -echo
+stty -F /dev/ttyS2 raw -echo
+for word in $(cat /proc/cmdline); do
+    case $word in power.*) eval "${{word#power.}}" ;; esac
+done
+export BROKEN=$broken PYTHONPATH=${{broken:+/broken:}}{top} HOME=/tmp NBDSERVE_DATA=/mnt/data
+exec </dev/ttyS1 >/dev/ttyS1 2>&1
+echo booted
+mount -t $file_system /dev/vda /mnt || exit
+echo mounted
+mkdir -p $NBDSERVE_DATA
+nbdserve() {{ {python} -m nbdserve "$@"; }}
+{python} -I -S {top}/bridge.py &
+(
+    {python} -m nbdserve serve --listen 0.0.0.0:10809 --workers $workers 2>/dev/ttyS2 &
+    echo $! >/tmp/pid
+    wait $!
+    echo "ended $?"
+) &
+while read -r line; do
+    eval "$line"
+    echo "status $?"
+done
+"""
+
+# The control socket, for those outside: with little to import, for emulated machines are slow.
+BRIDGE = """\
+import socket, threading
+
+def pump(reader, writer):
+    try:
+        while data := reader.recv(1 << 16):
+            writer.sendall(data)
+        writer.shutdown(socket.SHUT_WR)
+    except OSError:
+        pass
+
+def serve(outer):
+    inner = socket.socket(socket.AF_UNIX)
+    with outer, inner:
+        try:
+            inner.connect("/mnt/data/control.sock")
+        except OSError:
+            return
+        back = threading.Thread(target=pump, args=(inner, outer))
+        back.start()
+        pump(outer, inner)
+        back.join()
+
+with socket.create_server(("0.0.0.0", 10810)) as listener:
+    print("bridged", flush=True)
+    while True:
+        threading.Thread(target=serve, args=listener.accept()[:1]).start()
+"""
+
+# For the test of the test: a daemon for which one of the system's calls does nothing.
+BROKEN = """\
+import os
+setattr(os, os.environ["BROKEN"], lambda descriptor: None)
+"""
+
+
+def load_kernel_vm():
+    """The script scripts/kernel-vm as a module."""
+    loader = SourceFileLoader("kernel_vm", str(PROJECT / "scripts" / "kernel-vm"))
+    module = module_from_spec(spec_from_loader(loader.name, loader))
+    loader.exec_module(module)
+    return module
+
+
+kernel_vm = load_kernel_vm()
+
+
+def build_initramfs(version):
+    """The archive that the kernel boots into."""
+    archive = kernel_vm.Archive()
+    for directory in ("dev", "proc", "sys", "tmp", "mnt", "etc", "sbin", "usr/bin", "usr/sbin"):
+        archive.add_directory(Path("/") / directory)
+    busybox = kernel_vm.find_tool("busybox")
+    archive.add_file(Path("/bin/busybox"), busybox.read_bytes(), 0o755)
+    modules = []
+    for module in kernel_vm.list_modules(version, MODULES):
+        modules.append(f"/modules/{module.name}")
+        archive.add_file(Path(modules[-1]), module.read_bytes(), 0o644)
+    binaries = [PYTHON]
+    archive.add_file(PYTHON, PYTHON.read_bytes(), 0o755)
+    for there, here in sorted({**_standard_library(), **_packages()}.items()):
+        found = here.stat()
+        archive.add_file(there, here.read_bytes(), 0o644, int(found.st_mtime))
+        if ".so" in here.suffixes:
+            binaries.append(here)
+    for library in sorted(set(kernel_vm.list_libraries(*binaries))):
+        archive.add_file(library, library.read_bytes(), 0o755)
+    archive.add_file(TOP / "bridge.py", BRIDGE.encode(), 0o644)
+    archive.add_file(Path("/broken/sitecustomize.py"), BROKEN.encode(), 0o644)
+    init = INIT.format(modules=" ".join(modules), python=PYTHON, top=TOP)
+    archive.add_file(Path("/init"), init.encode(), 0o755)
+    return archive.finish()
+
+
+def _standard_library():
+    found = {}
+    for kind in ("stdlib", "platstdlib"):
+        top = Path(sysconfig.get_path(kind, vars={"platbase": sys.base_prefix}))
+        for path in _files(top):
+            found[path] = path
+    return found
+
+
+def _files(top):
+    for path in top.iterdir():
+        if _LEFT_OUT.fullmatch(path.name):
+            continue
+        if path.is_dir():
+            yield from _files(path)
+        else:
+            yield path
+
+
+def _packages():
+    """This project, and what it needs but for repositories."""
+    found = {}
+    for package in PACKAGES:
+        compileall.compile_dir(PROJECT / package, quiet=1)
+        for path in _files(PROJECT / package):
+            found[TOP / path.relative_to(PROJECT)] = path
+    needed, seen = ["nbdserve"], set(FOR_REPOSITORIES)
+    while needed:
+        name = needed.pop()
+        seen.add(name)
+        try:
+            here = distribution(name)
+        except PackageNotFoundError:
+            continue  # for another version of Python
+        for file in here.files or ():
+            path = Path(here.locate_file(file))
+            inside = ".." not in file.parts and not file.name.startswith("__editable__")
+            if inside and path.exists() and (name != "nbdserve" or "dist-info" in file.parts[0]):
+                found[TOP / file] = path
+        for line in here.requires or ():
+            required = re.match(r"[\w.-]+", line)[0]
+            if "extra ==" not in line and required not in seen:
+                needed.append(required)
+    return found
