@@ -115,7 +115,7 @@ class Link:
         self.paused = False
         self._clock, self._counts, self._source = state.clock, state.counts, source
         # Syncs are rare in some boots, so that much is lost, and frequent in others.
-        self._flush_share = source.choice([0.05, 0.01, 0.002])
+        self._flush_share = source.choice([0.1, 0.02, 0.005])
         self._fua_share = source.choice([0.05, 0.005, 0])
         self._writes = {}  # cookie: (time sent, sectors, FUA)
         self._flushes = {}  # cookie: time sent
@@ -270,7 +270,7 @@ class Client:
             self._wait()
             for link in self.links.values():
                 link.collect()
-            if operation is None and self.source.random() < 0.05:
+            if operation is None and self.source.random() < 0.3:
                 operation = self._choose_operation()
             if operation is not None and next(operation, "done") == "done":
                 operation = None
