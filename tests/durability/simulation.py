@@ -48,10 +48,11 @@ STATES = 3
 # Of one life: many histories find more than many moments of one.
 MOST_CUTS = 12
 CUT_CHANCE = 0.015
-# While a snapshot is taken, and before what commits, gives space back or belongs to a merge.
+# While a snapshot is taken, and before what commits (or makes names durable), gives space back or
+# belongs to a merge.
 LIKELY_CUT_CHANCE = 0.1
-LIKELY = ("rename", "punch")
-KILL_CHANCE = 0.3
+LIKELY = ("rename", "punch", "fsync")
+KILL_CHANCE = 0.9
 RECOVERY_CUT_CHANCE = 0.04
 DEEPEST = 3
 # What nbdserve check may find before anybody has recovered, before merges have gone on, and then.
