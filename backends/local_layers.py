@@ -143,6 +143,8 @@ class LocalLayerStore:
             while not above.exists():
                 missing.append(above)
                 above = above.parent
+            if missing:
+                await _settle_name(above)  # which a killed process may just have made
             for directory in reversed(missing):
                 directory.mkdir(mode=0o700 if directory == self.path else 0o777, exist_ok=True)
                 # Each by itself: whoever finds one later can rely on those that it is in.
@@ -240,9 +242,7 @@ class LocalLayerStore:
         for directory in (*RECORD_KINDS, "layers"):
             await _sync_directory(self.path / directory)
         await _sync_directory(self.path)
-        # Its own name, too, but nobody has to let us read what it is in.
-        with contextlib.suppress(PermissionError):
-            await _sync_directory(self.path.parent)
+        await _settle_name(self.path)
 
     # Space
 
@@ -466,6 +466,12 @@ async def _unlink(path: Path) -> None:
     # Also where it is gone already: a killed process may have removed it, and nobody synced that.
     with contextlib.suppress(FileNotFoundError):
         await _sync_directory(path.parent)
+
+
+async def _settle_name(directory: Path) -> None:
+    """Make the name of a directory durable, but nobody has to let us read what it is in."""
+    with contextlib.suppress(PermissionError):
+        await _sync_directory(directory.parent)
 
 
 async def _sync_directory(path: Path) -> None:
