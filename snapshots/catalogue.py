@@ -32,6 +32,7 @@ from snapshots.checking import Checker, CheckReport
 from snapshots.comparing import compare_snapshots, compare_with_now
 from snapshots.contexts import base_of, context_names
 from snapshots.difference import Extent
+from snapshots.freeing import Freeing
 from snapshots.handle import Lease
 from snapshots.head import create_head
 from snapshots.host import HostLostError, ViewHost
@@ -81,7 +82,8 @@ class Catalogue:
         self._sealing = Sealing(store, self._manifests, self._views, self._merging)
         self._listings = Listings(store, self._manifests, self._views)
         self._imports = Imports(store, self._manifests)
-        self._upkeep = Upkeep(store, self._manifests, self._views, self._merging)
+        self._freeing = Freeing(self._manifests, self._views, self._commits, self._merging)
+        self._upkeep = Upkeep(store, self._manifests, self._views, self._merging, self._freeing)
         self._upkeep_task: asyncio.Task[None] | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._closed = False
@@ -111,6 +113,7 @@ class Catalogue:
         if self._closed:
             return
         self._closed = True
+        self._freeing.stop()
         await self._merging.stop()
         if self._upkeep_task is not None:
             self._upkeep_task.cancel()
@@ -249,6 +252,7 @@ class Catalogue:
             self._listings.forget(manifest.id)
             await self._merging.drop_condemned()
         self._merging.resume()
+        self._start(self._freeing.free_shared(manifest.parents))
 
     # Snapshots
 
@@ -281,7 +285,11 @@ class Catalogue:
                 )
                 for manifest, (_, name) in zip(manifests, targets, strict=True)
             ]
+            # Below a head that is sealed now, its own layer stands for nothing any more.
+            mergeable = any(map(self._manifests.own_layer, manifests))
             await self._sealing.seal(manifests, snapshots)
+            if mergeable:
+                self._merging.resume()
             return [
                 self._listings.snapshot(self._manifests.volumes[manifest.id], snapshot)
                 for manifest, snapshot in zip(manifests, snapshots, strict=True)
@@ -317,12 +325,18 @@ class Catalogue:
             if self._pins.holds(found.id):
                 raise InUseError(f"snapshot {volume}@{snapshot} is being pushed; try again later")
             rest = tuple(other for other in manifest.snapshots if other is not found)
-            await self._manifests.commit([manifest.changed(snapshots=rest)])
+            without = manifest.changed(snapshots=rest)
+            await self._manifests.commit([without])
             # Before any of its layers is merged: whoever compares would miss changes.
             await self._views.withdraw(found.id)
-            await self._sealing.free_head_boundary(manifest.id, found.layer)
             await self._merging.drop_condemned()
-        await self._merging.merge_now(progress)
+        try:
+            await self._merging.merge_now(progress)
+        finally:
+            await self._freeing.free(manifest.id)
+            dropped = manifest.parents.keys() - without.parents.keys()
+            if dropped:
+                self._start(self._freeing.free_shared(dropped))
 
     @_to_its_end
     async def rollback(self, volume: str, snapshot: str, force: bool = False) -> VolumeInfo:
@@ -439,7 +453,9 @@ class Catalogue:
             bases = _bases(manifest, contexts)
             view = await self._views.acquire_volume(manifest)
             self._listings.forget(manifest.id)
-            return await self._views.add_lease(view, manifest, name, manifest.size, bases, revoke)
+            lease = await self._views.add_lease(view, manifest, name, manifest.size, bases, revoke)
+            await self._freeing.begin(manifest.id)
+            return lease
 
     async def _open_snapshot(
         self, volume: str, snapshot: str, revoke: Callable[[], None], contexts: Sequence[str]

@@ -108,6 +108,12 @@ class ViewHost(Protocol):
     async def record(self, key: str) -> None:
         """Make durable which blocks were taken or zeroed before, with what they hold; OSError."""
 
+    async def free_hidden(self, key: str, layer: str | None) -> None:
+        """Give back what a volume's head hides in ``layer``, its own (hidden.py), None: as before.
+
+        Returns when all has been looked at.
+        """
+
     async def grow(self, key: str, size: int) -> None:
         """A volume is larger now."""
 

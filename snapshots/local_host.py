@@ -163,6 +163,9 @@ class LocalHost:
     async def record(self, key: str) -> None:
         await self.view(key).record()
 
+    async def free_hidden(self, key: str, layer: str | None) -> None:
+        await self._writing(key).volume.hidden.free(layer)
+
     async def grow(self, key: str, size: int) -> None:
         self._writing(key).volume.grow(size)
 

@@ -220,6 +220,18 @@ class ManifestStore:
                 if upper not in heads:
                     yield lower, upper
 
+    def own_layer(self, manifest: Manifest) -> str | None:
+        """The layer right below a volume's head when nobody else sees it (hidden.py).
+
+        No snapshot ends on it, and no other layer stands on it.
+        """
+        layer = manifest.parents[manifest.head]
+        if not layer or self.unreadable or layer in manifest.tops():
+            return None  # an unreadable volume may have it as well
+        if list(manifest.parents.values()).count(layer) > 1 or len(self.uses(layer)) > 1:
+            return None
+        return layer
+
     # Committing
 
     async def commit(self, manifests: list[Manifest]) -> None:

@@ -52,6 +52,8 @@ class Merging:
         self._commits = commits
         self._pins = pins
         self._running: Merge | None = None
+        self._claiming = asyncio.Lock()
+        self._claimed: set[str] = set()
         self._ended = asyncio.Event()
         self._stopping = False
         self._tasks: set[asyncio.Task[None]] = set()
@@ -80,6 +82,17 @@ class Merging:
                 await self._manifests.delete_condemned(self.in_use())
             except (OSError, StorageError) as error:
                 _log.warning("layers of deleted snapshots stay for now: %s", error)
+
+    async def nobody_reads(self, layer: str) -> bool:
+        """Whether no other process reads a layer that no snapshot has."""
+        async with self._claiming:
+            if layer in self._claimed:
+                return True
+            claim = await self._store.claim_layer(layer)
+            if claim is None:
+                return False
+            claim.release()
+            return True
 
     def in_use(self) -> set[str]:
         """Layers that pins, open views or merges use, listed in a manifest or not."""
@@ -152,13 +165,15 @@ class Merging:
         self._running = merge
         self._ended.clear()
         try:
-            for layer in _pair(merge):
-                claim = await self._store.claim_layer(layer)
-                if claim is None:
-                    # A backup that outlived the daemon it began under still reads there.
-                    self.deferred = True
-                    return
-                claims.append(claim)
+            async with self._claiming:
+                for layer in _pair(merge):
+                    claim = await self._store.claim_layer(layer)
+                    if claim is None:
+                        # A backup that outlived the daemon it began under still reads there.
+                        self.deferred = True
+                        return
+                    claims.append(claim)
+                self._claimed.update(_pair(merge))
             blocks = self._blocks(merge.lower)
             merger = Merger(self._store, self._manifests, self._views, self._commits, merge, blocks)
             if await merger.run(lambda: self._wanted(merge), progress):
@@ -167,6 +182,7 @@ class Merging:
         finally:
             for claim in claims:
                 claim.release()
+            self._claimed.clear()
             self._running = None
             self._ended.set()
 

@@ -40,7 +40,11 @@ _log = logging.getLogger(__name__)
 
 @dataclass(eq=False)
 class OpenView:
-    """A view by its key, who uses it, and for whom; ``layers`` are those it may touch."""
+    """A view by its key, who uses it, and for whom; ``layers`` are those it may touch.
+
+    ``freeing`` of its users only wait until space has been given back below the head; ``frees``
+    says that there may be more of it.
+    """
 
     key: str
     volume: str
@@ -50,6 +54,8 @@ class OpenView:
     ready: bool = False
     lost: bool = False
     users: int = 0
+    freeing: int = 0
+    frees: bool = False
     leases: set[Lease] = field(default_factory=set)
     empty: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -75,6 +81,7 @@ class OpenViews:
         self._failures: dict[str, str] = {}
         self._lost_volumes: set[str] = set()
         self.orderly = True
+        self._tasks: set[asyncio.Task[None]] = set()
 
     async def start(self) -> None:
         """Start the hosts."""
@@ -120,6 +127,10 @@ class OpenViews:
     def layers(self) -> set[str]:
         """Every layer that is open in some process of ours."""
         return self.pool.names().union(*(view.layers for view in self._open.values()))
+
+    def open_volumes(self) -> list[str]:
+        """The ids of the volumes that are open and can be called."""
+        return [view.key for view in self._open.values() if view.key == view.volume and view.ready]
 
     def volumes_on(self, host: ViewHost) -> int:
         """How many volumes have views on a host."""
@@ -204,21 +215,57 @@ class OpenViews:
         ]
 
     async def release(self, view: OpenView) -> None:
-        """Undo one ``acquire``; the last one flushes and closes the view."""
+        """Undo one ``acquire``; the last one flushes and closes the view.
+
+        Or it is closed a little later, when what its head hides has been given back.
+        """
         view.users -= 1
         if view.users == 0:
             await self._flush(view)
+            if view.frees and view.users == 0 and self._open.get(view.key) is view:
+                view.frees = False
+                self._free(view, None)
+                return
             async with self.stacks:
                 if view.users == 0 and self._open.get(view.key) is view:
                     await self._flush(view)
                     await self._close(view)
 
     async def discard(self, key: str) -> None:
-        """Close a view that nobody uses without flushing it."""
+        """Close a view that nobody reads or writes without flushing it."""
         async with self.stacks:
             view = self._open.get(key)
-            if view is not None and view.users == 0:
+            if view is not None and view.users == view.freeing:
                 await self._close(view)
+
+    async def free_hidden(self, manifest: Manifest, layer: str) -> asyncio.Task[None]:
+        """Give back what the head hides in its own ``layer`` (hidden.py); ends when that is done.
+
+        The caller holds the commits, under which this takes effect.
+        """
+        view = await self.acquire_volume(manifest)
+        view.users -= 1
+        view.frees = True
+        freeing = self._free(view, layer)
+        await asyncio.sleep(0)  # the host is told while no snapshot can be taken
+        return freeing
+
+    def _free(self, view: OpenView, layer: str | None) -> asyncio.Task[None]:
+        """Use the view until its host has given space back."""
+        view.users += 1
+        view.freeing += 1
+        task = asyncio.get_running_loop().create_task(self._wait_until_freed(view, layer))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+    async def _wait_until_freed(self, view: OpenView, layer: str | None) -> None:
+        try:
+            with contextlib.suppress(HostLostError):
+                await view.host.free_hidden(view.key, layer)
+        finally:
+            view.freeing -= 1
+            await self.release(view)
 
     async def withdraw(self, key: str) -> None:
         """Close a snapshot's view under those who compare with it: they get errors from now on."""
@@ -266,6 +313,8 @@ class OpenViews:
             await self._flush(view)
             async with self.stacks:
                 await self._close(view)
+        while self._tasks:
+            await asyncio.wait(set(self._tasks))
         await self.stop()
 
     async def stop(self) -> None:

@@ -234,6 +234,19 @@ class OwnerMap:
             region += 1
 
 
+class Regions:
+    """Only the regions that something is stored for; of a volume of any size."""
+
+    blocks = 1 << 32
+
+    def __init__(self) -> None:
+        self.found: set[int] = set()
+
+    def set(self, first: int, last: int, value: int) -> None:
+        """Note the regions of blocks ``first`` to ``last`` (exclusive)."""
+        self.found.update(range(first >> REGION_SHIFT, ((last - 1) >> REGION_SHIFT) + 1))
+
+
 def _end_of_run(raw: mmap.mmap, value: int, first: int, last: int) -> int:
     """The first block between ``first`` and ``last`` that is not ``value``, or ``last``."""
     match = _RUN_OF[value](raw, first, last)

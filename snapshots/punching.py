@@ -147,7 +147,7 @@ class Punching:
                 return head.written != written or len(self._locks.entries) > waiting
 
             done = await asyncio.shield(
-                self._threads.transfer(_punch_for_a_while, head.data, holes, disturbs)
+                self._threads.transfer(punch_for_a_while, head.data, holes, disturbs)
             )
         position = holes[done][0] if done < len(holes) else chosen[-1][1]
         return [(max(start, position), end) for start, end in ranges if end > position]
@@ -195,10 +195,13 @@ def gaps(owners: OwnerMap, first: int, last: int) -> list[tuple[int, int]]:
     return found
 
 
-def _punch_for_a_while(
+def punch_for_a_while(
     data: DataFile, holes: list[tuple[int, int]], disturbs: Callable[[], bool]
 ) -> int:
-    """Punch the first of ``holes``, in a thread; how many it were, at least one of them."""
+    """Punch the first of ``holes``, in a thread; how many it were, at least one of them.
+
+    All of them while nothing ``disturbs``.
+    """
     end = perf_counter() + _SECONDS
     for done, (first, last) in enumerate(holes):
         if done and disturbs():

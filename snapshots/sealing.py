@@ -149,24 +149,6 @@ class Sealing:
         for each in rest:
             self._merging.index(each.manifest.head)
 
-    async def free_head_boundary(self, volume: str, layer: str) -> None:
-        """Seal the head when the deleted snapshot's layer lies right below it.
-
-        Then the two can be merged like any others, without touching the layer being written.
-        """
-        manifest = self._manifests.volumes[volume]
-        if manifest.parents.get(manifest.head) != layer:
-            return
-        others = [found for found in self._manifests.uses(layer) if found is not manifest]
-        if others or layer in manifest.tops() or list(manifest.parents.values()).count(layer) > 1:
-            return
-        try:
-            if (await self._store.space()).free < LOW_WATER:
-                await self._store.release_reserve()
-            await self.seal([manifest], [None])
-        except (OSError, StorageError) as error:
-            _log.warning("space of a deleted snapshot of %s is kept: %s", manifest.name, error)
-
 
 def _sealed(manifest: Manifest, head: str, snapshot: Snapshot | None) -> Manifest:
     """The next generation, with a new head on top of the old one."""

@@ -7,6 +7,7 @@ import contextlib
 import logging
 
 from backends.layers import LayerStore
+from snapshots.freeing import Freeing
 from snapshots.layer import holds_listed_data
 from snapshots.manifest_store import ManifestStore
 from snapshots.merging import Merging
@@ -21,12 +22,18 @@ class Upkeep:
     """``start``, then ``run`` in a task until it is cancelled."""
 
     def __init__(
-        self, store: LayerStore, manifests: ManifestStore, views: OpenViews, merging: Merging
+        self,
+        store: LayerStore,
+        manifests: ManifestStore,
+        views: OpenViews,
+        merging: Merging,
+        freeing: Freeing,
     ) -> None:
         self._store = store
         self._manifests = manifests
         self._views = views
         self._merging = merging
+        self._freeing = freeing
 
     async def start(self) -> None:
         """Finish what a crash left half done; the manifests have all been read."""
@@ -45,6 +52,7 @@ class Upkeep:
         while True:
             await asyncio.sleep(_RECORD_SECONDS)
             await self._views.record_all()
+            self._freeing.go_round()
             with contextlib.suppress(OSError):
                 await self._store.keep_reserve()
             if self._merging.deferred:

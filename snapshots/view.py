@@ -20,6 +20,7 @@ import re
 from collections.abc import Callable
 from itertools import islice
 from time import monotonic
+from typing import Any
 
 from backends.errors import CorruptError, UnavailableError
 from backends.layers import DataFile, LayerStore
@@ -65,7 +66,7 @@ class View:
         self.borrowers: set[Borrower] = set()
         self.closed = False
         self._threads = threads
-        self._reading: set[asyncio.Future[None]] = set()
+        self._reading: set[asyncio.Future[Any]] = set()
         self._readahead = Readahead()
 
     # Stack
@@ -165,9 +166,14 @@ class View:
         """Wait until everything lent is back; UnavailableError."""
         if not await wait_for_loans(self.borrowers):
             raise UnavailableError(
-                f"a client of {self.name} does not take its replies: layers of deleted snapshots"
-                " are merged once it does"
+                f"a client of {self.name} does not take its replies: the space of deleted snapshots"
+                " comes back once it does"
             )
+
+    async def loans_before_now(self) -> None:
+        """The same when anything was ever lent."""
+        if self._lent:
+            await self.wait_for_loans()
 
     def is_data(self, offset: int, length: int) -> bool:
         """Whether every block of a range holds data, so that no part of it is a hole."""
@@ -189,8 +195,7 @@ class View:
             if ahead is not None:
                 self._read_ahead(*ahead)
             reading = self._threads.cold_reads.read(waiting)
-            self._reading.add(reading)
-            reading.add_done_callback(self._reading.discard)
+            self.note_reading(reading)
             await asyncio.shield(reading)
 
     def parts(
@@ -254,9 +259,13 @@ class View:
                 file.cache(start, count)
 
         reading = self._threads.transfer(cache_all)
+        self.note_reading(reading)
+        return reading
+
+    def note_reading(self, reading: asyncio.Future[Any]) -> None:
+        """Something uses the layers in a thread: ``reads_before_now`` waits for it."""
         self._reading.add(reading)
         reading.add_done_callback(self._reading.discard)
-        return reading
 
     async def reads_before_now(self) -> None:
         """Wait for every read in a thread that began before this call."""

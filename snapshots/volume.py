@@ -7,7 +7,8 @@ event loop when nothing of it waits; ``write`` does it under a range lock, large
 Blocks that the head owns already are overwritten in place.
 
 **TRIM, WRITE_ZEROES.** Whole blocks lose their owner, so they read as zeroes at once; the edges are
-written. Their space in the head is given back afterwards (punching.py).
+written. Their space in the head is given back afterwards (punching.py), and that in the layer below
+where nobody else sees it (hidden.py).
 
 **FLUSH.** All FLUSHes that wait share one sync: the one that begins after they came. It captures
 what is pending and lets the head persist it (head.py). When that fails, the pages that could not
@@ -37,8 +38,10 @@ from backends.layers import Buffer, LayerStore
 from snapshots.dirty_pages import Pacing
 from snapshots.extent_log import Run
 from snapshots.head import Head
+from snapshots.hidden import Hidden
+from snapshots.layer import OpenLayer, apply_layer
 from snapshots.names import BLOCK_SHIFT, BLOCK_SIZE
-from snapshots.owner_map import DATA, ZERO, OwnerMap
+from snapshots.owner_map import DATA, ZERO, OwnerMap, Regions
 from snapshots.punching import Punching, gaps
 from snapshots.range_lock import RangeLock
 from snapshots.threads import Threads
@@ -85,6 +88,7 @@ class Volume(View):
         self._sealing: list[Head] = []
         self._pacing = Pacing(self, threads)
         self._punching = Punching(self, self._locks, threads)
+        self.hidden = Hidden(self, threads)
 
     @property
     def failure(self) -> str | None:
@@ -102,6 +106,22 @@ class Volume(View):
         """The slots of the layers, from the head down: the next head is none of them yet."""
         slots = super().slots_by_depth()
         return slots[slots.index(self.head.slot) :]
+
+    def layer_below(self) -> OpenLayer | None:
+        """The layer right below the head."""
+        slots = [slot for slot, _ in self.stack]
+        index = slots.index(self.head.slot)
+        return self.stack[index - 1][1] if index else None
+
+    async def regions_of(self, layer: str) -> set[int]:
+        """The regions of the owner map of which a sealed layer has anything; OSError."""
+        regions = Regions()
+        await apply_layer(self._store, layer, regions)
+        return regions.found
+
+    def drop_layer(self, name: str) -> OpenLayer:
+        self.hidden.forget()
+        return super().drop_layer(name)
 
     # Writing
 
@@ -388,6 +408,8 @@ class Volume(View):
             if head.wants_compaction and not head.sealed:
                 await self._compact(head)
         self._punching.add(head, [run for run in extents if run[2] == ZERO])
+        if head is self.head:
+            self.hidden.note(extents)
 
     async def _persist(self, head: Head, runs: list[Run]) -> list[Run]:
         try:
@@ -457,11 +479,13 @@ class Volume(View):
         self._sealing.append(old)
         head.check_at = head.written + max(0, old.check_at - old.written)
         self.head = head
+        self.hidden.forget()
         return old, runs
 
     async def finish_seal(self, old: Head, runs: list[Run]) -> None:
         """Wait for what was being written to the sealed head, and make all of it durable."""
         try:
+            await self.hidden.idle()
             await old.idle()
             async with old.lock:
                 self._check_failure()
@@ -491,6 +515,7 @@ class Volume(View):
     async def quiesce(self) -> None:
         """Wait for every operation that was begun; the caller makes sure that none comes after."""
         self._pacing.stop()
+        self.hidden.stop()
         await self._punching.stop()
         while self._tasks:
             await asyncio.wait(set(self._tasks))

@@ -30,6 +30,7 @@ def main():
         "power-cuts": power_cuts,
         "faults": faults,
         "vm": machine,
+        "snapshots": snapshots,
     }
     parser = argparse.ArgumentParser(prog="python -m tests.torture", description=__doc__)
     parser.add_argument("--minutes", type=float, default=10, help="for fuzz and storm; 10")
@@ -118,6 +119,15 @@ def machine(arguments):
     )
     ends = [subprocess.run([*program, *way], cwd=PROJECT, check=False) for way in ways]
     return all(done.returncode == 0 for done in ends)
+
+
+def snapshots(arguments):
+    """As many snapshots as a volume can have, deleted in random order; whether all was right."""
+    return run_test(
+        "tests/integration/test_many_snapshots.py",
+        NBDSERVE_SNAPSHOTS=250,
+        NBDSERVE_SNAPSHOTS_SEED=arguments.seed,
+    )
 
 
 def run_test(test, **environment):

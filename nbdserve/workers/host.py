@@ -244,6 +244,9 @@ class WorkerHost:
     async def record(self, key: str) -> None:
         await self._call("record", key)
 
+    async def free_hidden(self, key: str, layer: str | None) -> None:
+        await self._call("free_hidden", key, layer)
+
     async def grow(self, key: str, size: int) -> None:
         await self._call("grow", key, size)
 

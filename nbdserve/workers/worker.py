@@ -35,6 +35,7 @@ _METHODS: Final = frozenset(
         "close_view",
         "flush",
         "record",
+        "free_hidden",
         "grow",
         "count_owned",
         "list_changed",

@@ -330,6 +330,9 @@ class _AsynchronousFiles:
         def is_directory(path: SimulatedPath) -> bool:
             return path.is_dir()
 
+        def look_up(path: SimulatedPath) -> None:
+            path.disk.find(path.path)
+
         def make_directories(path: SimulatedPath, mode: int, exist_ok: bool) -> None:
             path.mkdir(mode, parents=True, exist_ok=exist_ok)
 

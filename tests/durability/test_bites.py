@@ -113,6 +113,14 @@ def a_hole_is_punched_where_blocks_were_written_again(patch):
 
 
 @bug
+def what_a_head_hides_is_punched_below_a_snapshot(patch):
+    def own_layer(self, manifest):
+        return manifest.parents[manifest.head] or None
+
+    patch.setattr(manifest_store.ManifestStore, "own_layer", own_layer)
+
+
+@bug
 def a_merge_punches_before_its_log_is_synced(patch):
     real = merge._copy
 

@@ -5,6 +5,7 @@ import errno
 import logging
 import os
 import subprocess
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -50,9 +51,9 @@ def test_full_disk(small_file_system: Path, start_daemon: Callable[..., Daemon])
     daemon = start_daemon(small_file_system / "data")
     daemon.create("disk", GIB)
     # A first layer that a snapshot holds, so that deleting the snapshot gives space back.
-    run_nbdsh("h.pwrite(b'o' * 2**20, 0); h.pwrite(b'o' * 2**24, 2**26)", daemon.uri("disk"))
+    run_nbdsh("h.pwrite(b'o' * 2**20, 0); h.pwrite(b'o' * 26 * 2**20, 2**26)", daemon.uri("disk"))
     daemon.command("snapshot", "create", "disk@first")
-    run_nbdsh("h.trim(2**24, 2**26); h.flush()", daemon.uri("disk"))
+    run_nbdsh("h.trim(26 * 2**20, 2**26); h.flush()", daemon.uri("disk"))
 
     fill = """
 import errno
@@ -107,7 +108,7 @@ for index in range({written}):
 assert bytes(h.pread(4096, 2**28 + 2**20)) == bytes([2]) * 4096
 assert bytes(h.pread(4096, 0)) == b"p" * 4096
 assert bytes(h.pread(2**20 - 4096, 4096)) == b"o" * (2**20 - 4096)
-assert bytes(h.pread(2**24, 2**26)) == bytes(2**24)
+assert bytes(h.pread(26 * 2**20, 2**26)) == bytes(26 * 2**20)
 h.flush()
 """
     run_nbdsh(check, daemon.uri("disk"))
@@ -177,6 +178,37 @@ for index in range(1, 48):
         daemon.uri("disk"),
     )
     daemon.command("snapshot", "create", "disk@later")
+
+
+def test_the_file_system_gets_the_space_of_snapshots_and_trims_back(
+    small_file_system: Path, start_daemon: Callable[..., Daemon]
+) -> None:
+    def free() -> int:
+        run("sync", "--file-system", small_file_system)
+        status = os.statvfs(small_file_system)
+        return status.f_bavail * status.f_frsize
+
+    def wait_for(least: int) -> None:
+        deadline = time.monotonic() + 60
+        while (found := free()) < least:
+            assert time.monotonic() < deadline, (found, least)
+            time.sleep(0.2)
+
+    daemon = start_daemon(small_file_system / "data")
+    daemon.create("disk", GIB)
+    run_nbdsh("h.pwrite(b'a' * 4096, 0); h.flush()", daemon.uri("disk"))
+    empty = free()
+    run_nbdsh("h.pwrite(b'a' * 24 * 2**20, 0); h.flush()", daemon.uri("disk"))
+    daemon.take_snapshot("disk@s")
+    run_nbdsh("h.pwrite(b'b' * 24 * 2**20, 0); h.flush()", daemon.uri("disk"))
+    assert free() < empty - 47 * MIB
+    # All that the snapshot held has been overwritten since.
+    daemon.command("snapshot", "delete", "disk@s")
+    wait_for(empty - 27 * MIB)
+    # There are two layers now, and a TRIM frees what each of them has.
+    run_nbdsh("assert h.pread(24 * 2**20, 0) == b'b' * 24 * 2**20", daemon.uri("disk"))
+    run_nbdsh("h.trim(2**30, 0); h.flush()", daemon.uri("disk"))
+    wait_for(empty - 3 * MIB)
 
 
 class Ballast:

@@ -37,6 +37,7 @@ BLOCK = 4096
 MAX_BLOCKS = 24
 OPERATIONS = 20_000
 counted: list[int] = []
+own_layers: list[int] = []
 
 
 class ReluctantDataFile(MemoryDataFile):
@@ -403,6 +404,31 @@ class VolumeModel(RuleBasedStateMachine):
             if new[block : block + BLOCK] != old[block : block + BLOCK]:
                 assert changed[block], f"block {block // BLOCK} differs but is not listed"
 
+    @rule(name=volumes)
+    def delete_newest_and_check_space(self, name: str) -> None:
+        """Nothing uses space below a head that nobody but the head sees, and it hides."""
+        if name in self.model:
+            newest = self.catalogue.list_snapshots(name)[-1:]
+            for info in newest:
+                self.delete_snapshot(name, info.name)
+            handle = self.handle(name)
+            self.run(handle.flush())
+            self.model[name].durable()
+            self.check_own_layer(name, handle)
+
+    def check_own_layer(self, name: str, handle: Handle) -> None:
+        manifests = self.catalogue._manifests
+        manifest = manifests.get(name)
+        # While a merge is under way, it may copy what is hidden.
+        self.run(self.catalogue._merging.merge_now())
+        self.run(self.catalogue._freeing.free(manifest.id))
+        layer = manifests.own_layer(manifest)
+        if layer is not None:
+            owners = handle.view.owners
+            found = {owners.raw[page] for page in self.store._data[layer] if page < owners.blocks}
+            assert found.isdisjoint({0, handle.view.slots_by_depth()[0]})
+            own_layers.append(1)
+
     @precondition(lambda self: self.model)
     @invariant()
     def listed(self) -> None:
@@ -427,3 +453,4 @@ def test_random_operations_match_the_model(monkeypatch: pytest.MonkeyPatch) -> N
         ),
     )
     assert len(counted) >= OPERATIONS, f"only {len(counted)} operations were run"
+    assert len(own_layers) >= 50, "hardly any layer was a head's own"
