@@ -101,7 +101,7 @@ class Load:
                 [*DIE_WITH_PARENT, "fio", "--name=load", "--ioengine=nbd",
                  f"--uri={self._daemon.uri('disk')}", f"--size={FIO_SIZE}", "--rw=randrw",
                  "--bsrange=512-32k", "--bs_unaligned=1", "--verify=crc32c", "--verify_fatal=1",
-                 "--verify_state_save=0", "--iodepth=8", "--rate_iops=500",
+                 "--verify_state_save=0", "--iodepth=8", "--rate_iops=500", "--thread",
                  f"--randseed={self.rounds}"],
                 stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
             )  # fmt: skip
@@ -255,9 +255,11 @@ def test_many_snapshots(daemon: Daemon, model: Model) -> None:
     )
     assert names_of(daemon) == []
     assert model.ask("check")
-    # Now nobody writes: nothing is stored twice, and in the end nothing is stored.
+    # Now nobody writes: nothing is stored twice, and in the end nothing is stored. Only the space
+    # of what fio had written when the daemon was killed, and nobody had flushed, is not found again
+    # before its blocks are written or trimmed.
     layers = daemon.data / "layers"
-    need = FIO_SIZE + int(model.ask("need", [])) + 2 * LISTS_OF_EXTENTS
+    need = 2 * FIO_SIZE + int(model.ask("need", [])) + 2 * LISTS_OF_EXTENTS
     assert eventually(lambda: data_space(layers)[0] <= need), (data_space(layers), need)
     assert model.ask("check")
     model.ask("trim")

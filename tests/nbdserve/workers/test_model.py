@@ -46,6 +46,10 @@ class WorkersModel(VolumeModel):
     async def extents(self, handle):
         return await handle.list_extents()
 
+    def check_own_layer(self, name, handle):
+        """What is in which layer's file is for the other models to see."""
+        self.run(self.catalogue._freeing.free(self.catalogue._manifests.get(name).id))
+
     def abandon(self):
         """The daemon ends with its workers, or so soon after them that nobody notices."""
         for host in self.catalogue._views.hosts:
