@@ -15,8 +15,8 @@ from .machine import MachineError
 from .model import WrongError
 from .rounds import MAKERS, Trial
 
-# What the client says of something that is lost.
-LOSS = re.compile("^wrong: .*( holds | is gone|unreadable)", re.MULTILINE)
+# What the client says when something is lost, and not when the machine is slow.
+LOSS = re.compile("^wrong: (?!.*: no answer)", re.MULTILINE)
 
 
 def main():

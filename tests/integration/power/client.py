@@ -174,6 +174,7 @@ class Link:
         if cookie in self._flushes:
             self.volume.settle(self._clock, self._flushes.pop(cookie))
             self._counts["flushes"] += 1
+            say("flushed")
             return
         time, sectors, fua = self._writes.pop(cookie)
         self._clock.acknowledged[time] = self._clock.tick()

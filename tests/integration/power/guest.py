@@ -37,9 +37,6 @@ export PATH=/usr/sbin:/usr/bin:/sbin:/bin
 mount -t proc proc /proc
 mount -t sysfs sysfs /sys
 mount -t tmpfs tmpfs /tmp
-# Give pages to the disk at once: what is in its cache at a cut comes back in part and out of order.
-echo 5 >/proc/sys/vm/dirty_writeback_centisecs
-echo 5 >/proc/sys/vm/dirty_expire_centisecs
 for module in {modules}; do insmod "$module"; done
 ip link set lo up
 ip link set eth0 up
@@ -49,6 +46,12 @@ stty -F /dev/ttyS2 raw -echo
 for word in $(cat /proc/cmdline); do
     case $word in power.*) eval "${{word#power.}}" ;; esac
 done
+# Eager to write back, the kernel fills the disk's cache, of which a cut keeps any part; otherwise a
+# cut finds in the guest's memory what nobody has synced.
+if [ $eager = 1 ]; then
+    echo 5 >/proc/sys/vm/dirty_writeback_centisecs
+    echo 5 >/proc/sys/vm/dirty_expire_centisecs
+fi
 export BROKEN=$broken PYTHONPATH=${{broken:+/broken:}}{top} HOME=/tmp NBDSERVE_DATA=/mnt/data
 exec </dev/ttyS1 >/dev/ttyS1 2>&1
 echo booted
@@ -61,7 +64,7 @@ nbdserve() {{ {python} -m nbdserve "$@"; }}
     {python} -m nbdserve serve --listen 0.0.0.0:10809 --workers $workers 2>/dev/ttyS2 &
     echo $! >/tmp/pid
     wait $!
-    echo "ended $?"
+    echo $? >/tmp/ended
 ) &
 while read -r line; do
     eval "$line"

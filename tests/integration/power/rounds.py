@@ -1,8 +1,8 @@
 """Rounds: boot, compare with what must be there, load, cut; and again, on the same disk.
 
-The moment of a cut is random: some seconds into the load, or a moment after the client has asked
-for something other than a write, or while the machine starts after the cut before (that one is no
-round: nothing is compared, and the client knows nothing of it).
+The moment of a cut is random: some seconds into the load, a moment after a FLUSH was acknowledged,
+or after the client has asked for something other than a write; or while the machine starts after
+the cut before (that one is no round: nothing is compared, and the client knows nothing of it).
 """
 
 import json
@@ -25,6 +25,14 @@ SIZE = 384 << 20  # of the disk; XFS takes no less than 300 MiB
 CLIENT_PYTHON = "/usr/bin/python3"  # Debian's, which has libnbd
 PATIENCE = 1000  # seconds
 LOAD_SECONDS = (0.5, 6)
+# What is cut, and the line of the client's that is waited for.
+MOMENTS = (
+    ("at any time", None),
+    ("after a FLUSH", "flushed"),
+    ("after a FLUSH", "flushed"),
+    ("during an operation", "begins: "),
+    ("during an operation", "begins: "),
+)
 START_CUT_SHARE = 0.35
 
 # What must be there for a round: what makes the file system, in a file.
@@ -86,11 +94,12 @@ class Trial:
     def _wait_for_the_moment(self, client):
         time.sleep(self.source.uniform(*LOAD_SECONDS))
         client.check_alive()
-        if self.source.random() < 0.6:
+        moment, line = self.source.choice(MOMENTS)
+        if line:
             client.skip()
-            client.wait_for("begins: ")
-            time.sleep(self.source.choice([0, 0.02, 0.1, 0.4]) * self.source.random() * 2)
-            self.counts["cuts during an operation"] += 1
+            client.wait_for(line)
+            time.sleep(self.source.choice([0, 0.04, 0.2, 0.8]) * self.source.random())
+        self.counts[f"cuts {moment}"] += 1
 
     def _cut_the_start(self):
         machine = self._start()
@@ -109,10 +118,12 @@ class Trial:
             self._finish(client, machine)
             # As an administrator would: look, stop it, and look at what is there without it.
             self._check(machine)
-            machine.run("kill -TERM $(cat /tmp/pid)")
-            (ended,) = machine.wait_for("ended ")
-            if ended != "ended 0\n":
-                raise WrongError(f"the daemon {ended}{machine.read_log()}")
+            status, said = machine.run(
+                "kill $(cat /tmp/pid); until [ -s /tmp/ended ]; do sleep 1; done;"
+                " (exit $(cat /tmp/ended))"
+            )
+            if status:
+                raise WrongError(f"the daemon ended with {said}{machine.read_log()}")
             self._check(machine)
             self._cut(machine)
         finally:
@@ -126,6 +137,7 @@ class Trial:
             self.directory, self.disk, self.boots,
             file_system=self.file_system,
             workers=self.source.choice([1, 2]),
+            eager=self.source.choice([0, 1]),
             broken=self.broken,
         )  # fmt: skip
 
