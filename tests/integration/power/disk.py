@@ -8,6 +8,9 @@ finds. A write goes to ``current`` and is remembered; a FLUSH brings all of it t
 Requests are served one after the other, so a FLUSH covers every write answered before it. At a
 cut, each sector that was written since the last FLUSH becomes what it was then or any one of the
 versions written since: a disk writes its cache back in any order, at any time, more than once.
+
+The first 4 KiB are not torn. ext4 has its superblock there, two sectors with one checksum, and
+writes it in place: torn, it is refused, and so is everything that the file system holds.
 """
 
 import contextlib
@@ -20,6 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 SECTOR = 512
+BLOCK = 4096
 
 _NBDMAGIC, _IHAVEOPT, _REPLY_MAGIC = 0x4E42444D41474943, 0x49484156454F5054, 0x3E889045565A9
 _OPTION_EXPORT_NAME, _OPTION_ABORT, _OPTION_INFO, _OPTION_GO = 1, 2, 6, 7
@@ -95,8 +99,14 @@ class Disk:
                 versions.setdefault(sector, []).append(number)
         manner, choose = _choose_manner(source, len(self._volatile))
         changed = 0
+        first = set(range(BLOCK // SECTOR))
+        edge = choose(sorted({n for s in first & versions.keys() for n in versions[s]}) or [0])
         for sector, numbers in versions.items():
-            number = choose(numbers)
+            if sector in first:
+                kept = [n for n in numbers if edge is not None and n <= edge]
+                number = kept[-1] if kept else None
+            else:
+                number = choose(numbers)
             changed += number != numbers[-1]
             place = slice(sector * SECTOR, (sector + 1) * SECTOR)
             if number is not None:
