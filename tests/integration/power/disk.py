@@ -75,6 +75,18 @@ class Disk:
 
     def cut(self, source):
         """Stop at once; keep any of what was not flushed, as the random ``source`` has it."""
+        self._stop()
+        return self._settle(source)
+
+    def close(self):
+        """Forget the files; they stay, as they are."""
+        if self._powered:
+            self._stop()
+        self._listener.close()
+        self._durable.close()
+        self._current.close()
+
+    def _stop(self):
         with self._lock:
             self._powered = False
         connection = self._connection
@@ -84,13 +96,6 @@ class Disk:
         with socket.socket(socket.AF_UNIX) as nobody:  # for a thread that waits for somebody
             nobody.connect(str(self.socket))
         self._thread.join()
-        return self._settle(source)
-
-    def close(self):
-        """Forget the files; they stay."""
-        self._listener.close()
-        self._durable.close()
-        self._current.close()
 
     def _settle(self, source):
         versions = {}  # sector: the numbers of the writes to it
