@@ -48,9 +48,10 @@ STATES = 3
 # Of one life: many histories find more than many moments of one.
 MOST_CUTS = 12
 CUT_CHANCE = 0.015
-# While a snapshot is taken, and before what commits (or makes names durable), gives space back or
-# belongs to a merge.
+# While a snapshot is taken, and before what commits (or makes names durable) or gives space back.
 LIKELY_CUT_CHANCE = 0.1
+# Before what a merge logs: merges are rare.
+MERGE_CUT_CHANCE = 0.5
 LIKELY = ("rename", "punch", "fsync")
 KILL_CHANCE = 0.9
 RECOVERY_CUT_CHANCE = 0.04
@@ -182,10 +183,9 @@ class History:
             await workload.run(OPERATIONS)
 
         def take(call: str) -> None:
-            likely = call.startswith(LIKELY) or "/merge" in call
-            if workload is not None and workload.at_gate:
-                likely = True
-            if random.random() < (LIKELY_CUT_CHANCE if likely else CUT_CHANCE):
+            likely = call.startswith(LIKELY) or (workload is not None and workload.at_gate)
+            chance = LIKELY_CUT_CHANCE if likely else CUT_CHANCE
+            if random.random() < (MERGE_CUT_CHANCE if "/merge" in call else chance):
                 cuts.append(Cut(disk.copy(), freeze(), f"{name}.{len(disk.log)}", call, where))
 
         disk.on_call = take
