@@ -1,7 +1,7 @@
 """The simulation bites: each bug that is put in here is found.
 
-With this seed within 500 states. Others need up to 8,000 for the rarest, a merge that punches early:
-it takes a power cut between two calls of a merge that leaves the one and not the other.
+With this seed that takes at most 500 states. With others the rarest, a merge that punches early,
+may take 8,000: power must fail between two calls, and leave the one and not the other.
 """
 
 import pytest
