@@ -21,7 +21,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis.stateful import rule, run_state_machine_as_test
 
 from backends.errors import InUseError, NotFoundError
-from snapshots import owner_map
+from snapshots import hidden, owner_map
 from snapshots import volume as volume_module
 from snapshots.catalogue import Catalogue
 from snapshots.contexts import ALLOCATION_DEPTH, context_names
@@ -346,8 +346,9 @@ class ContextsModel(VolumeModel):
 @pytest.fixture
 def small_regions(monkeypatch: pytest.MonkeyPatch) -> None:
     """Regions of four blocks, two of them at a time: then a few blocks are many regions."""
-    monkeypatch.setattr(owner_map, "REGION_SHIFT", 2)
-    monkeypatch.setattr(owner_map, "REGION", 4)
+    for module in (owner_map, hidden):
+        monkeypatch.setattr(module, "REGION_SHIFT", 2)
+        monkeypatch.setattr(module, "REGION", 4)
     monkeypatch.setattr(owner_map, "_EMPTY", bytes(4))
     monkeypatch.setattr(owner_map, "REACH", 2)
 

@@ -27,6 +27,7 @@ from hypothesis.stateful import (
 from backends.errors import InUseError
 from backends.layers import DataFile
 from backends.memory_layers import MemoryDataFile, MemoryLayerStore
+from snapshots import owner_map
 from snapshots import volume as volume_module
 from snapshots.catalogue import Catalogue
 from snapshots.handle import Handle
@@ -418,15 +419,19 @@ class VolumeModel(RuleBasedStateMachine):
 
     def check_own_layer(self, name: str, handle: Handle) -> None:
         manifests = self.catalogue._manifests
-        manifest = manifests.get(name)
         # While a merge is under way, it may copy what is hidden.
         self.run(self.catalogue._merging.merge_now())
-        self.run(self.catalogue._freeing.free(manifest.id))
-        layer = manifests.own_layer(manifest)
-        # One that lists nothing may have space that was never recorded before a kill.
-        if layer is not None and self.run(handle.view.regions_of(layer)):
+        self.run(self.catalogue._freeing.free(manifests.get(name).id))
+        layer = manifests.own_layer(manifests.get(name))
+        # Where it lists nothing it may have space that was never recorded before a kill.
+        regions = set() if layer is None else self.run(handle.view.regions_of(layer))
+        if regions:
             owners = handle.view.owners
-            found = {owners.raw[page] for page in self.store._data[layer] if page < owners.blocks}
+            found = {
+                owners.raw[page]
+                for page in self.store._data[layer]
+                if page < owners.blocks and page >> owner_map.REGION_SHIFT in regions
+            }
             assert found.isdisjoint({0, handle.view.slots_by_depth()[0]})
             own_layers.append(1)
 
