@@ -28,7 +28,7 @@ from backends.layers import LayerStore
 from snapshots.examining import examine_log, missing_from
 from snapshots.extent_log import INDEX, JOURNAL, MERGE, SECTOR, LogState
 from snapshots.head import JOURNAL_STEP
-from snapshots.layer import holds_listed_data
+from snapshots.layer import clear_away
 from snapshots.manifest import (
     MAX_LAYERS,
     Manifest,
@@ -242,10 +242,7 @@ class Checker:
             advice = "rename the volume and back: nbdserve knows it still, and writes the file anew"
         with self._noting(where, advice, harmed):
             content = await store.read_record("volumes", name)
-            manifest = unpack_manifest(content, where)
-            if manifest.id != name:
-                raise CorruptError(f"{where}: is the manifest of another volume, {manifest.id}")
-            self._volumes[name] = manifest
+            self._volumes[name] = unpack_manifest(content, where, name)
 
     async def _check_deletion(self, name: str) -> None:
         store = self._store
@@ -266,9 +263,7 @@ class Checker:
         store = self._store
         where = store.describe_record("merges", name)
         try:
-            merge = unpack_merge(await store.read_record("merges", name), where)
-            if merge.target != name:
-                raise CorruptError(f"{where}: is the record of another merge, {merge.target}")
+            merge = unpack_merge(await store.read_record("merges", name), where, name)
         except (OSError, CorruptError) as error:
             self._all_read = False
             self._damaged_merges.add(name)
@@ -479,14 +474,11 @@ class Checker:
             strangers = []  # any may belong to a volume that cannot be read
         for layer in strangers:
 
-            async def clear_away(layer: str = layer) -> None:
-                if await holds_listed_data(store, layer):
-                    await store.set_aside_layer(layer)
-                else:
-                    await store.delete_layer(layer)
+            async def mend(layer: str = layer) -> None:
+                await clear_away(store, layer)
 
             advice = "--repair moves it to lost/ if its logs list data, and removes it if not"
-            repaired, advice = await self._mend(advice, clear_away)
+            repaired, advice = await self._mend(advice, mend)
             where = store.describe_layer(layer)
             self._find("belongs to no volume", advice, file=where, repaired=repaired)
         for where in await store.list_set_aside():

@@ -77,12 +77,23 @@ async def apply_merge(
     return await _apply(store, content, layer, MERGE, into, data, zero)
 
 
-async def holds_listed_data(store: LayerStore, layer: str) -> bool:
-    """Whether a layer that no volume lists may be all that is left of one. OSError.
+async def clear_away(store: LayerStore, layer: str) -> str | None:
+    """Remove a layer that no volume lists, or set it aside; where it is kept then. OSError.
 
-    So if it has data, and a log that lists some or cannot be read. Data that no log lists could
-    not be read again, whatever else came back: the next head of a snapshot that was not committed
-    has it, when the process is killed behind the gate.
+    Without data that a log lists, it is what an interrupted snapshot left, and goes. With such
+    data it may belong to a volume whose manifest was lost: it is kept out of the way.
+    """
+    if await _holds_listed_data(store, layer):
+        return await store.set_aside_layer(layer)
+    await store.delete_layer(layer)
+    return None
+
+
+async def _holds_listed_data(store: LayerStore, layer: str) -> bool:
+    """Whether it has data, and a log that lists some or cannot be read.
+
+    Data that no log lists could not be read again, whatever else came back: the next head of a
+    snapshot that was not committed has it, when the process is killed behind the gate.
     """
     if not await store.holds_data(layer):
         return False

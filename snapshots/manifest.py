@@ -114,9 +114,12 @@ class Manifest:
         return asdict(self)
 
 
-def unpack_manifest(content: bytes, where: str) -> Manifest:
-    """Read a volume's record; CorruptError when it is not a sound one."""
-    return _checked(where, lambda: manifest_from_map(unpack_record(content, VERSION, where)))
+def unpack_manifest(content: bytes, where: str, volume: str) -> Manifest:
+    """Read the record of the volume with that id; CorruptError when it is not a sound one of it."""
+    manifest = _checked(where, lambda: manifest_from_map(unpack_record(content, VERSION, where)))
+    if manifest.id != volume:
+        raise CorruptError(f"{where}: is the manifest of another volume, {manifest.id}")
+    return manifest
 
 
 def salvage_name(content: bytes) -> str | None:
@@ -193,9 +196,12 @@ class Merge:
         return pack_record(VERSION, asdict(self))
 
 
-def unpack_merge(content: bytes, where: str) -> Merge:
-    """Read a merge's record."""
-    return _checked(where, lambda: Merge(**unpack_record(content, VERSION, where)))
+def unpack_merge(content: bytes, where: str, target: str) -> Merge:
+    """Read the record of the merge into ``target``; CorruptError when it is no sound one of it."""
+    merge = _checked(where, lambda: Merge(**unpack_record(content, VERSION, where)))
+    if merge.target != target:
+        raise CorruptError(f"{where}: is the record of another merge, {merge.target}")
+    return merge
 
 
 def _checked(where: str, read: Callable[[], T]) -> T:

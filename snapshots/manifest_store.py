@@ -138,9 +138,7 @@ class ManifestStore:
         content = b""
         try:
             content = await self._store.read_record(_VOLUMES, name)
-            manifest = unpack_manifest(content, where)
-            if manifest.id != name:
-                raise CorruptError(f"{where}: is the manifest of another volume, {manifest.id}")
+            manifest = unpack_manifest(content, where, name)
         except (OSError, CorruptError) as error:
             problem = _problem(error, where)
             self.unreadable[name] = UnreadableVolume(name, salvage_name(content), problem)
@@ -150,9 +148,7 @@ class ManifestStore:
     async def _load_merge(self, name: str) -> None:
         where = self._store.describe_record(_MERGES, name)
         try:
-            merge = unpack_merge(await self._store.read_record(_MERGES, name), where)
-            if merge.target != name:
-                raise CorruptError(f"{where}: is the record of another merge, {merge.target}")
+            merge = unpack_merge(await self._store.read_record(_MERGES, name), where, name)
         except (OSError, CorruptError) as error:
             problem = _problem(error, where)
             # Some of their blocks have been moved, and nothing says which.

@@ -8,7 +8,7 @@ import logging
 
 from backends.layers import LayerStore
 from snapshots.freeing import Freeing
-from snapshots.layer import holds_listed_data
+from snapshots.layer import clear_away
 from snapshots.manifest_store import ManifestStore
 from snapshots.merging import Merging
 from snapshots.open_views import OpenViews
@@ -59,11 +59,9 @@ class Upkeep:
                 self._merging.resume()
 
     async def _set_strangers_aside(self) -> None:
-        """Deal with layers that nothing lists and nothing condemned.
+        """Deal with layers that nothing lists and nothing condemned (``clear_away``).
 
-        Without data that a log lists, such a layer is what an interrupted snapshot left, and goes.
-        With such data it may belong to a volume whose manifest was lost: it is kept out of the way.
-        While a volume is unreadable, it may be that one's, and stays where it is.
+        While a volume is unreadable, they may be that one's, and stay where they are.
         """
         if self._manifests.unreadable:
             return
@@ -73,10 +71,8 @@ class Upkeep:
             if layer in known:
                 continue
             try:
-                if await holds_listed_data(self._store, layer):
-                    where = await self._store.set_aside_layer(layer)
-                    _log.warning("layer %s belongs to no volume; it is kept in %s", layer, where)
-                else:
-                    await self._store.delete_layer(layer)
+                kept = await clear_away(self._store, layer)
+                if kept is not None:
+                    _log.warning("layer %s belongs to no volume; it is kept in %s", layer, kept)
             except OSError as error:
                 _log.warning("layer %s, of no volume, stays where it is: %s", layer, error)

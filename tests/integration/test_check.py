@@ -121,7 +121,8 @@ def test_a_journal_that_loses_its_end_under_the_daemon(daemon: Daemon) -> None:
     client = start_client(daemon, "h.pwrite(b'y' * 4096, 2**22); h.flush(); print(1); input()")
     assert client.stdout is not None
     assert client.stdout.readline() == b"1\n"
-    manifest = unpack_manifest(manifest_of(daemon, "web").read_bytes(), "web")
+    record = manifest_of(daemon, "web")
+    manifest = unpack_manifest(record.read_bytes(), "web", record.name)
     journal = daemon.data / "layers" / manifest.head / "journal"
     whole = journal.read_bytes()
     end = len(whole.rstrip(b"\0")) // SECTOR * SECTOR

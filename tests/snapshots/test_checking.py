@@ -437,8 +437,8 @@ def test_manifests_that_nobody_could_have_written(data: Path) -> None:
     records = {salvage_name(path.read_bytes()): path for path in (data / "volumes").iterdir()}
     web = records["web"]
     (data / "transactions" / "0123456789abcdef").unlink()
-    manifest = unpack_manifest(web.read_bytes(), "web")
-    mail = unpack_manifest(records["mail"].read_bytes(), "mail")
+    manifest = unpack_manifest(web.read_bytes(), "web", web.name)
+    mail = unpack_manifest(records["mail"].read_bytes(), "mail", records["mail"].name)
     first, second = manifest.snapshots[:2]
     for changes, says in (
         ({"size": 4097}, "4 KiB"),

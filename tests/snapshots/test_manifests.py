@@ -52,17 +52,17 @@ def packed(payload: Any, version: int = 1) -> bytes:
 
 def refused(content: bytes) -> str:
     with pytest.raises(CorruptError) as caught:
-        unpack_manifest(content, WHERE)
+        unpack_manifest(content, WHERE, manifest().id)
     assert str(caught.value).startswith(WHERE)
     return str(caught.value)
 
 
 def test_round_trip() -> None:
-    assert unpack_manifest(manifest().pack(), WHERE) == manifest()
+    assert unpack_manifest(manifest().pack(), WHERE, manifest().id) == manifest()
     group = [manifest("v"), manifest("w", snapshots=())]
     assert unpack_transaction(pack_transaction(group), WHERE) == group
     merge = Merge("a", "b", "b")
-    assert unpack_merge(merge.pack(), WHERE) == merge
+    assert unpack_merge(merge.pack(), WHERE, "b") == merge
     assert (merge.source, Merge("a", "b", "a").source) == ("a", "b")
     assert packed(manifest().as_map()) == manifest().pack()
 
@@ -121,13 +121,13 @@ def test_payloads_that_are_no_manifest_are_refused(payload: Any) -> None:
     with pytest.raises(CorruptError, match=WHERE):
         unpack_transaction(packed({"manifests": [payload]}) if payload else b"", WHERE)
     with pytest.raises(CorruptError, match=WHERE):
-        unpack_merge(packed(payload), WHERE)
+        unpack_merge(packed(payload), WHERE, "b")
 
 
 def test_a_merge_of_anything_but_its_own_layers_is_refused() -> None:
     for found in ({"target": "x"}, {"lower": "b"}, {"target": 7}):
         with pytest.raises(CorruptError, match=WHERE):
-            unpack_merge(packed({**asdict(Merge("a", "b", "b")), **found}), WHERE)
+            unpack_merge(packed({**asdict(Merge("a", "b", "b")), **found}), WHERE, "b")
 
 
 def test_layers_that_nothing_stands_on_are_left_out() -> None:
