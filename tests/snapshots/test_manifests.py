@@ -130,6 +130,13 @@ def test_a_merge_of_anything_but_its_own_layers_is_refused() -> None:
             unpack_merge(packed({**asdict(Merge("a", "b", "b")), **found}), WHERE, "b")
 
 
+def test_a_record_under_the_name_of_another_is_refused() -> None:
+    with pytest.raises(CorruptError, match=f"{WHERE}: is the manifest of another volume"):
+        unpack_manifest(manifest().pack(), WHERE, "f" * 32)
+    with pytest.raises(CorruptError, match=f"{WHERE}: is the record of another merge, b"):
+        unpack_merge(Merge("a", "b", "b").pack(), WHERE, "a")
+
+
 def test_layers_that_nothing_stands_on_are_left_out() -> None:
     parents = {"a": "", "b": "a", "c": "b", "d": "a", "e": "d"}
     changed = manifest(parents=parents).changed(head="e", snapshots=())
