@@ -49,10 +49,25 @@ def one_history(seed):
 def many_histories(seed, states, end):
     tally = Tally()
     try:
-        simulate(seed, states, tally, lambda: time.monotonic() > end)
+        simulate(seed, states, tally, watch(seed, tally, end))
     except Finding as finding:
         return tally, str(finding)
     return tally, None
+
+
+def watch(seed, tally, end):
+    """What says between two histories whether time is up, and once a minute how far it has come."""
+    told = time.monotonic()
+
+    def is_over():
+        nonlocal told
+        now = time.monotonic()
+        if now > told + 60:
+            told = now
+            print(f"{seed}: {tally.states} states", file=sys.stderr, flush=True)
+        return now > end
+
+    return is_over
 
 
 def report(result):
