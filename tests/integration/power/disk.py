@@ -9,8 +9,13 @@ Requests are served one after the other, so a FLUSH covers every write answered 
 cut, each sector that was written since the last FLUSH becomes what it was then or any one of the
 versions written since: a disk writes its cache back in any order, at any time, more than once.
 
-The first 4 KiB are not torn. ext4 has its superblock there, two sectors with one checksum, and
-writes it in place: torn, it is refused, and so is everything that the file system holds.
+What a file system does not survive is not done to it:
+
+* The first 4 KiB are not torn. ext4 has its superblock there, two sectors with one checksum, and
+  writes it in place: torn, it is refused, and so is everything that the file system holds.
+* Under XFS nothing is torn within aligned 4 KiB (``torn_at``). A block of its metadata says at its
+  beginning up to where in the log it is current. With only that part there, the log is not
+  replayed over it, and it is refused for its checksum.
 """
 
 import contextlib
@@ -47,10 +52,14 @@ class Cut:
 
 @dataclass
 class Disk:
-    """``size`` bytes in ``directory``, made anew unless they are there, served on ``socket``."""
+    """``size`` bytes in ``directory``, made anew unless they are there, served on ``socket``.
+
+    A cut tears writes at multiples of ``torn_at`` bytes: SECTOR or BLOCK.
+    """
 
     directory: Path
     size: int
+    torn_at: int = SECTOR
     flushes: int = 0
     writes: int = 0
     _volatile: list[tuple[int, bytes]] = field(default_factory=list)
@@ -104,14 +113,14 @@ class Disk:
                 versions.setdefault(sector, []).append(number)
         manner, choose = _choose_manner(source, len(self._volatile))
         changed = 0
-        first = set(range(BLOCK // SECTOR))
-        edge = choose(sorted({n for s in first & versions.keys() for n in versions[s]}) or [0])
+        together = {}  # a unit that is not torn: the numbers of all writes to it
         for sector, numbers in versions.items():
-            if sector in first:
-                kept = [n for n in numbers if edge is not None and n <= edge]
-                number = kept[-1] if kept else None
-            else:
-                number = choose(numbers)
+            together.setdefault(self._unit(sector), set()).update(numbers)
+        edges = {unit: choose(sorted(numbers)) for unit, numbers in together.items()}
+        for sector, numbers in versions.items():
+            edge = edges[self._unit(sector)]
+            kept = [number for number in numbers if edge is not None and number <= edge]
+            number = kept[-1] if kept else None
             changed += number != numbers[-1]
             place = slice(sector * SECTOR, (sector + 1) * SECTOR)
             if number is not None:
@@ -122,6 +131,11 @@ class Disk:
         cut = Cut(manner, len(self._volatile), len(versions), changed)
         self._volatile.clear()
         return cut
+
+    def _unit(self, sector):
+        """The first sector of the aligned bytes that are not torn."""
+        within_first = sector < BLOCK // SECTOR
+        return sector - sector % ((BLOCK if within_first else self.torn_at) // SECTOR)
 
     def _serve(self):
         while self._powered:

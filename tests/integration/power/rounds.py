@@ -16,7 +16,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from .disk import Disk
+from .disk import BLOCK, SECTOR, Disk
 from .guest import PROJECT, build_initramfs, kernel_vm
 from .machine import Machine
 from .model import WrongError
@@ -40,6 +40,7 @@ MAKERS = {
     "ext4": ["mkfs.ext4", "-q", "-F"],
     "xfs": ["mkfs.xfs", "-q"],
 }
+TORN_AT = {"ext4": SECTOR, "xfs": BLOCK}  # disk.py says why
 
 
 @dataclass
@@ -66,7 +67,7 @@ class Trial:
             [kernel_vm.find_tool(program), *options, self.directory / "durable"], check=True
         )
         copy_sparse(self.directory / "durable", self.directory / "current")
-        self.disk = Disk(self.directory, SIZE)
+        self.disk = Disk(self.directory, SIZE, TORN_AT[self.file_system])
 
     def close(self):
         self.disk.close()
