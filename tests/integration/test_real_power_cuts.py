@@ -13,7 +13,7 @@ import pytest
 
 from .parts import DIE_WITH_PARENT, PROJECT, require, run
 from .power.disk import SECTOR, Disk
-from .power.model import Clock, Volume, WrongError, fill, read_numbers
+from .power.model import Clock, Volume, WrongError, fill, is_torn, read_numbers
 
 PROGRAMS = ("qemu-system-x86_64", "busybox", "mkfs.ext4", "mkfs.xfs", "modprobe", "nbdsh")
 
@@ -48,7 +48,7 @@ def test_a_sector_may_hold_the_durable_write_and_later_ones() -> None:
     with pytest.raises(WrongError, match=r"sector 2 \(byte 1024\) holds write 1"):
         volume.examine([0, 0, first, 0], clock)
     with pytest.raises(WrongError, match="never written there"):
-        volume.examine([None, 0, 0, 0], clock)
+        volume.examine([bytes(511) + b"x", 0, 0, 0], clock)
 
 
 def test_what_was_flushed_is_there_or_wrong() -> None:
@@ -98,8 +98,24 @@ def test_a_rollback_in_doubt_is_done_or_not() -> None:
 def test_content_names_its_write_and_its_place() -> None:
     data = fill(7, 0) + fill(8, 1) + fill(0, 2)
     assert read_numbers(data) == [7, 8, 0]
-    assert read_numbers(fill(7, 1)) == [None]
-    assert read_numbers(data[:500] + fill(9, 0)[500:512]) == [None]
+    assert read_numbers(fill(7, 1)) == [fill(7, 1)]
+    torn = data[:500] + fill(9, 0)[500:512]
+    assert read_numbers(torn) == [torn]
+    assert is_torn(torn, 0, [3, 7, 9])
+    assert not is_torn(torn, 0, [3, 7])
+    assert not is_torn(torn, 0, [3, 9])
+    assert not is_torn(fill(7, 1), 0, [3, 7])
+    assert is_torn(bytes(16) + fill(7, 0)[16:], 0, [0, 7])
+
+
+def test_only_what_was_not_flushed_may_be_torn() -> None:
+    clock = Clock()
+    volume = Volume("v", 2, [5, 5])
+    volume.send(range(1), 7, clock.tick())
+    torn = fill(7, 0)[:128] + fill(5, 0)[128:]
+    assert volume.examine([torn, 5], clock) == 0
+    with pytest.raises(WrongError, match="sector 1"):
+        volume.examine([torn, fill(7, 1)[:128] + fill(5, 1)[128:]], clock)
 
 
 def test_a_cut_keeps_what_was_flushed_and_any_of_the_rest(data_directory: Path) -> None:

@@ -9,7 +9,9 @@ sent (two requests that overlap are never in flight together). After a cut a sec
 these. What was acknowledged before a FLUSH was sent becomes durable when the FLUSH is
 acknowledged; what a write with FUA wrote, when that is; all that was acknowledged before a snapshot
 was asked for, when the snapshot is there. What is found after a boot counts like a write that was
-acknowledged then: it may still be lost, until the next FLUSH.
+acknowledged then: it may still be lost, until the next FLUSH. A sector may be **torn**, too, the
+beginning of one such write and the end of another: the kernel does not keep a program from writing
+to a page of its cache while the disk reads that page.
 
 **A snapshot** is of one instant between being asked for and being acknowledged: it has every write
 that was acknowledged before that instant, and none that was sent after it; a group of snapshots is
@@ -45,13 +47,22 @@ def fill(number, sector):
 
 
 def read_number(data, sector):
-    """Which write left this; None for what no write can have left there."""
+    """Which write left this; ``data`` itself where no single write can have left it."""
     if data == _ZEROES:
         return 0
     magic, number, place = _HEADER.unpack_from(data)
     if magic != _MAGIC or place != sector or data != fill(number, sector):
-        return None
+        return data
     return number
+
+
+def is_torn(found, sector, legal):
+    """Whether what ``read_number`` found is the beginning of one of ``legal`` and another's end."""
+    if not isinstance(found, bytes):
+        return False
+    contents = [each if isinstance(each, bytes) else fill(each, sector) for each in legal]
+    edges = [next((i for i in range(SECTOR) if found[i] != each[i]), SECTOR) for each in contents]
+    return any(found[max(edges) :] == each[max(edges) :] for each in contents)
 
 
 def read_numbers(data):
@@ -198,7 +209,8 @@ class Volume:
                 legal = [self.durable[sector], *(found for found, _ in self.pending[sector])]
             else:
                 legal = [self.durable[sector]]
-            if number not in legal:
+            torn = sector in self.pending and is_torn(number, sector, legal)
+            if number not in legal and not torn:
                 raise WrongError(f"{self.name}: {describe(sector, number, legal)}")
         self.grow(len(numbers))
         found = clock.tick()
@@ -216,5 +228,5 @@ def check_length(label, found, allowed):
 
 
 def describe(sector, number, legal):
-    what = "what was never written there" if number is None else f"write {number}"
+    what = "what was never written there" if isinstance(number, bytes) else f"write {number}"
     return f"sector {sector} (byte {sector * SECTOR}) holds {what} instead of any of {legal}"
