@@ -68,9 +68,9 @@ class Freeing:
         if manifest is None or self._stopped or self._manifests.in_doubt is not None:
             return None
         layer = self._manifests.own_layer(manifest)
-        if layer is None or not await self._merging.nobody_reads(layer):
-            return None
         try:
+            if layer is None or not await self._merging.nobody_reads(layer):
+                return None
             return await self._views.free_hidden(manifest, layer)
         except (OSError, StorageError) as error:
             _log.warning("volume %s: space is given back later: %s", manifest.name, error)

@@ -221,6 +221,32 @@ def test_not_while_another_process_reads_the_layer(monkeypatch: pytest.MonkeyPat
     asyncio.run(scenario())
 
 
+def test_a_claim_that_cannot_be_tried_is_no_failed_deletion(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def scenario() -> None:
+        store = FaultyStore()
+        catalogue = await two_layers(store)
+        expected = await read_everything(catalogue)
+        lower = stack(catalogue)[0]
+
+        async def fail(layer: str) -> None:
+            raise OSError(errno.EIO, "the claim's file cannot be opened")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(store, "claim_layer", fail)
+            await catalogue.delete_snapshot("v", "s")
+        assert "space is given back later" in caplog.text
+        assert held(store, lower) == set(range(20))
+        handle = await opened(catalogue)
+        await until(lambda: held(store, lower) == set(range(20)) - HIDDEN)
+        assert await read_all(handle) == expected["v"]
+        await catalogue.close_export(handle)
+        await catalogue.close()
+
+    asyncio.run(scenario())
+
+
 def test_pending_blocks_are_left_until_the_journal_has_them(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
