@@ -8,6 +8,7 @@ Exit status: 0 when nothing was found; an input that broke a rule is kept below 
 
 import argparse
 import random
+import resource
 import sys
 from pathlib import Path
 
@@ -55,6 +56,9 @@ def fuzz(arguments):
         return found[:most]
 
     corpus = CORPUS / arguments.target
+    # libFuzzer looks at the most that was ever resident, which a process inherits from whoever
+    # started it.
+    inherited = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
     options = [
         f"-runs={arguments.runs}",
         f"-max_total_time={arguments.seconds}",
@@ -62,7 +66,7 @@ def fuzz(arguments):
         f"-artifact_prefix={arguments.findings}/",
         f"-timeout={SLOWEST}",
         "-max_len=4096",
-        "-rss_limit_mb=1024",
+        f"-rss_limit_mb={1024 + inherited}",
         "-print_final_stats=1",
         "-reload=0",
     ]
