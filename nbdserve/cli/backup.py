@@ -20,9 +20,10 @@ from nbdserve.cli.repo import print_notice, print_warnings, push_line
 from nbdserve.cli.session import Session
 from nbdserve.cli.snapshot import delete_snapshot
 from nbdserve.cli.transfer import push
+from nbdserve.cli.unlocking import add_key_options, open_repository
 from nbdserve.control.client import path
 from snapshots.names import check_name
-from snapshots.repository import Repository, open_repository
+from snapshots.repository import Repository
 
 LABEL = "backup"
 """Label of a snapshot that a backup made; its value is the repository's id."""
@@ -52,6 +53,9 @@ def backup(volumes: tuple[str, ...], url: str, as_json: bool) -> None:
             click.echo(line)
     if run.failures:
         raise StorageError("; ".join(run.failures))
+
+
+add_key_options(backup)
 
 
 class _Backup:

@@ -6,6 +6,7 @@ from typing import Any
 import click
 
 from backends.errors import CorruptError
+from nbdserve.cli.keys import key
 from nbdserve.cli.options import data_directory, data_option, json_option
 from nbdserve.cli.output import (
     format_size,
@@ -18,6 +19,7 @@ from nbdserve.cli.progress import Progress
 from nbdserve.cli.session import Session
 from nbdserve.cli.transfer import push as push_snapshot
 from nbdserve.cli.transfer import restore as restore_snapshot
+from nbdserve.cli.unlocking import RepositoryGroup, init_repository, open_repository
 from nbdserve.control.documents import timestamp
 from snapshots.names import check_name, parse_size, parse_snapshot_name
 from snapshots.repository import (
@@ -25,8 +27,6 @@ from snapshots.repository import (
     PushReport,
     Repository,
     Summary,
-    init_repository,
-    open_repository,
 )
 
 _COLUMNS = {
@@ -40,12 +40,15 @@ _COLUMNS = {
 }
 
 
-@click.group()
+@click.group(cls=RepositoryGroup)
 def repo() -> None:
     """Repositories: snapshots in a directory or in S3.
 
     URL is file:///directory or s3://bucket/prefix.
     """
+
+
+repo.add_command(key)
 
 
 @repo.command()
@@ -57,14 +60,26 @@ def repo() -> None:
     show_default=True,
     help="A power of two from 4K to 4M; it never changes.",
 )
+@click.option(
+    "--encrypt", is_flag=True, help="Encrypt it; a passphrase is asked for when no key is named."
+)
 @json_option
-def init(url: str, chunk_size: str, as_json: bool) -> None:
-    """Make a repository at URL: the directory is created, a bucket must exist."""
-    repository = init_repository(url, parse_size(chunk_size))
+def init(url: str, chunk_size: str, encrypt: bool, as_json: bool) -> None:
+    """Make a repository at URL: the directory is created, a bucket must exist.
+
+    With a passphrase or a key file it is encrypted. Keep that: nothing is restored without it.
+    """
+    repository = init_repository(url, parse_size(chunk_size), encrypt)
     print_notice(repository)
     config = repository.config
-    document = {"url": url, "repository": config.repository_id, "chunk_size": config.chunk_size}
-    print_result(document, as_json, f"made a repository at {url}")
+    document = {
+        "url": url,
+        "repository": config.repository_id,
+        "chunk_size": config.chunk_size,
+        "cipher": config.cipher,
+    }
+    encrypted = "" if repository.keyring is None else "n encrypted"
+    print_result(document, as_json, f"made a{encrypted} repository at {url}")
 
 
 @repo.command("list")

@@ -17,15 +17,18 @@ from snapshots.repository.repository import (
     open_repository,
 )
 from snapshots.repository.restore import RestoreReport
+from snapshots.repository.secret import Key, Secret
 from snapshots.repository.verify import Damage, VerifyReport
 
 __all__ = [
     "DEFAULT_CHUNK_SIZE",
     "Damage",
+    "Key",
     "Progress",
     "PushReport",
     "Repository",
     "RestoreReport",
+    "Secret",
     "Sink",
     "Source",
     "Summary",

@@ -51,6 +51,7 @@ class Kind(enum.IntEnum):
     TOMBSTONE = 4
     POINTER = 5
     PAGE = 6
+    KEY = 16
 
     @property
     def limit(self) -> int:

@@ -17,6 +17,8 @@ OUTCOMES = "outcomes/"
 TOMBSTONES = "tombstones/"
 POINTERS = "snapshots/"
 PROBES = "probes/"
+KEYS = "keys/"
+REMOVALS = "removals/"
 
 MIN_CHUNK_SIZE = 4 << 10
 MAX_CHUNK_SIZE = 4 << 20
@@ -32,6 +34,7 @@ OUTCOME_LIMIT = 320 << 20  # 16 TiB in chunks of 4 KiB is 256 MiB of page refere
 
 _PUSH = re.compile(r"[0-9a-f]{32}")
 _NUMBER = re.compile(r"[0-9a-f]{8}")
+_KEY_ID = re.compile(r"[0-9a-f]{16}")
 
 
 def new_push_id() -> str:
@@ -84,3 +87,11 @@ def parse_numbered_key(key: str) -> int | None:
     """Return the number at the end of a segment's or pages object's key, None without one."""
     number = key.rpartition("/")[2]
     return int(number, 16) if _NUMBER.fullmatch(number) else None
+
+
+def is_key_id(text: str) -> bool:
+    return _KEY_ID.fullmatch(text) is not None
+
+
+def removal_key(key_id: str) -> str:
+    return f"{REMOVALS}{key_id}"

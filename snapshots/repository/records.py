@@ -11,6 +11,8 @@ from snapshots.repository.envelope import Fields, Kind, seal, unseal
 from snapshots.repository.layout import MAX_CHUNK_SIZE, MIN_CHUNK_SIZE, PAGE_ENTRIES
 from snapshots.repository.pages import PageTable
 
+CIPHER = "aes-256-gcm"  # of an encrypted repository, in its config
+
 _COUNT = 2**63 - 1
 
 
@@ -22,6 +24,7 @@ class Config:
     chunk_size: int
     conditional_put: bool  # whether the store was seen to refuse a second conditional PUT
     created: float
+    cipher: str = "none"
 
     def encode(self) -> bytes:
         return seal(
@@ -31,7 +34,7 @@ class Config:
                 "chunk_size": self.chunk_size,
                 "page_entries": PAGE_ENTRIES,
                 "codec": "lz4",
-                "cipher": "none",
+                "cipher": self.cipher,
                 "conditional_put": self.conditional_put,
                 "created": self.created,
                 "features": [],
@@ -39,10 +42,11 @@ class Config:
         )
 
     @classmethod
-    def decode(cls, record: bytes, where: str) -> Config:
+    def decode(cls, record: bytes, where: str, cipher: str = "none") -> Config:
+        """``cipher`` is what the repository was opened with."""
         fields = unseal(Kind.CONFIG, record, where)
         needed = [feature[:40] for feature in fields.texts("features")]
-        if fields.text("cipher") != "none":
+        if fields.text("cipher") != cipher:
             needed.append("encryption")
         if fields.text("codec") != "lz4":
             needed.append("another codec")
@@ -59,6 +63,7 @@ class Config:
             chunk_size,
             fields.boolean("conditional_put"),
             fields.number("created"),
+            cipher,
         )
 
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from backends.errors import ExistsError, InvalidError, NotFoundError, StorageError
 from backends.object_urls import open_object_store
 from backends.objects import ObjectStore
 from snapshots.names import check_name
+from snapshots.repository.envelope import Kind, unseal
 from snapshots.repository.holdings import describe_object, list_snapshots, read_outcome
 from snapshots.repository.interfaces import Progress, Sink, Source
 from snapshots.repository.layout import (
@@ -24,9 +26,13 @@ from snapshots.repository.layout import (
     tombstone_key,
 )
 from snapshots.repository.push import PushReport, push_snapshot
-from snapshots.repository.records import Config, Summary, Tombstone
+from snapshots.repository.records import CIPHER, Config, Summary, Tombstone
 from snapshots.repository.restore import RestoreReport, restore_root
-from snapshots.repository.verify import VerifyReport, verify_snapshots
+from snapshots.repository.secret import Key, Secret
+from snapshots.repository.verify import Damage, VerifyReport, verify_snapshots
+
+if TYPE_CHECKING:
+    from snapshots.repository.keyring import Keyring
 
 Summaries = list[Summary]  # Repository has a method of that name
 
@@ -34,9 +40,11 @@ Summaries = list[Summary]  # Repository has a method of that name
 class Repository:
     """An open repository. Methods block, and raise StorageErrors whose line is for the user."""
 
-    def __init__(self, store: ObjectStore, config: Config) -> None:
+    def __init__(self, store: ObjectStore, config: Config, keyring: Keyring | None = None) -> None:
+        """``keyring`` is that of an encrypted repository; ``store`` seals and unseals then."""
         self.store = store
         self.config = config
+        self.keyring = keyring
 
     @property
     def notice(self) -> str | None:
@@ -90,7 +98,11 @@ class Repository:
         progress: Progress | None = None,
     ) -> VerifyReport:
         """Look for damage in all, in one volume's snapshots, or in one of them."""
-        return verify_snapshots(self.store, self.config, volume, snapshot, deep, progress)
+        report = verify_snapshots(self.store, self.config, volume, snapshot, deep, progress)
+        if self.keyring is not None and volume is None:
+            problems = self.keyring.problems()
+            report.damaged[:0] = [Damage(key, problem) for key, problem in problems]
+        return report
 
     def _find_all(self, volume: str, snapshot: str) -> Summaries:
         """All of that name: two hosts that pushed at the same instant may have made two."""
@@ -105,21 +117,31 @@ class Repository:
         return found
 
 
-def init_repository(url: str, chunk_size: int = DEFAULT_CHUNK_SIZE) -> Repository:
+def init_repository(
+    url: str, chunk_size: int = DEFAULT_CHUNK_SIZE, secret: Secret | None = None
+) -> Repository:
     """Make a repository at ``url``; ``chunk_size`` in bytes, a power of two.
 
-    Raises ExistsError when there is one. See :attr:`Repository.notice` afterwards.
+    With a ``secret`` it is encrypted. Raises ExistsError when there is one. See
+    :attr:`Repository.notice` afterwards.
     """
     check_chunk_size(chunk_size)
-    return init_in_store(open_object_store(url, create=True), chunk_size)
+    return init_in_store(open_object_store(url, create=True), chunk_size, secret)
 
 
-def open_repository(url: str) -> Repository:
-    """Open the repository at ``url``; NotFoundError when there is none."""
-    return open_in_store(open_object_store(url))
+def open_repository(url: str, key: Key = None) -> Repository:
+    """Open the repository at ``url``; NotFoundError when there is none.
+
+    A ``key`` that is a secret must open it: a repository that is not encrypted is refused then,
+    for whoever controls the store could have put it in the place of an encrypted one. A function
+    is called for the secret when the repository says that it is encrypted.
+    """
+    return open_in_store(open_object_store(url), key)
 
 
-def init_in_store(store: ObjectStore, chunk_size: int = DEFAULT_CHUNK_SIZE) -> Repository:
+def init_in_store(
+    store: ObjectStore, chunk_size: int = DEFAULT_CHUNK_SIZE, secret: Secret | None = None
+) -> Repository:
     """Make a repository in an open store."""
     check_chunk_size(chunk_size)
     taken = ExistsError(f"{store.name} holds a repository: use it, or choose another place")
@@ -127,14 +149,22 @@ def init_in_store(store: ObjectStore, chunk_size: int = DEFAULT_CHUNK_SIZE) -> R
         raise taken
     conditional = _refuses_second_put(store)
     config = Config(new_push_id(), chunk_size, conditional, time.time())
+    repository, record = Repository(store, config), config.encode()
+    if secret is not None:
+        from snapshots.repository.keyring import encrypt  # noqa: PLC0415
+
+        unlocked, record = encrypt(store, config, secret)
+        repository = Repository(unlocked.store, unlocked.config, unlocked.keyring)
     put: Callable[[str, bytes], bool | None] = store.put_if_absent if conditional else store.put
-    if put(CONFIG_KEY, config.encode()) is False:
+    if put(CONFIG_KEY, record) is False:
+        if repository.keyring is not None:
+            repository.keyring.discard()
         raise taken
-    return Repository(store, config)
+    return repository
 
 
-def open_in_store(store: ObjectStore) -> Repository:
-    """Open the repository in an open store."""
+def open_in_store(store: ObjectStore, key: Key = None) -> Repository:
+    """Open the repository in an open store; see :func:`open_repository`."""
     try:
         record = store.get(CONFIG_KEY, RECORD_LIMIT)
     except NotFoundError:
@@ -142,7 +172,20 @@ def open_in_store(store: ObjectStore) -> Repository:
         raise NotFoundError(
             f"there is no repository in {store.name}: make one with 'nbdserve repo init'"
         ) from None
-    return Repository(store, Config.decode(record, describe_object(store, CONFIG_KEY)))
+    where = describe_object(store, CONFIG_KEY)
+    fields = unseal(Kind.CONFIG, record, where)
+    if fields.text("cipher") == CIPHER:
+        # Only an encrypted repository needs cryptography, which takes a while to import.
+        from snapshots.repository.keyring import unlock  # noqa: PLC0415
+
+        unlocked = unlock(store, fields, key)
+        return Repository(unlocked.store, unlocked.config, unlocked.keyring)
+    if isinstance(key, Secret):
+        raise InvalidError(
+            f"the repository in {store.name} is not encrypted, but a {key.kind} was given: leave "
+            "it out if that is right; if it was made encrypted, somebody has exchanged its config"
+        )
+    return Repository(store, Config.decode(record, where))
 
 
 def check_chunk_size(chunk_size: int) -> int:

@@ -1,0 +1,116 @@
+"""Opening repositories from the command line, encrypted ones included.
+
+The key's options are taken by every command of a :class:`RepositoryGroup`, and win over the
+environment. Where nothing is named and the repository is encrypted, a terminal is asked.
+"""
+
+import sys
+from typing import Any
+
+import click
+
+from nbdserve.repository_keys import KeySource, source_from_environment
+from snapshots import repository as repositories
+from snapshots.repository import Key, Repository, Secret
+from snapshots.repository.secret import passphrase
+
+_SOURCE = "nbdserve.key"
+
+_OPTIONS = {
+    "passphrase_file": ("FILE", "Encrypted: the passphrase is the one line of FILE."),
+    "passphrase_command": ("COMMAND", "Encrypted: the passphrase is what COMMAND prints."),
+    "repo_key_file": ("FILE", "Encrypted: the key file."),
+}
+
+
+def _keep(context: click.Context, parameter: click.Parameter, value: str | None) -> None:
+    if value == "":
+        raise click.BadParameter("it is empty", context, parameter)
+    if value is not None and parameter.name is not None:
+        context.meta.setdefault(_SOURCE, {})[parameter.name] = value
+
+
+def add_key_options(command: click.Command) -> None:
+    """Let a command take the options that say where the repository's key is."""
+    for name, (metavar, text) in _OPTIONS.items():
+        option = "--" + name.replace("_", "-")
+        command.params.append(
+            click.Option(
+                [option, name], metavar=metavar, help=text, expose_value=False, callback=_keep
+            )
+        )
+
+
+class RepositoryGroup(click.Group):
+    """A group whose commands open a repository: each takes the key's options."""
+
+    def add_command(self, cmd: click.Command, name: str | None = None) -> None:
+        if not isinstance(cmd, click.Group):
+            add_key_options(cmd)
+        super().add_command(cmd, name)
+
+
+def open_repository(url: str) -> Repository:
+    """Open the repository at ``url`` with the key that options, environment or terminal give."""
+    return repositories.open_repository(url, _given_key(url))
+
+
+def init_repository(url: str, chunk_size: int, encrypt: bool) -> Repository:
+    """Make a repository: encrypted when asked for, or when a key is named."""
+    repositories.check_chunk_size(chunk_size)
+    source = _source()
+    if source == KeySource():
+        secret = _ask_twice("new passphrase") if encrypt else None
+    else:
+        secret = _new_secret(source)
+    return repositories.init_repository(url, chunk_size, secret)
+
+
+def new_secret(passphrase_file: str | None, key_file: str | None) -> Secret:
+    """The secret that these files hold, or that is typed twice; makes a missing key file."""
+    source = KeySource(passphrase_file=passphrase_file, repo_key_file=key_file)
+    return _ask_twice("new passphrase") if source == KeySource() else _new_secret(source)
+
+
+def _new_secret(source: KeySource) -> Secret:
+    if source.make_key_file():
+        click.echo(
+            f"nbdserve: made the key file {source.repo_key_file}: keep a copy in another place",
+            err=True,
+        )
+    secret = source.secret()
+    assert secret is not None
+    return secret
+
+
+def _source() -> KeySource:
+    given: dict[str, Any] = click.get_current_context().meta.get(_SOURCE, {})
+    return KeySource(**given) if given else source_from_environment()
+
+
+def _given_key(url: str) -> Key:
+    source = _source()
+    if source != KeySource():
+        return source.secret()
+    if not _on_terminal():
+        return None
+    return lambda: passphrase(_ask(f"passphrase of {url}"), "the passphrase")
+
+
+def _ask_twice(what: str) -> Secret:
+    if not _on_terminal():
+        raise click.UsageError(
+            "no passphrase: give a file that has it, a key file, or use a terminal",
+            click.get_current_context(),
+        )
+    typed = click.prompt(what, hide_input=True, confirmation_prompt=True, err=True)
+    return passphrase(typed, "the passphrase")
+
+
+def _ask(what: str) -> str:
+    typed: str = click.prompt(what, hide_input=True, err=True)
+    return typed
+
+
+def _on_terminal() -> bool:
+    return sys.stdin is not None and sys.stdin.isatty()
