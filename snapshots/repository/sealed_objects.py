@@ -25,8 +25,10 @@ from __future__ import annotations
 
 import base64
 import binascii
+import io
 import os
 import struct
+from collections.abc import Iterable, Iterator
 
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives import hashes
@@ -122,34 +124,18 @@ class Sealer:
         short = len(sealed) in _SHORT_FRAMES and not has_full_frames(key)
         if not short and (not sealed or len(sealed) % FRAME):
             raise CorruptError(f"{where}: {len(sealed)} bytes are no sealed object")
-        body = self.unseal_frames(key, 0, sealed, where)
-        (length,) = _LENGTH.unpack_from(body)
+        frames = self._open_frames(key, 0, sealed, where)
+        head = next(frames)
+        (length,) = _LENGTH.unpack_from(head)
         if sealed_length(key, length) != len(sealed):
             raise CorruptError(f"{where}: it is not as long as when it was sealed")
-        return body[_LENGTH.size : _LENGTH.size + length]
+        return _join(head[_LENGTH.size :], frames, length)
 
     def unseal_part(self, key: str, offset: int, length: int, frames: bytes, where: str) -> bytes:
         """``length`` bytes of content from ``offset``, out of the frames that hold them."""
         first, _ = frames_of(offset, length)
-        body = self.unseal_frames(key, first, frames, where)
-        start = _LENGTH.size + offset - first * PAYLOAD
-        return body[start : start + length]
-
-    def unseal_frames(self, key: str, first: int, frames: bytes, where: str) -> bytes:
-        """The plain bytes of frames that follow one another, ``first`` the number of the first."""
-        cipher = self._cipher(key)
-        view = memoryview(frames)
-        plain = []
-        for number, at in enumerate(range(0, len(frames), FRAME), first):
-            nonce, rest = view[at : at + NONCE], view[at + NONCE : at + FRAME]
-            try:
-                plain.append(cipher.decrypt(nonce, rest, _NUMBER.pack(number)))
-            except InvalidTag:
-                raise CorruptError(
-                    f"{where}: what is at offset {number * FRAME} was not sealed for this place: "
-                    "it is damaged, or was exchanged"
-                ) from None
-        return b"".join(plain)
+        opened = self._open_frames(key, first, frames, where)
+        return _join(next(opened)[_LENGTH.size + offset - first * PAYLOAD :], opened, length)
 
     def seal_name(self, name: str, *context: str) -> str:
         """The text that stands for a name in keys; ``context`` says of what it is the name."""
@@ -169,8 +155,31 @@ class Sealer:
         except (binascii.Error, InvalidTag, ValueError):
             return None
 
+    def _open_frames(self, key: str, first: int, frames: bytes, where: str) -> Iterator[bytes]:
+        """Yield the plain bytes of ``frames``; ``first`` is the number of the first."""
+        cipher = self._cipher(key)
+        view = memoryview(frames)
+        for number, at in enumerate(range(0, len(frames), FRAME), first):
+            nonce, rest = view[at : at + NONCE], view[at + NONCE : at + FRAME]
+            try:
+                yield cipher.decrypt(nonce, rest, _NUMBER.pack(number))
+            except InvalidTag:
+                raise CorruptError(
+                    f"{where}: what is at offset {number * FRAME} was not sealed for this place: "
+                    "it is damaged, or was exchanged"
+                ) from None
+
     def _cipher(self, key: str) -> AESGCM:
         return AESGCM(self.derive(b"nbdserve object " + key.encode(), 32))
+
+
+def _join(head: bytes, rest: Iterable[bytes], length: int) -> bytes:
+    """The first ``length`` bytes of ``head`` and ``rest``, of which one is in memory at a time."""
+    joined = io.BytesIO()
+    joined.write(head)
+    joined.writelines(rest)
+    joined.truncate(length)
+    return joined.getvalue()
 
 
 def _text_of(sealed: bytes) -> str:
