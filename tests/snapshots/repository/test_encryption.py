@@ -84,7 +84,7 @@ def damage_is_found(objects: dict[str, bytes], volume: ModelVolume, changed: set
             assert sink.data == source.content
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=30, deadline=None, suppress_health_check=list(HealthCheck))
 @given(st.integers(1, 3000), st.lists(st.lists(change, max_size=4), min_size=1, max_size=5))
 def test_what_comes_back_is_what_went_in(blocks: int, pushes: list[list[tuple]]) -> None:
     store = MemoryObjectStore()
@@ -301,7 +301,7 @@ def test_the_same_content_is_never_stored_alike() -> None:
     assert not {key for key in one if "/" in key} & two.keys()
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(3))
 def test_a_flipped_bit_in_every_object(seed: int) -> None:
     store, volume = filled_bucket()
     open_in_store(store, SECRET).keyring.add(OTHER)  # type: ignore[union-attr]
@@ -312,8 +312,8 @@ def test_a_flipped_bit_in_every_object(seed: int) -> None:
     for key, good in objects.items():
         if key.startswith("outcomes/") and key.split("/")[1] in dead:
             continue
-        # The nonce, the first bytes, anywhere, and what only fills up.
-        place = [rng.randrange(12), rng.randrange(64), rng.randrange(len(good)), len(good) - 17]
+        # The beginning with the first nonce, anywhere, and what only fills up.
+        place = [rng.randrange(64), rng.randrange(len(good)), len(good) - 17]
         bad = bytearray(good)
         bad[place[seed]] ^= 1 << rng.randrange(8)
         damage_is_found({**objects, key: bytes(bad)}, volume, {key})
@@ -329,7 +329,7 @@ def test_any_two_objects_exchanged() -> None:
     pairs = list(itertools.combinations(keys, 2))
     alike = [pair for pair in pairs if len({key.split("/")[0] for key in pair}) == 1]
     rng = random.Random(5)
-    for one, two in [*alike, *rng.sample(pairs, 40)]:
+    for one, two in [*rng.sample(alike, 12), *rng.sample(pairs, 18)]:
         swapped = {**objects, one: objects[two], two: objects[one]}
         damage_is_found(swapped, volume, {one, two})
 
