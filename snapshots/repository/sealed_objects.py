@@ -1,15 +1,16 @@
 """Sealing: what an object looks like in the bucket of an encrypted repository.
 
-Every object but ``config`` and those under ``keys/`` is its length (8 bytes), its content and
-zeros, cut into frames; a frame is sealed with AES-256-GCM::
+Every object but ``config`` and those under ``keys/`` is its length (8 bytes) and its content, cut
+into frames; a frame is sealed with AES-256-GCM::
 
     12 bytes   nonce, random
     n bytes    ciphertext; 16,356 bytes of a full frame
     16 bytes   tag, over the ciphertext and the frame's number (8 bytes, big endian)
 
 A full frame is stored in 16 KiB, so that any part of a segment can be read alone, at the price of
-the frames around it. Segments and objects of pages have full frames only. Another object that fits
-is one frame of 1, 2, 4 or 8 KiB: the length of a record tells nothing of the names in it.
+the frames around it. The last frame of a segment or an object of pages ends with the content, so
+that a listing tells its length. All others are filled up with zeros, to one frame of 1, 2, 4 or
+8 KiB or else to full frames: the length of a record tells nothing of the names in it.
 
 The key of an object is derived from the repository's master key and the object's own name, so
 it opens under no other name, and nonces count for each object alone: with 4,096 frames in
@@ -57,22 +58,27 @@ def derive_key(secret: bytes, salt: bytes, purpose: bytes, length: int) -> bytes
     return HKDF(algorithm=hashes.SHA256(), length=length, salt=salt, info=purpose).derive(secret)
 
 
-def has_full_frames(key: str) -> bool:
-    """Tell whether all frames of the object are full, so that parts of it can be read."""
+def is_read_in_parts(key: str) -> bool:
+    """Tell whether the object is a segment or holds pages, and so is not filled up."""
     return key.startswith((SEGMENTS, PAGES))
 
 
 def sealed_length(key: str, length: int) -> int:
     """Bytes that an object with ``length`` bytes of content takes when it is sealed."""
-    if not has_full_frames(key):
-        for short in _SHORT_FRAMES:
-            if _LENGTH.size + length + OVERHEAD <= short:
-                return short
-    return FRAME * -(-(_LENGTH.size + length) // PAYLOAD)
+    full, rest = divmod(_LENGTH.size + length, PAYLOAD)
+    if is_read_in_parts(key):
+        return full * FRAME + (rest + OVERHEAD if rest else 0)
+    for short in _SHORT_FRAMES:
+        if not full and rest + OVERHEAD <= short:
+            return short
+    return (full + bool(rest)) * FRAME
 
 
 def most_content(stored_length: int) -> int:
-    """The most bytes of content that a sealed object of ``stored_length`` bytes may have."""
+    """The most bytes of content that a sealed object of ``stored_length`` bytes may have.
+
+    One that is not filled up has as many.
+    """
     full, rest = divmod(stored_length, FRAME)
     return max(0, full * PAYLOAD + max(0, rest - OVERHEAD) - _LENGTH.size)
 
@@ -121,8 +127,7 @@ class Sealer:
 
     def unseal(self, key: str, sealed: bytes, where: str) -> bytes:
         """The content of the whole object; CorruptError names ``where``."""
-        short = len(sealed) in _SHORT_FRAMES and not has_full_frames(key)
-        if not short and (not sealed or len(sealed) % FRAME):
+        if len(sealed) < OVERHEAD + _LENGTH.size:
             raise CorruptError(f"{where}: {len(sealed)} bytes are no sealed object")
         frames = self._open_frames(key, 0, sealed, where)
         head = next(frames)
@@ -163,7 +168,7 @@ class Sealer:
             nonce, rest = view[at : at + NONCE], view[at + NONCE : at + FRAME]
             try:
                 yield cipher.decrypt(nonce, rest, _NUMBER.pack(number))
-            except InvalidTag:
+            except (InvalidTag, ValueError):  # the latter where a nonce is cut short
                 raise CorruptError(
                     f"{where}: what is at offset {number * FRAME} was not sealed for this place: "
                     "it is damaged, or was exchanged"

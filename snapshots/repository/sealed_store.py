@@ -9,31 +9,36 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from backends.errors import CorruptError
+from backends.errors import CorruptError, NotFoundError
 from backends.objects import ObjectStore
 from snapshots.repository.layout import OUTCOME_LIMIT, POINTERS
 from snapshots.repository.sealed_objects import (
     FRAME,
     Sealer,
     frames_of,
-    has_full_frames,
+    is_read_in_parts,
     most_content,
     sealed_length,
 )
+
+_MOST_LENGTHS = 20_000  # remembered; a few MiB
 
 
 class SealedObjectStore:
     """Objects in ``inner``, sealed; see the module's text.
 
-    Sizes, in ``size`` and ``list``, are the most bytes of content that the object may have: its
-    content is filled up before it is sealed. A part that is read beyond the end of the content, but
-    within that size, is zeros.
+    Sizes, in ``size`` and ``list``, are those of the content for segments and objects of pages; all
+    others are filled up before they are sealed, and may have less content than that.
+
+    To read a part that is near the end of an object takes the object's length. It is remembered
+    from listings, and asked for otherwise, once for each object.
     """
 
     def __init__(self, inner: ObjectStore, sealer: Sealer) -> None:
         self.name = inner.name
         self._inner = inner
         self._sealer = sealer
+        self._lengths: dict[str, int] = {}  # as they are stored
 
     def put(self, key: str, data: bytes | bytearray) -> None:
         self._inner.put(self._stored_key(key), self._sealer.seal(key, data))
@@ -52,18 +57,24 @@ class SealedObjectStore:
     def get_range(self, key: str, offset: int, length: int) -> bytes:
         if length == 0:
             return b""
-        if not has_full_frames(key):
+        if not is_read_in_parts(key):
             part = self.get(key, OUTCOME_LIMIT)[offset : offset + length]
             if len(part) != length:
                 raise CorruptError(f"{self._describe(key)} ends before {offset + length}")
             return part
+        stored = self._stored_length(key)
+        if most_content(stored) < offset + length:
+            raise CorruptError(f"{self._describe(key)} ends before {offset + length}")
         first, end = frames_of(offset, length)
-        frames = self._inner.get_range(key, first * FRAME, (end - first) * FRAME)
+        start, stop = first * FRAME, min(end * FRAME, stored)
+        frames = self._inner.get_range(key, start, stop - start)
         return self._sealer.unseal_part(key, offset, length, frames, self._describe(key))
 
     def list(self, prefix: str) -> Iterator[tuple[str, int]]:
         if not POINTERS.startswith(prefix) and not prefix.startswith(POINTERS):
             for key, size in self._inner.list(prefix):
+                if is_read_in_parts(key):
+                    self._remember(key, size)
                 yield key, most_content(size)
             return
         found = []
@@ -82,6 +93,20 @@ class SealedObjectStore:
 
     def stop_retrying(self) -> None:
         self._inner.stop_retrying()
+
+    def _stored_length(self, key: str) -> int:
+        length = self._lengths.get(key)
+        if length is None:
+            length = self._inner.size(key)
+            if length is None:
+                raise NotFoundError(f"there is no object {key} in {self.name}")
+            self._remember(key, length)
+        return length
+
+    def _remember(self, key: str, length: int) -> None:
+        if len(self._lengths) >= _MOST_LENGTHS:
+            self._lengths.clear()
+        self._lengths[key] = length
 
     def _describe(self, key: str) -> str:
         return f"object {key} of {self.name}"

@@ -132,9 +132,8 @@ class TwinReader:
         return hkdf(self.master, self.id, info.encode(), length)
 
     def open_object(self, key, data):
-        full = key.startswith(("segments/", "pages/"))
-        sizes = [1024, 2048, 4096, 8192]
-        assert len(data) % 16384 == 0 or (not full and len(data) in sizes)
+        exact = key.startswith(("segments/", "pages/"))
+        assert exact or len(data) % 16384 == 0 or len(data) in (1024, 2048, 4096, 8192)
         object_key = self.derive("nbdserve object " + key, 32)
         plain = b""
         for number in range(-(-len(data) // 16384)):
@@ -143,7 +142,7 @@ class TwinReader:
         length = int.from_bytes(plain[:8])
         content, filling = plain[8 : 8 + length], plain[8 + length :]
         assert len(content) == length
-        assert not filling.strip(b"\0")
+        assert not filling.strip(b"\0") and not (exact and filling)
         return content
 
     def open_name(self, text, *associated):
