@@ -3,11 +3,11 @@
 A passphrase comes from a file, or from the output of a command, such as one that asks a password
 manager; a key file is a secret itself. Each is named by an option or by the environment:
 
-=======================  ==============================
-``--passphrase-file``    ``NBDSERVE_PASSPHRASE_FILE``
+========================  ==============================
+``--passphrase-file``     ``NBDSERVE_PASSPHRASE_FILE``
 ``--passphrase-command``  ``NBDSERVE_PASSPHRASE_COMMAND``
-``--repo-key-file``      ``NBDSERVE_REPO_KEY_FILE``
-=======================  ==============================
+``--repo-key-file``       ``NBDSERVE_REPO_KEY_FILE``
+=========================  ==============================
 
 The passphrase itself is in neither: every user of the machine sees command lines, and all that a
 command starts inherits its environment.
