@@ -29,9 +29,8 @@ from backends.errors import (
 )
 from backends.layers import LayerStore
 from snapshots.checking import Checker, CheckReport
-from snapshots.comparing import compare_snapshots, compare_with_now
+from snapshots.comparing import Comparison, compare_snapshots, compare_with_now
 from snapshots.contexts import base_of, context_names
-from snapshots.difference import Extent
 from snapshots.freeing import Freeing
 from snapshots.handle import Lease
 from snapshots.head import create_head
@@ -374,7 +373,7 @@ class Catalogue:
         return info
 
     @_to_its_end
-    async def diff(self, volume: str, older: str, newer: str | None = None) -> list[Extent]:
+    async def diff(self, volume: str, older: str, newer: str | None = None) -> Comparison:
         """What may differ between two snapshots, or between a snapshot and now (None)."""
         async with self._turn():
             manifest = self._manifests.get(volume)

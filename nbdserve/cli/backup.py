@@ -4,6 +4,9 @@ In order: open the repository (nothing is changed when it cannot be used), claim
 snapshot of all of them at one instant, push each, and delete a volume's older backup snapshots
 once its new one is in the repository. The newest stays: the next backup is cheap because the
 volume can tell what was written since. A snapshot whose push failed is deleted again.
+
+With rules of what to keep, the repository is pruned of older backups of each volume whose push
+succeeded: never of the one pushed just now, and never of snapshots that a backup did not make.
 """
 
 import dataclasses
@@ -16,14 +19,23 @@ import click
 from backends.errors import StorageError, one_line
 from nbdserve.cli.options import data_directory, data_option, json_option
 from nbdserve.cli.output import print_json
-from nbdserve.cli.repo import print_notice, print_warnings, push_line
+from nbdserve.cli.pruning import (
+    delete_pruned,
+    given_rules,
+    keep_options,
+    prune_document,
+    prune_line,
+)
+from nbdserve.cli.reports import print_notice, print_warnings, push_line
 from nbdserve.cli.session import Session
 from nbdserve.cli.snapshot import delete_snapshot
 from nbdserve.cli.transfer import push
 from nbdserve.cli.unlocking import add_key_options, open_repository
 from nbdserve.control.client import path
 from snapshots.names import check_name
-from snapshots.repository import Repository
+from snapshots.repository import PushReport, Repository
+from snapshots.repository.prune import plan_prune
+from snapshots.repository.retention import Rules
 
 LABEL = "backup"
 """Label of a snapshot that a backup made; its value is the repository's id."""
@@ -32,19 +44,21 @@ LABEL = "backup"
 @click.command()
 @click.argument("volumes", metavar="VOL…", nargs=-1, required=True)
 @click.option("--repo", "url", metavar="URL", required=True, help="Where to.")
+@keep_options
 @data_option
 @json_option
-def backup(volumes: tuple[str, ...], url: str, as_json: bool) -> None:
+def backup(volumes: tuple[str, ...], url: str, as_json: bool, **given: Any) -> None:
     """Take a snapshot of the volumes, all at one instant, and push what changed since the last.
 
-    Of the snapshots that earlier backups made, only the newest stays in the data directory.
+    Of the snapshots that earlier backups made, only the newest stays in the data directory. In the
+    repository all of them stay, unless --keep-… options say which.
     """
     names = [check_name("volume", volume) for volume in dict.fromkeys(volumes)]
     data = data_directory()
     repository = open_repository(url)
     print_notice(repository)
     with Session(data) as session:
-        run = _Backup(session, repository)
+        run = _Backup(session, repository, given_rules(given))
         run.run(names)
     if as_json:
         print_json({"backups": run.reports})
@@ -61,9 +75,10 @@ add_key_options(backup)
 class _Backup:
     """One run; ``reports`` has an object a volume, in order."""
 
-    def __init__(self, session: Session, repository: Repository) -> None:
+    def __init__(self, session: Session, repository: Repository, rules: Rules) -> None:
         self._session = session
         self._repository = repository
+        self._rules = rules
         self._labels = {LABEL: repository.config.repository_id}
         self.reports: list[dict[str, Any]] = []
         self.lines: list[str] = []
@@ -79,10 +94,13 @@ class _Backup:
             waiting = list(volumes)
             try:
                 while waiting:
-                    if self._push(waiting[0], name):
-                        self._delete_older(waiting.pop(0), name)
+                    report = self._push(waiting[0], name)
+                    volume = waiting.pop(0)
+                    if report is None:
+                        self._delete(volume, name)
                     else:
-                        self._delete(waiting.pop(0), name)
+                        self._delete_older(volume, name)
+                        self._prune(volume, report.push)
             except BaseException:
                 for volume in waiting:
                     self._delete(volume, name)
@@ -96,7 +114,7 @@ class _Backup:
                 return name
             time.sleep(0.1)
 
-    def _push(self, volume: str, name: str) -> bool:
+    def _push(self, volume: str, name: str) -> PushReport | None:
         try:
             report = push(self._session, self._repository, volume, name)
         except (StorageError, OSError) as error:
@@ -105,11 +123,28 @@ class _Backup:
                 f"backup of {volume} failed, and its snapshot was deleted again: {line}"
             )
             self.reports.append({"volume": volume, "snapshot": None, "error": line})
-            return False
+            return None
         print_warnings(report)
         self.lines.append(push_line(report))
         self.reports.append(dataclasses.asdict(report))
-        return True
+        return report
+
+    def _prune(self, volume: str, push: str) -> None:
+        """Prune the repository of the volume's older backups; ``push`` was made just now."""
+        if self._rules.empty:
+            return
+        try:
+            decisions = plan_prune(
+                self._repository, volume, self._rules, spared={push}, only_backups=True
+            )
+            decisions = delete_pruned(self._repository, volume, decisions)
+        except (StorageError, OSError) as error:
+            line = one_line(error)
+            self.failures.append(f"{volume} is backed up, but older backups stay: {line}")
+            self.reports[-1]["prune"] = {"error": line}
+            return
+        self.lines.append(prune_line(volume, decisions))
+        self.reports[-1]["prune"] = prune_document(volume, decisions)
 
     def _delete_older(self, volume: str, name: str) -> None:
         """Delete what earlier backups to this repository left; a failed one's rest included."""

@@ -45,6 +45,20 @@ def print_table(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
         click.echo("  ".join(cells).rstrip())
 
 
+def print_difference(document: Document, as_json: bool) -> None:
+    """A list of changed blocks: the ``extents`` of ``document``."""
+    if as_json:
+        print_json(document)
+        return
+    print_table(
+        ["offset", "length", "content"],
+        (
+            [str(e["offset"]), str(e["length"]), "zero" if e["zero"] else "data"]
+            for e in document["extents"]
+        ),
+    )
+
+
 def print_fields(document: Document, as_json: bool, fields: Mapping[str, str]) -> None:
     """One thing, a field a line."""
     if as_json:

@@ -1,11 +1,12 @@
 """``nbdserve repo``."""
 
 import dataclasses
-from typing import Any
 
 import click
 
 from backends.errors import CorruptError
+from nbdserve.cli.comparing import diff
+from nbdserve.cli.images import export, import_
 from nbdserve.cli.keys import key
 from nbdserve.cli.options import data_directory, data_option, json_option
 from nbdserve.cli.output import (
@@ -16,17 +17,15 @@ from nbdserve.cli.output import (
     seconds_of,
 )
 from nbdserve.cli.progress import Progress
+from nbdserve.cli.pruning import protect, prune, unprotect
+from nbdserve.cli.reports import print_notice, print_warnings, push_line, summary_document
 from nbdserve.cli.session import Session
 from nbdserve.cli.transfer import push as push_snapshot
 from nbdserve.cli.transfer import restore as restore_snapshot
 from nbdserve.cli.unlocking import RepositoryGroup, init_repository, open_repository
-from nbdserve.control.documents import timestamp
 from snapshots.names import check_name, parse_size, parse_snapshot_name
 from snapshots.repository import (
     DEFAULT_CHUNK_SIZE,
-    PushReport,
-    Repository,
-    Summary,
 )
 
 _COLUMNS = {
@@ -37,6 +36,7 @@ _COLUMNS = {
     "uploaded": lambda s: format_size(s["uploaded"]),
     "created": lambda s: seconds_of(s["created"]),
     "parent": lambda s: s["parent"] or "-",
+    "protected": lambda s: "yes" if s["protected"] else "-",
 }
 
 
@@ -94,8 +94,13 @@ def list_(url: str, volume: str | None, as_json: bool) -> None:
     """
     if volume is not None:
         check_name("volume", volume)
-    summaries = open_repository(url).list(volume)
-    print_listing("snapshots", [_document(summary) for summary in summaries], as_json, _COLUMNS)
+    repository = open_repository(url)
+    summaries, protected = repository.list(volume), repository.list_protected()
+    documents = [
+        summary_document(summary) | {"protected": summary.push in protected}
+        for summary in summaries
+    ]
+    print_listing("snapshots", documents, as_json, _COLUMNS)
 
 
 @repo.command()
@@ -143,7 +148,7 @@ def restore(url: str, snapshot: str, new: str, as_json: bool) -> None:
 def delete(url: str, snapshot: str, as_json: bool) -> None:
     """Delete a snapshot at URL; the others stay whole."""
     deleted = open_repository(url).delete(*parse_snapshot_name(snapshot))
-    print_result({"deleted": _document(deleted)}, as_json, f"deleted {snapshot} at {url}")
+    print_result({"deleted": summary_document(deleted)}, as_json, f"deleted {snapshot} at {url}")
 
 
 @repo.command()
@@ -174,31 +179,5 @@ def verify(url: str, snapshot: str | None, deep: bool, as_json: bool) -> None:
         )
 
 
-def push_line(report: PushReport) -> str:
-    """What a push did, for people."""
-    label = f"{report.volume}@{report.snapshot}"
-    if report.already_there:
-        return f"{label} was there already"
-    against = f"since {report.parent}" if report.parent else "in full"
-    return (
-        f"pushed {label} {against}: {format_size(report.changed)} changed,"
-        f" {format_size(report.uploaded)} uploaded in {report.seconds:.1f} s"
-    )
-
-
-def print_notice(repository: Repository) -> None:
-    """Say what the user must know about writing to the repository."""
-    if repository.notice is not None:
-        click.echo(f"nbdserve: warning: {repository.notice}", err=True)
-
-
-def print_warnings(report: PushReport) -> None:
-    for warning in report.warnings:
-        click.echo(f"nbdserve: warning: {warning}", err=True)
-
-
-def _document(summary: Summary) -> dict[str, Any]:
-    return dataclasses.asdict(summary) | {
-        "created": timestamp(summary.created),
-        "pushed": timestamp(summary.pushed),
-    }
+for command in (diff, export, import_, protect, prune, unprotect):
+    repo.add_command(command)

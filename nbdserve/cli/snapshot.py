@@ -6,10 +6,9 @@ from backends.errors import InvalidError
 from nbdserve.cli.options import data_directory, data_option, json_option
 from nbdserve.cli.output import (
     format_size,
-    print_json,
+    print_difference,
     print_listing,
     print_result,
-    print_table,
     seconds_of,
 )
 from nbdserve.cli.progress import Progress
@@ -109,7 +108,10 @@ def rollback(snapshot: str, force: bool, as_json: bool) -> None:
 @data_option
 @json_option
 def diff(older: str, newer: str | None, as_json: bool) -> None:
-    """List the extents that differ between two snapshots, or between one and now."""
+    """List the extents that may differ in VOL@B from VOL@A, or in the volume as it is now.
+
+    "zero": they read as zeros there, and need not be read. --json also has ids and sizes of both.
+    """
     volume, first = parse_snapshot_name(older)
     second = None
     if newer is not None:
@@ -118,14 +120,6 @@ def diff(older: str, newer: str | None, as_json: bool) -> None:
             raise InvalidError(f"{older} and {newer} are not snapshots of one volume")
     where = path("volumes", volume, "diff", **{"from": first, "to": second})
     with Session(data_directory()) as session, session.client.stream("GET", where) as answer:
+        compared = answer.first()
         extents = list(answer.lines())
-    if as_json:
-        print_json({"extents": extents})
-    else:
-        print_table(
-            ["offset", "length", "content"],
-            (
-                [str(e["offset"]), str(e["length"]), "zero" if e["zero"] else "data"]
-                for e in extents
-            ),
-        )
+    print_difference({**compared, "extents": extents}, as_json)

@@ -4,15 +4,23 @@ import dataclasses
 from datetime import UTC, datetime
 
 from snapshots.checking import CheckReport
+from snapshots.comparing import Comparison, State
 from snapshots.listings import SnapshotInfo, VolumeInfo
 from snapshots.manifest_store import UnreadableVolume
+from snapshots.names import BLOCK_SIZE
 
 Document = dict[str, object]
 
+_FIRST = -62_135_596_800  # the years 1 and 9999
+_LAST = 253_402_300_799
+
 
 def timestamp(seconds: float) -> str:
-    """``seconds`` since the epoch as ``2024-05-01T12:00:00.123Z``."""
-    moment = datetime.fromtimestamp(seconds, UTC)
+    """``seconds`` since the epoch as ``2024-05-01T12:00:00.123Z``.
+
+    A time that no calendar has, from a record that somebody made up, is the first or last of it.
+    """
+    moment = datetime.fromtimestamp(min(max(seconds, _FIRST), _LAST), UTC)
     return moment.isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
@@ -30,3 +38,18 @@ def unreadable(volume: UnreadableVolume) -> Document:
 
 def snapshot(info: SnapshotInfo) -> Document:
     return dataclasses.asdict(info) | {"created": timestamp(info.created)}
+
+
+def comparison(found: Comparison) -> Document:
+    """What is compared; the extents are lines of their own."""
+    return {
+        "volume": found.volume,
+        "block_size": BLOCK_SIZE,
+        "from": _state(found.older),
+        "to": _state(found.newer),
+    }
+
+
+def _state(state: State) -> Document:
+    created = None if state.created is None else timestamp(state.created)
+    return dataclasses.asdict(state) | {"created": created}

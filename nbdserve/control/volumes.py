@@ -132,12 +132,14 @@ async def rollback(request: web.Request) -> web.Response:
 
 @routes.get("/v1/volumes/{volume}/diff")
 async def diff(request: web.Request) -> web.StreamResponse:
-    """A line an extent: ``{"offset", "length", "zero"}``, in bytes, between ``from`` and ``to``."""
+    """First line: what is compared; then an extent a line, ``{"offset", "length", "zero"}``."""
     older, newer = request.query.get("from"), request.query.get("to")
     if older is None:
         raise InvalidError("the query lacks 'from', the name of a snapshot")
-    extents = await state_of(request).catalogue.diff(request.match_info["volume"], older, newer)
+    found = await state_of(request).catalogue.diff(request.match_info["volume"], older, newer)
+    extents = found.extents
     async with stream(request) as answer:
+        await answer.send(documents.comparison(found))
         for start in range(0, len(extents), _EXTENTS_A_WRITE):
             await answer.send_all(
                 {"offset": extent.offset, "length": extent.length, "zero": extent.zero}

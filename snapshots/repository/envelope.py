@@ -52,6 +52,7 @@ class Kind(enum.IntEnum):
     POINTER = 5
     PAGE = 6
     KEY = 16
+    PROTECTION = 24
 
     @property
     def limit(self) -> int:

@@ -16,6 +16,7 @@ PAGES = "pages/"
 OUTCOMES = "outcomes/"
 TOMBSTONES = "tombstones/"
 POINTERS = "snapshots/"
+PROTECTIONS = "protections/"
 PROBES = "probes/"
 KEYS = "keys/"
 REMOVALS = "removals/"
@@ -55,6 +56,10 @@ def outcome_key(push: str) -> str:
 
 def tombstone_key(push: str) -> str:
     return f"{TOMBSTONES}{push}"
+
+
+def protection_key(push: str) -> str:
+    return f"{PROTECTIONS}{push}"
 
 
 def segment_key(push: str, number: int) -> str:

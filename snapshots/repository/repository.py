@@ -25,6 +25,12 @@ from snapshots.repository.layout import (
     pointer_key,
     tombstone_key,
 )
+from snapshots.repository.protection import (
+    check_unprotected,
+    list_protected,
+    protect,
+    unprotect,
+)
 from snapshots.repository.push import PushReport, push_snapshot
 from snapshots.repository.records import CIPHER, Config, Summary, Tombstone
 from snapshots.repository.restore import RestoreReport, restore_root
@@ -82,11 +88,34 @@ class Repository:
         """Delete a snapshot; others keep all that they share with it. Frees no space yet."""
         found = self._find_all(volume, snapshot)
         for summary in found:
-            tombstone = Tombstone(summary.push, volume, snapshot, time.time())
-            # Refused when another command deletes it too: it is deleted all the same.
-            put = self.store.put_if_absent if self.config.conditional_put else self.store.put
-            put(tombstone_key(summary.push), tombstone.encode())
-            self.store.delete(pointer_key(volume, snapshot, summary.push))
+            check_unprotected(self.store, summary)
+        for summary in found:
+            self.delete_one(summary)
+        return found[-1]
+
+    def delete_one(self, summary: Summary) -> None:
+        """Delete this one snapshot, whatever others have its name; InUseError if protected."""
+        check_unprotected(self.store, summary)
+        tombstone = Tombstone(summary.push, summary.volume, summary.snapshot, time.time())
+        # Refused when another command deletes it too: it is deleted all the same.
+        put = self.store.put_if_absent if self.config.conditional_put else self.store.put
+        put(tombstone_key(summary.push), tombstone.encode())
+        self.store.delete(pointer_key(summary.volume, summary.snapshot, summary.push))
+
+    def list_protected(self) -> set[str]:
+        """The pushes whose snapshots are protected."""
+        return list_protected(self.store)
+
+    def protect(self, volume: str, snapshot: str) -> Summary:
+        """Refuse to delete a snapshot from now on; once more is no error."""
+        found = self._find_all(volume, snapshot)
+        protect(self.store, found)
+        return found[-1]
+
+    def unprotect(self, volume: str, snapshot: str) -> Summary:
+        """Allow to delete a snapshot again; one that is not protected is no error."""
+        found = self._find_all(volume, snapshot)
+        unprotect(self.store, found)
         return found[-1]
 
     def verify(

@@ -228,7 +228,7 @@ def test_snapshots_larger_than_their_volume_are_merged_and_indexed() -> None:
             await catalogue.delete_snapshot("v", "large1")
             assert await read(catalogue, "v@large2") == before
             assert before[10] == 2 and before[30] == 4
-            found = await catalogue.diff("v", "small", "large2")
+            found = (await catalogue.diff("v", "small", "large2")).extents
             assert [extent.offset // BLOCK for extent in found] == [10, 20, 30]
             for layer in set(catalogue._manifests.get("v").parents):
                 if layer != catalogue._manifests.get("v").head:

@@ -337,7 +337,7 @@ class ContextsModel(VolumeModel):
             return
         touched = {
             block
-            for extent in self.run(self.catalogue.diff(name, snapshot))
+            for extent in self.run(self.catalogue.diff(name, snapshot)).extents
             for block in range(extent.offset // BLOCK, (extent.offset + extent.length) // BLOCK)
         }
         assert set(changed(handle, snapshot)) <= touched

@@ -396,7 +396,7 @@ class VolumeModel(RuleBasedStateMachine):
         new = bytes(modelled.content) if newer is None else modelled.snapshots[newer]
         old = modelled.snapshots[older].ljust(len(new), b"\0")
         changed = bytearray(len(new))
-        for extent in self.run(self.catalogue.diff(name, older, newer)):
+        for extent in self.run(self.catalogue.diff(name, older, newer)).extents:
             end = extent.offset + extent.length
             changed[extent.offset : end] = b"\1" * extent.length
             if extent.zero:

@@ -63,8 +63,8 @@ def test_the_life_of_a_snapshot(cli: CommandLine) -> None:
     assert clone["size"] == 2 * MIB
     larger = cli.json("volume", "create", "d", "--from", "b@one", "--size", "4M")
     assert larger["size"] == 4 * MIB
-    assert cli.json("snapshot", "diff", "a@one", "a@two") == {"extents": []}
-    assert cli.json("snapshot", "diff", "a@one") == {"extents": []}
+    assert cli.json("snapshot", "diff", "a@one", "a@two")["extents"] == []
+    assert cli.json("snapshot", "diff", "a@one")["extents"] == []
     assert cli.json("snapshot", "rollback", "a@one")["name"] == "a"
     assert cli.json("snapshot", "delete", "a@one") == {"deleted": "a@one"}
     assert [s["name"] for s in cli.json("snapshot", "list", "a")["snapshots"]] == ["two"]

@@ -172,7 +172,15 @@ def test_a_diff_is_lines(client: Client) -> None:
     client.post(path("volumes"), {"name": "a", "size": 1 << 20})
     client.post(path("snapshots"), {"snapshots": ["a@one"]})
     with client.stream("GET", path("volumes", "a", "diff", **{"from": "one"})) as answer:
-        assert list(answer.lines()) == []
+        compared, *extents = answer.lines()
+    assert extents == []
+    snapshot = client.get(path("volumes", "a", "snapshots"))["snapshots"][0]
+    assert compared == {
+        "volume": "a",
+        "block_size": 4096,
+        "from": {"snapshot": "one", **{key: snapshot[key] for key in ("id", "created", "size")}},
+        "to": {"snapshot": None, "id": None, "created": None, "size": 1 << 20},
+    }
 
 
 def test_a_deletion_ends_with_a_line_that_says_so(client: Client) -> None:

@@ -431,7 +431,7 @@ def test_merges_and_growth_reach_views_of_a_worker(tmp_path):
             buffer = bytearray(MIB)
             await each.read(0, memoryview(buffer))
             assert buffer == content.ljust(MIB, b"\0")
-        extents = await catalogue.diff("a", "s4")
+        extents = (await catalogue.diff("a", "s4")).extents
         assert [(extent.offset, extent.length, extent.zero) for extent in extents] == [
             (0, BLOCK, True)
         ]

@@ -1,0 +1,41 @@
+"""What commands say of a repository and of what was done with it."""
+
+import dataclasses
+from typing import Any
+
+import click
+
+from nbdserve.cli.output import format_size
+from nbdserve.control.documents import timestamp
+from snapshots.repository import PushReport, Repository, Summary
+
+
+def summary_document(summary: Summary) -> dict[str, Any]:
+    """A snapshot in a repository, as JSON."""
+    return dataclasses.asdict(summary) | {
+        "created": timestamp(summary.created),
+        "pushed": timestamp(summary.pushed),
+    }
+
+
+def push_line(report: PushReport) -> str:
+    """What a push did, for people."""
+    label = f"{report.volume}@{report.snapshot}"
+    if report.already_there:
+        return f"{label} was there already"
+    against = f"since {report.parent}" if report.parent else "in full"
+    return (
+        f"pushed {label} {against}: {format_size(report.changed)} changed,"
+        f" {format_size(report.uploaded)} uploaded in {report.seconds:.1f} s"
+    )
+
+
+def print_notice(repository: Repository) -> None:
+    """Say what the user must know about writing to the repository."""
+    if repository.notice is not None:
+        click.echo(f"nbdserve: warning: {repository.notice}", err=True)
+
+
+def print_warnings(report: PushReport) -> None:
+    for warning in report.warnings:
+        click.echo(f"nbdserve: warning: {warning}", err=True)
