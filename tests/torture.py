@@ -31,6 +31,7 @@ def main():
         "faults": faults,
         "vm": machine,
         "snapshots": snapshots,
+        "protocol": protocol,
     }
     parser = argparse.ArgumentParser(prog="python -m tests.torture", description=__doc__)
     parser.add_argument("--minutes", type=float, default=10, help="for fuzz and storm; 10")
@@ -127,6 +128,15 @@ def snapshots(arguments):
         "tests/integration/test_many_snapshots.py",
         NBDSERVE_SNAPSHOTS=250,
         NBDSERVE_SNAPSHOTS_SEED=arguments.seed,
+    )
+
+
+def protocol(arguments):
+    """Run a million schedules of pushes, deletes and collections; whether all was right."""
+    return run_test(
+        "tests/snapshots/repository/test_protocol.py",
+        NBDSERVE_SCHEDULES=30,
+        NBDSERVE_SCHEDULES_SEED=arguments.seed,
     )
 
 

@@ -1,6 +1,7 @@
 """Options that many commands take."""
 
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -10,6 +11,7 @@ import click
 Decorated = TypeVar("Decorated", bound=Callable[..., Any])
 
 _DATA = "nbdserve.data"
+_SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
 
 
 def _keep_data(context: click.Context, parameter: click.Parameter, value: str | None) -> None:
@@ -38,6 +40,20 @@ def json_option(function: Decorated) -> Decorated:
     return click.option(
         "--json", "as_json", is_flag=True, help="Write the result as JSON, sizes in bytes."
     )(function)
+
+
+class Duration(click.ParamType[float]):
+    """A length of time such as ``90s``, ``30m``, ``12h``, ``7d`` or ``2w``; seconds as a float."""
+
+    name = "time"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> float:
+        match = re.fullmatch(r"([0-9]{1,6})([smhdw]?)", str(value), re.ASCII)
+        if match is None or not (match[2] or match[1] == "0"):
+            self.fail(f"{value!r} is no time such as 90s, 30m, 12h or 7d", param, ctx)
+        return float(int(match[1]) * _SECONDS.get(match[2], 1))
 
 
 def given_data_directory() -> Path | None:

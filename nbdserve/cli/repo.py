@@ -8,7 +8,7 @@ from backends.errors import CorruptError
 from nbdserve.cli.comparing import diff
 from nbdserve.cli.images import export, import_
 from nbdserve.cli.keys import key
-from nbdserve.cli.options import data_directory, data_option, json_option
+from nbdserve.cli.options import Duration, data_directory, data_option, json_option
 from nbdserve.cli.output import (
     format_size,
     print_json,
@@ -177,6 +177,42 @@ def verify(url: str, snapshot: str | None, deep: bool, as_json: bool) -> None:
             f"{count} damaged object{'s' if count > 1 else ''} at {url}, the first is"
             f" {report.damaged[0].key}: {report.damaged[0].problem}"
         )
+
+
+@repo.command()
+@click.argument("url")
+@click.option(
+    "--give-up-after",
+    metavar="TIME",
+    type=Duration(),
+    default="7d",
+    show_default=True,
+    help="End pushes that began so long ago and never ended: 90s, 30m, 12h, 7d.",
+)
+@click.option("--dry-run", is_flag=True, help="Delete nothing; say what would be deleted.")
+@json_option
+def gc(url: str, give_up_after: float, dry_run: bool, as_json: bool) -> None:
+    """Free the space of deleted snapshots and of failed pushes at URL.
+
+    May run at any time, beside pushes and restores, and on several hosts at once.
+    """
+    repository = open_repository(url)
+    print_notice(repository)
+    with Progress(f"collecting {url}") as progress:
+        report = repository.collect(give_up_after, dry_run=dry_run, progress=progress.update)
+    would = "would free" if dry_run else "freed"
+    line = (
+        f"{would} {format_size(report.freed)} in {report.objects} objects in"
+        f" {report.seconds:.1f} s; {report.live} snapshots are live"
+    )
+    if report.under_way:
+        line += f", and {report.under_way} pushes are under way"
+    if report.repacked:
+        line += (
+            f"; repacked {report.repacked} sparse segments, writing {format_size(report.written)}:"
+            f" the next gc frees {format_size(report.to_be_freed)}"
+        )
+    print_result(dataclasses.asdict(report), as_json, line)
 
 
 for command in (diff, export, import_, protect, prune, unprotect):

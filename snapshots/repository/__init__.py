@@ -4,6 +4,7 @@ docs/format-repository.md describes every object. ``push`` and ``restore`` read 
 the protocols :class:`Source` and :class:`Sink`.
 """
 
+from snapshots.repository.collecting import DEFAULT_GIVE_UP_AFTER, CollectReport
 from snapshots.repository.interfaces import Progress, Sink, Source
 from snapshots.repository.layout import DEFAULT_CHUNK_SIZE
 from snapshots.repository.push import PushReport
@@ -22,6 +23,8 @@ from snapshots.repository.verify import Damage, VerifyReport
 
 __all__ = [
     "DEFAULT_CHUNK_SIZE",
+    "DEFAULT_GIVE_UP_AFTER",
+    "CollectReport",
     "Damage",
     "Key",
     "Progress",

@@ -28,7 +28,13 @@ import lz4.block
 import msgpack
 
 from backends.errors import CorruptError, InvalidError
-from snapshots.repository.layout import OUTCOME_LIMIT, PAGE_LIMIT, RECORD_LIMIT
+from snapshots.repository.layout import (
+    OUTCOME_LIMIT,
+    PAGE_LIMIT,
+    PLAN_LIMIT,
+    RECORD_LIMIT,
+    SEGMENT_TARGET,
+)
 
 VERSION = 1
 CODEC_RAW = 1
@@ -51,13 +57,23 @@ class Kind(enum.IntEnum):
     TOMBSTONE = 4
     POINTER = 5
     PAGE = 6
+    PLAN = 7
+    INDEX = 8
+    ROOT = 9
     KEY = 16
     PROTECTION = 24
 
     @property
     def limit(self) -> int:
         """Most bytes that a record of this kind may have, stored and plain."""
-        return {Kind.OUTCOME: OUTCOME_LIMIT, Kind.PAGE: PAGE_LIMIT}.get(self, RECORD_LIMIT)
+        limits = {
+            Kind.OUTCOME: OUTCOME_LIMIT,
+            Kind.ROOT: OUTCOME_LIMIT,
+            Kind.PAGE: PAGE_LIMIT,
+            Kind.PLAN: PLAN_LIMIT,
+            Kind.INDEX: SEGMENT_TARGET,
+        }
+        return limits.get(self, RECORD_LIMIT)
 
 
 def seal(kind: Kind, fields: Mapping[str, Any]) -> bytes:

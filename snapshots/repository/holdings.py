@@ -8,7 +8,8 @@ its commit) or damaged, the outcome is read.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Generator, Iterable
+from itertools import chain
 
 from backends.errors import CorruptError, NotFoundError
 from backends.objects import ObjectStore
@@ -17,10 +18,12 @@ from snapshots.repository.layout import (
     OUTCOMES,
     POINTERS,
     RECORD_LIMIT,
+    ROOTS,
     TOMBSTONES,
     outcome_key,
     parse_pointer_key,
     parse_push_key,
+    parse_root_key,
 )
 from snapshots.repository.pipeline import Crew
 from snapshots.repository.records import Config, Outcome, Summary
@@ -49,6 +52,12 @@ def list_pushes(store: ObjectStore, prefix: str) -> set[str]:
     return {push for push in pushes if push is not None}
 
 
+def _list_repacks(store: ObjectStore) -> set[str]:
+    """Pushes of collectors, which are no snapshots; their outcomes need not be read."""
+    parsed = (parse_root_key(key) for key, _ in store.list(ROOTS))
+    return {names[2] for names in parsed if names is not None}
+
+
 def list_pointers(store: ObjectStore, under: str = "") -> dict[str, str]:
     """The keys of the pointers below ``under`` (``volume/`` or ``volume/snapshot/``), by push."""
     pointers = {}
@@ -64,22 +73,46 @@ def list_snapshots(store: ObjectStore, config: Config, volume: str | None = None
 
     One whose records cannot be read is left out with a warning; verify tells more.
     """
+    return in_order(walk_snapshots(store, config, volume))
+
+
+def walk_snapshots(
+    store: ObjectStore,
+    config: Config,
+    volume: str | None = None,
+    snapshot: str | None = None,
+    *,
+    only: bool = False,
+) -> Generator[Summary, None, None]:
+    """Yield the live snapshots: those called ``snapshot`` first, then by name, last name first.
+
+    Names mostly have the time in them, so who looks for the newest has it soon, and may stop.
+    With ``only`` no others than those called ``snapshot`` are yielded.
+    """
     # Outcomes before tombstones: a snapshot deleted meanwhile is then never shown as live.
     outcomes = list_pushes(store, OUTCOMES)
     pointers = list_pointers(store)
-    live = outcomes - list_pushes(store, TOMBSTONES)
-
-    def wanted(push: str) -> bool:
-        parsed = parse_pointer_key(pointers[push]) if push in pointers else None
-        return volume is None or parsed is None or parsed[0] == volume
+    live = outcomes - list_pushes(store, TOMBSTONES) - _list_repacks(store)
+    unknown = sorted(live - pointers.keys())  # only their outcomes tell what they are
+    called: list[str] = []
+    others: list[str] = []
+    for push in sorted(live & pointers.keys(), key=pointers.__getitem__, reverse=True):
+        parsed = parse_pointer_key(pointers[push])
+        if parsed is not None and volume in (None, parsed[0]):
+            (called if parsed[1] == snapshot else others).append(push)
 
     def load(push: str) -> Summary | None:
         return _load_summary(store, config, push, pointers.get(push))
 
     with Crew(THREADS, "list") as crew:
-        found = crew.ordered(load, sorted(filter(wanted, live)), 4 * THREADS)
-        summaries = [item for item in found if item is not None]
-    return in_order(item for item in summaries if volume in (None, item.volume))
+        first = [item for item in crew.ordered(load, [*unknown, *called], 4 * THREADS) if item]
+        first.sort(key=lambda item: item.snapshot != snapshot)
+        rest = crew.ordered(load, () if only else others, 4 * THREADS)
+        for summary in chain(first, rest):
+            if summary is None or volume not in (None, summary.volume):
+                continue
+            if not only or summary.snapshot == snapshot:
+                yield summary
 
 
 def in_order(summaries: Iterable[Summary]) -> list[Summary]:

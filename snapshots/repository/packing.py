@@ -9,12 +9,13 @@ most (and what the store's client copies), plus 64 bytes for each page of the sn
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from backends.errors import CorruptError, NotFoundError, StorageError
 from backends.objects import ObjectStore
+from snapshots.repository.donors import Donors
 from snapshots.repository.envelope import digest_of
 from snapshots.repository.interfaces import Progress, Source
 from snapshots.repository.layout import (
@@ -36,7 +37,15 @@ from snapshots.repository.regions import (
     count_chunks,
     intersect,
 )
-from snapshots.repository.segments import PackedChunk, digest_chunk, pack_chunk, segment_header
+from snapshots.repository.segments import (
+    INDEXED_CHUNK_SIZE,
+    PackedChunk,
+    digest_chunk,
+    index_entry,
+    pack_chunk,
+    segment_header,
+    segment_index,
+)
 
 WORKERS = 4
 PAGE_READERS = 4
@@ -75,10 +84,11 @@ class _Unit(NamedTuple):
     first: int
     end: int
     last: bool
+    donated: dict[int, Entry]  # chunks that a push gone on with has stored
 
 
 class _Packed(NamedTuple):
-    """A unit, and for each chunk: packed, None for a hole, or the parent's equal entry."""
+    """A unit, and for each chunk: packed, None for a hole, or an equal entry of another push."""
 
     unit: _Unit
     chunks: list[PackedChunk | Entry | None]
@@ -89,7 +99,8 @@ class SnapshotPacker:
 
     Afterwards ``table`` refers to every page of the snapshot. Sizes are in bytes: ``read`` from the
     source, ``changed`` (plain) of chunks unlike the parent's, ``data`` (plain) and ``stored`` of
-    all chunks that are no holes, ``uploaded`` of the ``segments`` and ``pages`` objects.
+    all chunks that are no holes, ``uploaded`` of the ``segments`` and ``pages`` objects,
+    ``resumed`` of chunks that earlier pushes of the snapshot had stored.
     """
 
     def __init__(self, store: ObjectStore, chunk_size: int, source: Source, push: str) -> None:
@@ -98,6 +109,7 @@ class SnapshotPacker:
         self._source = source
         self._push = push
         self._segment = bytearray()
+        self._index = bytearray()  # of the segment
         self._pages = bytearray()
         self._zero_chunk = bytes(chunk_size)
         self.table = PageTable()
@@ -106,12 +118,14 @@ class SnapshotPacker:
         self.data = 0
         self.stored = 0
         self.uploaded = 0
+        self.resumed = 0
         self.segments = 0
         self.pages = 0
 
-    def run(self, parent: Root | None, progress: Progress | None) -> None:
+    def run(self, parent: Root | None, donors: Sequence[str], progress: Progress | None) -> None:
         """Store what ``parent`` does not have, and wait until the store has acknowledged it.
 
+        What the pushes ``donors`` had stored of this snapshot is referred to.
         Raises ParentUnusableError when the parent's pages cannot be read.
         """
         touched = self._plan(parent)
@@ -134,7 +148,8 @@ class SnapshotPacker:
         ):
             uploader = Uploader(self._store, uploads, IN_FLIGHT)
             works = readers.ordered(load, touched, 2 * PAGE_READERS)
-            units = _cut(works, unit_bytes // self._chunk_size)
+            given = Donors(self._store, list(donors), self._chunk_size)
+            units = _cut(works, unit_bytes // self._chunk_size, given)
             shared = next(untouched, None)
             for packed in workers.ordered(self._pack, units, READ_WINDOW // unit_bytes):
                 while shared is not None and shared.page < packed.unit.work.touched.number:
@@ -218,14 +233,19 @@ class SnapshotPacker:
         parents = unit.work.entries[unit.first - base : unit.end - base]
         chunks: list[PackedChunk | Entry | None] = []
         for number, known in enumerate(parents):
+            donated = unit.donated.get(unit.first + number)
             start = number * self._chunk_size
             plain = bytes(view[start : start + self._chunk_size])
             if plain == self._zero_chunk[: len(plain)]:
                 chunks.append(None)
                 continue
             digest = digest_chunk(plain)
-            same = known is not None and known.digest == digest
-            chunks.append(known if same else pack_chunk(plain, digest))
+            if known is not None and known.digest == digest:
+                chunks.append(known)
+            elif donated is not None and donated.digest == digest:
+                chunks.append(donated)
+            else:
+                chunks.append(pack_chunk(plain, digest))
         return _Packed(unit, chunks)
 
     def _take(self, packed: _Packed, uploader: Uploader) -> None:
@@ -235,15 +255,21 @@ class SnapshotPacker:
         for chunk, content in enumerate(packed.chunks, unit.first):
             length = chunk_length(chunk, self._chunk_size, self._source.size)
             self.read += length
-            entry = self._append(content, uploader) if isinstance(content, PackedChunk) else content
+            if isinstance(content, PackedChunk):
+                entry: Entry | None = self._append(chunk, content, uploader)
+            else:
+                entry = content
+            if entry is not None and entry is unit.donated.get(chunk):
+                self.resumed += entry.length
             if entry != work.entries[chunk - base]:
                 work.entries[chunk - base] = entry
                 work.changed_chunks += 1
         if unit.last:
             self._complete(work, uploader)
 
-    def _append(self, chunk: PackedChunk, uploader: Uploader) -> Entry:
-        if len(self._segment) + len(chunk.data) > SEGMENT_TARGET:
+    def _append(self, number: int, chunk: PackedChunk, uploader: Uploader) -> Entry:
+        longer = len(self._segment) + len(self._index) + len(chunk.data) + INDEXED_CHUNK_SIZE
+        if longer > SEGMENT_TARGET:
             self._flush_segment(uploader)
         if not self._segment:
             self._segment += segment_header(self._push, self.segments)
@@ -256,12 +282,14 @@ class SnapshotPacker:
             chunk.digest,
         )
         self._segment += chunk.data
+        self._index += index_entry(number, chunk)
         return entry
 
     def _flush_segment(self, uploader: Uploader) -> None:
         if self._segment:
+            self._segment += segment_index(self._index)
             uploader.put(segment_key(self._push, self.segments), self._segment)
-            self._segment = bytearray()
+            self._segment, self._index = bytearray(), bytearray()
             self.segments += 1
 
     def _complete(self, work: _PageWork, uploader: Uploader) -> None:
@@ -304,7 +332,7 @@ class SnapshotPacker:
         self.stored += ref.stored
 
 
-def _cut(works: Iterable[_PageWork], most: int) -> Iterator[_Unit]:
+def _cut(works: Iterable[_PageWork], most: int, donors: Donors) -> Iterator[_Unit]:
     """Cut the pages into units of at most ``most`` chunks, at least one for each page."""
     for work in works:
         pieces = [
@@ -313,4 +341,5 @@ def _cut(works: Iterable[_PageWork], most: int) -> Iterator[_Unit]:
             for start in range(first, end, most)
         ]
         for number, (first, end) in enumerate(pieces or [(0, 0)]):
-            yield _Unit(work, first, end, number >= len(pieces) - 1)
+            donated = donors.find(first, end) if first < end else {}
+            yield _Unit(work, first, end, number >= len(pieces) - 1, donated)

@@ -30,6 +30,7 @@ from snapshots.repository.segments import SEGMENT_HEADER_SIZE
 
 # place in the table of pushes, segment, offset, stored length, codec, cipher, SHA-256 when plain
 _ENTRY = struct.Struct(">HIIIBB32s")
+_PLACE = struct.Struct(">HI4xI34x")  # of an entry: place, segment, stored length
 _HOLE = bytes(_ENTRY.size)
 # page, place in the table of pushes, object, offset, length, chunks, stored bytes, digest
 _REFERENCE = struct.Struct(">IIIIIIQ32s")
@@ -82,14 +83,7 @@ def encode_page(index: int, page: Page) -> bytes:
 
 def decode_page(record: bytes, ref: PageRef, chunk_size: int, where: str) -> Page:
     """Decode and check the page that ``ref`` refers to; raises CorruptError."""
-    if digest_of(record) != ref.digest:
-        raise CorruptError(f"{where}: it is not the page that the snapshot refers to")
-    fields = unseal(Kind.PAGE, record, where)
-    fields.integer("page", ref.page, ref.page)
-    pushes = fields.pushes("pushes")
-    entries = fields.binary("entries")
-    if len(entries) != PAGE_ENTRIES * _ENTRY.size:
-        raise CorruptError(f"{where}: {len(entries)} bytes of entries")
+    pushes, entries = _unseal_page(record, ref, where)
     page: Page = []
     for number, raw in enumerate(_ENTRY.iter_unpack(entries)):
         place, segment, offset, length, codec, cipher, digest = raw
@@ -112,6 +106,31 @@ def decode_page(record: bytes, ref: PageRef, chunk_size: int, where: str) -> Pag
             raise CorruptError(f"{where}: entry {number} is out of bounds")
         page.append(Entry(pushes[place], segment, offset, length, codec, digest))
     return page
+
+
+def segments_of_page(record: bytes, ref: PageRef, where: str) -> dict[tuple[str, int], int]:
+    """The segments, as (push, number), that a page needs, and how many bytes of each."""
+    pushes, entries = _unseal_page(record, ref, where)
+    found: dict[tuple[int, int], int] = {}
+    for place, segment, length in _PLACE.iter_unpack(entries):
+        if length:
+            found[place, segment] = found.get((place, segment), 0) + length
+    if any(place >= len(pushes) for place, _ in found):
+        raise CorruptError(f"{where}: an entry is out of bounds")
+    return {(pushes[place], segment): length for (place, segment), length in found.items()}
+
+
+def _unseal_page(record: bytes, ref: PageRef, where: str) -> tuple[list[str], bytes]:
+    """The table of pushes and the packed entries."""
+    if digest_of(record) != ref.digest:
+        raise CorruptError(f"{where}: it is not the page that the snapshot refers to")
+    fields = unseal(Kind.PAGE, record, where)
+    fields.integer("page", ref.page, ref.page)
+    pushes = fields.pushes("pushes")
+    entries = fields.binary("entries")
+    if len(entries) != PAGE_ENTRIES * _ENTRY.size:
+        raise CorruptError(f"{where}: {len(entries)} bytes of entries")
+    return pushes, entries
 
 
 class PageTable:

@@ -24,13 +24,14 @@ from backends.errors import (
     StorageError,
     UnavailableError,
 )
-from snapshots.repository.holdings import THREADS, read_outcome
+from snapshots.repository.holdings import THREADS
 from snapshots.repository.interfaces import Progress
 from snapshots.repository.pipeline import Crew, leaving_promptly
 from snapshots.repository.protection import list_protected
 from snapshots.repository.records import Summary
 from snapshots.repository.repository import Repository
 from snapshots.repository.retention import Action, Decision, Rules, decide
+from snapshots.repository.roots import find_root
 
 _BACKUP_NAME = re.compile(r"backup-\d{8}T\d{6}Z", re.ASCII)
 
@@ -122,14 +123,12 @@ def _unreadable(repository: Repository, summaries: Sequence[Summary]) -> dict[st
 
     def look(summary: Summary) -> tuple[str, str | None]:
         try:
-            outcome, _ = read_outcome(repository.store, repository.config, summary.push)
+            root = find_root(repository.store, repository.config, summary.push)
         except UnavailableError:
             raise
         except (CorruptError, InvalidError, NotFoundError) as error:
             return summary.push, str(error)
-        if outcome.root is None:
-            return summary.push, "it was never committed"
-        found = outcome.root.summary
+        found = root.summary
         if (found.label, found.created) != (summary.label, summary.created):
             return summary.push, f"its pointer does not belong to it: it is {found.label}"
         return summary.push, None

@@ -11,7 +11,7 @@ from typing import NamedTuple
 from backends.objects import ObjectStore
 from snapshots.repository.holdings import describe_object
 from snapshots.repository.layout import pages_key, segment_key
-from snapshots.repository.pages import Entry, Page, PageRef, decode_page
+from snapshots.repository.pages import Entry, Page, PageRef, decode_page, segments_of_page
 
 MAX_READ = 4 << 20  # bytes of one range request, unless a single chunk is longer
 MAX_GAP = 32 << 10  # bytes that are read for nothing rather than making another request
@@ -45,17 +45,30 @@ def read_pages(
     store: ObjectStore, chunk_size: int, refs: list[PageRef]
 ) -> list[tuple[PageRef, Page]]:
     """Fetch pages that :func:`group_pages` put together, with one request."""
+    return [
+        (ref, decode_page(record, ref, chunk_size, where))
+        for ref, record, where in _fetch_pages(store, refs)
+    ]
+
+
+def read_segments_of(store: ObjectStore, refs: list[PageRef]) -> dict[tuple[str, int], int]:
+    """The segments, as (push, number), that pages that belong together need; bytes of each."""
+    found: dict[tuple[str, int], int] = {}
+    for ref, record, where in _fetch_pages(store, refs):
+        for segment, length in segments_of_page(record, ref, where).items():
+            found[segment] = found.get(segment, 0) + length
+    return found
+
+
+def _fetch_pages(store: ObjectStore, refs: list[PageRef]) -> Iterator[tuple[PageRef, bytes, str]]:
     first = refs[0]
     key = pages_key(first.push, first.number)
     length = refs[-1].offset + refs[-1].length - first.offset
     data = store.get_range(key, first.offset, length)
-    pages = []
     for ref in refs:
         start = ref.offset - first.offset
-        where = f"{describe_object(store, key)} at {ref.offset}"
         record = data[start : start + ref.length]
-        pages.append((ref, decode_page(record, ref, chunk_size, where)))
-    return pages
+        yield ref, record, f"{describe_object(store, key)} at {ref.offset}"
 
 
 def group_pages(refs: Iterable[PageRef], most: int) -> Iterator[list[PageRef]]:

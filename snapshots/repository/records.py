@@ -1,19 +1,27 @@
-"""The records beside pages: config, intent, outcome with its root, tombstone, pointer."""
+"""The records beside pages: config, intent, outcome with its root, tombstone, pointer, plan."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from typing import Any
 
 from backends.errors import CorruptError, InvalidError
 from snapshots.names import MAX_VOLUME_SIZE, check_name
 from snapshots.repository.envelope import Fields, Kind, seal, unseal
-from snapshots.repository.layout import MAX_CHUNK_SIZE, MIN_CHUNK_SIZE, PAGE_ENTRIES
+from snapshots.repository.layout import (
+    MAX_CHUNK_SIZE,
+    MIN_CHUNK_SIZE,
+    PAGE_ENTRIES,
+    is_collectable,
+    parse_root_key,
+)
 from snapshots.repository.pages import PageTable
 
 CIPHER = "aes-256-gcm"  # of an encrypted repository, in its config
 
 _COUNT = 2**63 - 1
+REPACKING = "repacking"
+_FEATURES = {REPACKING}  # that this program understands
 
 
 @dataclass(frozen=True)
@@ -24,6 +32,7 @@ class Config:
     chunk_size: int
     conditional_put: bool  # whether the store was seen to refuse a second conditional PUT
     created: float
+    features: tuple[str, ...] = (REPACKING,)
     cipher: str = "none"
 
     def encode(self) -> bytes:
@@ -37,7 +46,7 @@ class Config:
                 "cipher": self.cipher,
                 "conditional_put": self.conditional_put,
                 "created": self.created,
-                "features": [],
+                "features": list(self.features),
             },
         )
 
@@ -45,7 +54,8 @@ class Config:
     def decode(cls, record: bytes, where: str, cipher: str = "none") -> Config:
         """``cipher`` is what the repository was opened with."""
         fields = unseal(Kind.CONFIG, record, where)
-        needed = [feature[:40] for feature in fields.texts("features")]
+        features = fields.texts("features")
+        needed = [feature[:40] for feature in features if feature not in _FEATURES]
         if fields.text("cipher") != cipher:
             needed.append("encryption")
         if fields.text("codec") != "lz4":
@@ -63,45 +73,56 @@ class Config:
             chunk_size,
             fields.boolean("conditional_put"),
             fields.number("created"),
+            tuple(features),
             cipher,
         )
 
 
 @dataclass(frozen=True)
 class Intent:
-    """A push is under way. As long as it has no outcome, its parent stays live."""
+    """A push is under way. As long as it has no outcome, all that it pins is kept.
+
+    ``parents`` are pushes whose snapshots it may refer to, ``donors`` given-up pushes of whose
+    segments it may take what they had stored.
+    """
 
     push: str
-    parent: str | None
+    parents: tuple[str, ...]
     volume: str
     snapshot: str
     snapshot_id: str
     started: float
+    donors: tuple[str, ...] = ()
+
+    @property
+    def pins(self) -> tuple[str, ...]:
+        return self.parents + self.donors
 
     def encode(self) -> bytes:
         return seal(
             Kind.INTENT,
             {
                 "push": bytes.fromhex(self.push),
-                "parents": bytes.fromhex(self.parent) if self.parent else b"",
+                "parents": bytes.fromhex("".join(self.parents)),
                 "volume": self.volume,
                 "snapshot": self.snapshot,
                 "snapshot_id": self.snapshot_id,
                 "started": self.started,
+                "donors": bytes.fromhex("".join(self.donors)),
             },
         )
 
     @classmethod
     def decode(cls, record: bytes, where: str) -> Intent:
         fields = unseal(Kind.INTENT, record, where)
-        parents = fields.pushes("parents")
         return cls(
             fields.push("push"),
-            parents[0] if parents else None,
+            tuple(fields.pushes("parents")),
             _name(fields, "volume"),
             _name(fields, "snapshot"),
             fields.text("snapshot_id"),
             fields.number("started"),
+            tuple(fields.pushes("donors")) if fields.has("donors") else (),
         )
 
 
@@ -160,9 +181,6 @@ class Summary:
             parent_push=fields.push("parent_push") if fields.has("parent_push") else None,
         )
 
-    def encode_pointer(self) -> bytes:
-        return seal(Kind.POINTER, self.fields())
-
     @classmethod
     def decode_pointer(cls, record: bytes, where: str) -> Summary:
         return cls.from_fields(unseal(Kind.POINTER, record, where))
@@ -179,28 +197,72 @@ class Root:
     summary: Summary
     table: PageTable
 
+    def fields(self, generation: int) -> dict[str, Any]:
+        return {**self.summary.fields(), **self.table.encode(), "generation": generation}
+
+    @classmethod
+    def from_fields(cls, fields: Fields, push: str, generation: int, chunk_size: int) -> Root:
+        """Decode and check the root of the snapshot ``push``."""
+        fields.integer("generation", generation, generation)
+        summary = Summary.from_fields(fields)
+        if summary.push != push:
+            raise CorruptError(f"{fields.where}: its root belongs to another push")
+        pages = -(-summary.size // (PAGE_ENTRIES * chunk_size))
+        return cls(summary, PageTable.decode(fields, pages))
+
+
+@dataclass(frozen=True)
+class Repacked:
+    """The root of a snapshot that the push ``repack`` put in place of the generation before."""
+
+    repack: str
+    generation: int
+    root: Root
+
+    def encode(self) -> bytes:
+        fields = self.root.fields(self.generation)
+        return seal(Kind.ROOT, {**fields, "repack": bytes.fromhex(self.repack)})
+
+    @classmethod
+    def decode(cls, record: bytes, key: str, chunk_size: int, where: str) -> Repacked:
+        """Decode the object ``key``, and check that it belongs there."""
+        names = parse_root_key(key)
+        if names is None:
+            raise CorruptError(f"{where}: it is not the key of a root")
+        fields = unseal(Kind.ROOT, record, where)
+        if fields.push("repack") != names[2]:
+            raise CorruptError(f"{where}: it is a root of another push")
+        root = Root.from_fields(fields, names[0], names[1], chunk_size)
+        return cls(names[2], names[1], root)
+
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a push ended: committed, with the root of its snapshot, or aborted, without."""
+    """How a push ended: committed, with the root of its snapshot, or aborted, without.
+
+    ``repacked`` is said of a collector's own push, which is committed without a root in here.
+    ``why`` and ``taken_by`` are of an aborted push; ``taken_by`` is the push of the same snapshot
+    that ended it in order to go on where it was.
+    """
 
     push: str
     root: Root | None
-    why: str = field(default="")  # of an aborted push
+    why: str = ""
+    taken_by: str | None = None
+    repacked: bool = False
 
     def encode(self) -> bytes:
         roots = []
         if self.root is not None:
-            # A generation above 0 is for roots that repacking puts in place of this one.
-            roots.append(
-                {**self.root.summary.fields(), **self.root.table.encode(), "generation": 0}
-            )
+            # Repacking puts others in its place, as objects of their own.
+            roots.append(self.root.fields(0))
         return seal(
             Kind.OUTCOME,
             {
                 "push": bytes.fromhex(self.push),
-                "state": "committed" if self.root else "aborted",
+                "state": self.state,
                 "why": self.why,
+                "taken_by": bytes.fromhex(self.taken_by) if self.taken_by else None,
                 "roots": roots,
             },
         )
@@ -213,17 +275,37 @@ class Outcome:
         state = fields.text("state")
         roots = fields.maps("roots")
         if state == "aborted" and not roots:
-            return cls(push, None, fields.text("why"))
+            taken_by = fields.push("taken_by") if fields.has("taken_by") else None
+            return cls(push, None, fields.text("why"), taken_by)
+        if state == "repacked" and not roots:
+            return cls(push, None, repacked=True)
         if state != "committed" or len(roots) != 1:
             raise CorruptError(f"{where}: state {state!r} with {len(roots)} roots")
-        root = roots[0]
-        root.integer("generation", 0, 0)
-        summary = Summary.from_fields(root)
-        if summary.push != push:
-            raise CorruptError(f"{where}: its root belongs to another push")
-        page_bytes = PAGE_ENTRIES * chunk_size
-        pages = -(-summary.size // page_bytes)
-        return cls(push, Root(summary, PageTable.decode(root, pages)))
+        return cls(push, Root.from_fields(roots[0], push, 0, chunk_size))
+
+    @property
+    def state(self) -> str:
+        if self.root is not None:
+            return "committed"
+        return "repacked" if self.repacked else "aborted"
+
+    @property
+    def summary(self) -> Summary:
+        """Of a committed push, the snapshot; its outcome's own bytes count as uploaded, too."""
+        assert self.root is not None
+        summary = self.root.summary
+        return replace(summary, uploaded=summary.uploaded + len(self.encode()))
+
+
+@dataclass(frozen=True)
+class Pointer:
+    """What a listing shows of a snapshot."""
+
+    of: Summary | Outcome
+
+    def encode(self) -> bytes:
+        summary = self.of if isinstance(self.of, Summary) else self.of.summary
+        return seal(Kind.POINTER, summary.fields())
 
 
 @dataclass(frozen=True)
@@ -255,6 +337,32 @@ class Tombstone:
             _name(fields, "snapshot"),
             fields.number("deleted"),
         )
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Objects that a collector found to be dead; whoever meets the plan may delete them."""
+
+    plan: str
+    keys: tuple[str, ...]
+
+    def encode(self) -> bytes:
+        return seal(
+            Kind.PLAN,
+            {"plan": bytes.fromhex(self.plan), "keys": "\n".join(self.keys).encode("ascii")},
+        )
+
+    @classmethod
+    def decode(cls, record: bytes, where: str) -> Plan:
+        fields = unseal(Kind.PLAN, record, where)
+        try:
+            keys = fields.binary("keys").decode("ascii").split("\n")
+        except UnicodeDecodeError:
+            raise CorruptError(f"{where}: its keys are damaged") from None
+        wrong = next((key for key in keys if not is_collectable(key)), None)
+        if wrong is not None:
+            raise CorruptError(f"{where}: it names {wrong[:80]!r}, which nobody may collect")
+        return cls(fields.push("plan"), tuple(keys))
 
 
 def _name(fields: Fields, name: str) -> str:

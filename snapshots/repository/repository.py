@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
 from backends.errors import ExistsError, InvalidError, NotFoundError, StorageError
 from backends.object_urls import open_object_store
 from backends.objects import ObjectStore
 from snapshots.names import check_name
+from snapshots.repository.collecting import DEFAULT_GIVE_UP_AFTER, CollectReport, collecting
 from snapshots.repository.envelope import Kind, unseal
-from snapshots.repository.holdings import describe_object, list_snapshots, read_outcome
+from snapshots.repository.holdings import (
+    THREADS,
+    describe_object,
+    in_order,
+    list_snapshots,
+    walk_snapshots,
+)
 from snapshots.repository.interfaces import Progress, Sink, Source
 from snapshots.repository.layout import (
     CONFIG_KEY,
@@ -22,9 +29,10 @@ from snapshots.repository.layout import (
     PROBES,
     RECORD_LIMIT,
     new_push_id,
-    pointer_key,
-    tombstone_key,
 )
+from snapshots.repository.moving import move
+from snapshots.repository.pages import PageRef
+from snapshots.repository.pipeline import Crew, leaving_promptly
 from snapshots.repository.protection import (
     check_unprotected,
     list_protected,
@@ -32,9 +40,12 @@ from snapshots.repository.protection import (
     unprotect,
 )
 from snapshots.repository.push import PushReport, push_snapshot
-from snapshots.repository.records import CIPHER, Config, Summary, Tombstone
+from snapshots.repository.pushing import deleting
+from snapshots.repository.records import CIPHER, REPACKING, Config, Summary
 from snapshots.repository.restore import RestoreReport, restore_root
+from snapshots.repository.roots import find_root
 from snapshots.repository.secret import Key, Secret
+from snapshots.repository.steps import Move, perform
 from snapshots.repository.verify import Damage, VerifyReport, verify_snapshots
 
 if TYPE_CHECKING:
@@ -79,28 +90,21 @@ class Repository:
     ) -> RestoreReport:
         """Write a snapshot into ``sink``, every chunk verified before it is written."""
         summary = self.find(volume, snapshot)
-        outcome, _ = read_outcome(self.store, self.config, summary.push)
-        if outcome.root is None:
-            raise NotFoundError(f"{summary.label} in {self.store.name} was never committed")
-        return restore_root(self.store, self.config, outcome.root, sink, progress)
+        root = find_root(self.store, self.config, summary.push)
+        return restore_root(self.store, self.config, root, sink, progress)
 
     def delete(self, volume: str, snapshot: str) -> Summary:
-        """Delete a snapshot; others keep all that they share with it. Frees no space yet."""
+        """Delete a snapshot; others keep all that they share with it. ``collect`` frees space."""
         found = self._find_all(volume, snapshot)
         for summary in found:
             check_unprotected(self.store, summary)
-        for summary in found:
-            self.delete_one(summary)
+        self.delete_all(found)
         return found[-1]
 
     def delete_one(self, summary: Summary) -> None:
         """Delete this one snapshot, whatever others have its name; InUseError if protected."""
         check_unprotected(self.store, summary)
-        tombstone = Tombstone(summary.push, summary.volume, summary.snapshot, time.time())
-        # Refused when another command deletes it too: it is deleted all the same.
-        put = self.store.put_if_absent if self.config.conditional_put else self.store.put
-        put(tombstone_key(summary.push), tombstone.encode())
-        self.store.delete(pointer_key(summary.volume, summary.snapshot, summary.push))
+        perform(self.store, self.config, deleting(summary))
 
     def list_protected(self) -> set[str]:
         """The pushes whose snapshots are protected."""
@@ -117,6 +121,33 @@ class Repository:
         found = self._find_all(volume, snapshot)
         unprotect(self.store, found)
         return found[-1]
+
+    def delete_all(self, summaries: Iterable[Summary]) -> None:
+        """Delete snapshots that :meth:`list` showed, many at a time; InUseError if protected."""
+
+        with Crew(THREADS, "delete") as crew, leaving_promptly(self.store):
+            for _ in crew.ordered(self.delete_one, summaries, 4 * THREADS):
+                pass
+
+    def collect(
+        self,
+        give_up_after: float = DEFAULT_GIVE_UP_AFTER,
+        *,
+        dry_run: bool = False,
+        progress: Progress | None = None,
+    ) -> CollectReport:
+        """Free the space of what nothing needs any more.
+
+        Pushes that began ``give_up_after`` seconds ago and have not ended are given up; no clock
+        decides anything else. May run beside anything, also on other hosts.
+        """
+        repack = REPACKING in self.config.features
+        steps = collecting(give_up_after, dry_run=dry_run, repack=repack, progress=progress)
+
+        def work(step: Move) -> dict[tuple[str, int, int], PageRef]:
+            return move(self.store, self.config.chunk_size, step)
+
+        return perform(self.store, self.config, steps, work)
 
     def verify(
         self,
@@ -137,7 +168,7 @@ class Repository:
         """All of that name: two hosts that pushed at the same instant may have made two."""
         check_name("volume", volume)
         check_name("snapshot", snapshot)
-        found = [item for item in self.list(volume) if item.snapshot == snapshot]
+        found = in_order(walk_snapshots(self.store, self.config, volume, snapshot, only=True))
         if not found:
             raise NotFoundError(
                 f"there is no {volume}@{snapshot} in {self.store.name}; 'nbdserve repo list' shows "

@@ -13,18 +13,14 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from backends.errors import CorruptError, NoSpaceError, NotFoundError, StorageError
+from backends.errors import NoSpaceError, StorageError
 from backends.objects import ObjectStore
 from snapshots.names import BLOCK_SIZE
-from snapshots.repository.holdings import describe_object
 from snapshots.repository.interfaces import Progress, Sink
-from snapshots.repository.layout import PAGE_ENTRIES
-from snapshots.repository.pages import Entry, Page, PageRef
 from snapshots.repository.pipeline import Crew, leaving_promptly
-from snapshots.repository.reading import Range, group_pages, plan_ranges, read_pages
+from snapshots.repository.reading import Range, group_pages, plan_ranges
 from snapshots.repository.records import Config, Root
-from snapshots.repository.regions import chunk_length
-from snapshots.repository.segments import PackedChunk, unpack_chunk
+from snapshots.repository.snapshot_reader import SnapshotReader
 
 THREADS = 8
 PAGES_AHEAD = 4
@@ -56,27 +52,11 @@ def restore_root(
     """
     started = time.monotonic()
     summary = root.summary
-    size = summary.size
+    reader = SnapshotReader(store, config, root)
 
     def fetch(planned: Range) -> tuple[Range, int]:
-        where = describe_object(store, planned.key)
-        try:
-            data = store.get_range(planned.key, planned.offset, planned.length)
-        except NotFoundError:
-            raise CorruptError(f"{where} is missing; {summary.label} needs it") from None
-        written = 0
-        for start, entry, chunk in planned.parts:
-            packed = PackedChunk(entry.codec, data[start : start + entry.length], entry.digest)
-            length = chunk_length(chunk, config.chunk_size, size)
-            plain = unpack_chunk(packed, length, f"{where} at {entry.offset}")
-            written += _write(sink, chunk * config.chunk_size, plain)
-        return planned, written
-
-    def load(refs: list[PageRef]) -> list[tuple[PageRef, Page]]:
-        try:
-            return read_pages(store, config.chunk_size, refs)
-        except NotFoundError as error:
-            raise CorruptError(f"{error}; {summary.label} needs it") from None
+        chunks = reader.fetch(planned)
+        return planned, sum(_write(sink, chunk * config.chunk_size, it) for chunk, it in chunks)
 
     total = sum(ref.chunks for ref in root.table) * config.chunk_size
     done = written = fetched = requests = 0
@@ -88,9 +68,9 @@ def restore_root(
 
         def ranges() -> Iterator[Range]:
             groups = group_pages(root.table, PAGES_PER_GROUP)
-            for pages in readers.ordered(load, groups, PAGES_AHEAD):
+            for pages in readers.ordered(reader.load, groups, PAGES_AHEAD):
                 yield from plan_ranges(
-                    pair for ref, page in pages for pair in _chunks(ref, page, root, config)
+                    pair for ref, page in pages for pair in reader.chunks(ref, page)
                 )
 
         for planned, bytes_written in crew.ordered(fetch, ranges(), 2 * THREADS):
@@ -103,23 +83,12 @@ def restore_root(
     return RestoreReport(
         summary.volume,
         summary.snapshot,
-        size,
+        summary.size,
         written,
         fetched,
         requests,
         time.monotonic() - started,
     )
-
-
-def _chunks(ref: PageRef, page: Page, root: Root, config: Config) -> Iterator[tuple[int, Entry]]:
-    first = ref.page * PAGE_ENTRIES
-    for number, entry in enumerate(page):
-        if entry is not None:
-            if chunk_length(first + number, config.chunk_size, root.summary.size) <= 0:
-                raise CorruptError(
-                    f"page {ref.page} of {root.summary.label} has a chunk beyond the volume's end"
-                )
-            yield first + number, entry
 
 
 def _write(sink: Sink, offset: int, plain: bytes) -> int:

@@ -10,16 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Generator, Iterator
 
-from backends.errors import CorruptError, NotFoundError
-from snapshots.repository.holdings import describe_object, read_outcome
-from snapshots.repository.layout import PAGE_ENTRIES
-from snapshots.repository.pages import Entry, Page, PageRef
+from snapshots.repository.pages import Entry
 from snapshots.repository.pipeline import Crew, leaving_promptly
-from snapshots.repository.reading import group_pages, plan_ranges, read_pages
+from snapshots.repository.reading import group_pages, plan_ranges
 from snapshots.repository.records import Root
-from snapshots.repository.regions import chunk_length
 from snapshots.repository.repository import Repository
-from snapshots.repository.segments import PackedChunk, unpack_chunk
+from snapshots.repository.roots import find_root
+from snapshots.repository.snapshot_reader import SnapshotReader
 
 THREADS = 8
 WINDOW = 4 << 20  # plain bytes that one thread fetches at a time
@@ -33,10 +30,7 @@ _Window = list[tuple[int, Entry]]
 def read_root(repository: Repository, volume: str, snapshot: str) -> Root:
     """The manifest of a snapshot; NotFoundError or CorruptError."""
     summary = repository.find(volume, snapshot)
-    outcome, _ = read_outcome(repository.store, repository.config, summary.push)
-    if outcome.root is None:
-        raise NotFoundError(f"{summary.label} in {repository.store.name} was never committed")
-    return outcome.root
+    return find_root(repository.store, repository.config, summary.push)
 
 
 def read_in_order(repository: Repository, root: Root) -> Generator[tuple[int, bytes], None, None]:
@@ -46,36 +40,19 @@ def read_in_order(repository: Repository, root: Root) -> Generator[tuple[int, by
     is yielded. Close the iterator when it is left before its end.
     """
     store, chunk_size = repository.store, repository.config.chunk_size
-    label, size = root.summary.label, root.summary.size
-
-    def load(refs: list[PageRef]) -> list[tuple[PageRef, Page]]:
-        try:
-            return read_pages(store, chunk_size, refs)
-        except NotFoundError as error:
-            raise CorruptError(f"{error}; {label} needs it") from None
+    reader = SnapshotReader(store, repository.config, root)
 
     def fetch(window: _Window) -> list[tuple[int, bytes]]:
-        found = []
-        for planned in plan_ranges(window):
-            where = describe_object(store, planned.key)
-            try:
-                data = store.get_range(planned.key, planned.offset, planned.length)
-            except NotFoundError:
-                raise CorruptError(f"{where} is missing; {label} needs it") from None
-            for start, entry, chunk in planned.parts:
-                packed = PackedChunk(entry.codec, data[start : start + entry.length], entry.digest)
-                length = chunk_length(chunk, chunk_size, size)
-                plain = unpack_chunk(packed, length, f"{where} at {entry.offset}")
-                found.append((chunk * chunk_size, plain))
-        return sorted(found)
+        found = [pair for planned in plan_ranges(window) for pair in reader.fetch(planned)]
+        return sorted((chunk * chunk_size, plain) for chunk, plain in found)
 
     def windows(readers: Crew) -> Iterator[_Window]:
         most = max(1, WINDOW // chunk_size)
         window: _Window = []
         groups = group_pages(root.table, PAGES_PER_GROUP)
-        for pages in readers.ordered(load, groups, PAGES_AHEAD):
+        for pages in readers.ordered(reader.load, groups, PAGES_AHEAD):
             for ref, page in pages:
-                for pair in _chunks(ref, page, root, chunk_size):
+                for pair in reader.chunks(ref, page):
                     window.append(pair)
                     if len(window) == most:
                         yield window
@@ -90,14 +67,3 @@ def read_in_order(repository: Repository, root: Root) -> Generator[tuple[int, by
     ):
         for chunks in crew.ordered(fetch, windows(readers), WINDOWS):
             yield from chunks
-
-
-def _chunks(ref: PageRef, page: Page, root: Root, chunk_size: int) -> Iterator[tuple[int, Entry]]:
-    first = ref.page * PAGE_ENTRIES
-    for chunk, entry in enumerate(page, first):
-        if entry is not None:
-            if chunk_length(chunk, chunk_size, root.summary.size) <= 0:
-                raise CorruptError(
-                    f"page {ref.page} of {root.summary.label} has a chunk beyond the volume's end"
-                )
-            yield chunk, entry

@@ -2,7 +2,7 @@
 
 Always: every record decodes, every page that a snapshot refers to is there and matches its digest,
 every segment is there and long enough for the entries. Deep: every chunk is fetched, decompressed
-and compared with its SHA-256, and segment headers with what their keys say.
+and compared with its SHA-256, and the headers and indexes of segments.
 
 The snapshots of a volume are taken oldest first. A page met before is not looked at again, and
 neither is an entry that is the same as in the page of the snapshot before: with many snapshots of
@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 from backends.errors import CorruptError, InvalidError, NotFoundError
 from backends.objects import ObjectStore
+from snapshots.repository.donors import read_index
 from snapshots.repository.envelope import Kind
 from snapshots.repository.holdings import (
     THREADS,
@@ -47,6 +48,7 @@ from snapshots.repository.pipeline import Crew, leaving_promptly
 from snapshots.repository.reading import Range, plan_ranges, read_page
 from snapshots.repository.records import Config, Intent, Root, Summary, Tombstone
 from snapshots.repository.regions import chunk_length
+from snapshots.repository.roots import find_root
 from snapshots.repository.segments import (
     SEGMENT_HEADER_SIZE,
     PackedChunk,
@@ -224,8 +226,12 @@ class _Verifier:
             except CorruptError as error:
                 self._blame(outcome_key(push), str(error), label)
                 continue
-            root = outcome.root
-            if root is None:
+            if outcome.root is None:
+                continue
+            try:
+                root = find_root(self._store, self._config, push)
+            except (NotFoundError, CorruptError) as error:
+                self._blame(outcome_key(push), str(error), label)
                 continue
             summary = root.summary
             if volume in (None, summary.volume) and snapshot in (None, summary.snapshot):
@@ -357,6 +363,16 @@ class _Verifier:
             return False
         return True
 
+    def _check_index(
+        self, key: str, segment: tuple[str, int]
+    ) -> list[tuple[str, str, Entry | None]]:
+        """The index of a segment, which only a push that goes on with another one reads."""
+        try:
+            read_index(self._store, key, self._segment_sizes[segment[0]][segment[1]])
+        except CorruptError as error:
+            return [(key, str(error), None)]
+        return []
+
     def _fetch(self, root: Root) -> Callable[[_Task], _Result]:
         """The work of a thread: fetch a range and check all that is in it."""
         size, chunk_size = root.summary.size, self._config.chunk_size
@@ -379,7 +395,9 @@ class _Verifier:
                     found = data[:SEGMENT_HEADER_SIZE]
                     if offset:
                         found = self._store.get_range(planned.key, 0, SEGMENT_HEADER_SIZE)
-                    if found != segment_header(*segment):
+                    if found == segment_header(*segment):
+                        damaged += self._check_index(planned.key, segment)
+                    elif found != segment_header(*segment, indexed=False):
                         damaged.append((planned.key, f"{where}: its header is wrong", None))
             except (NotFoundError, CorruptError) as error:
                 return _Result(

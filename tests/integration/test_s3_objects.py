@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import socket
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -113,3 +114,51 @@ def test_a_repository(bucket: str) -> None:
     sink = ModelSink(volume.taken[1].size)
     repository.restore("disk", "two", sink)
     assert sink.data == volume.taken[1].content
+
+
+def test_deletes_free_space(bucket: str) -> None:
+    """Twenty snapshots; pushes, deletes and collections at the same time, from several hosts."""
+    url = f"s3://{bucket}/collected"
+    init_repository(url, 4096)
+    volume = ModelVolume("disk", 4 * MIB)
+    rng = random.Random(1)
+    volume.data[:MIB] = rng.randbytes(MIB)
+    for number in range(20):
+        place = rng.randrange(256) * 4096
+        volume.data[place : place + 4096] = rng.randbytes(4096)
+        volume.snapshot(f"s{number}")
+    for source in volume.taken[:10]:
+        open_repository(url).push(source)
+
+    def push() -> None:
+        for source in volume.taken[10:]:
+            open_repository(url).push(source)
+
+    def delete() -> None:
+        repository = open_repository(url)
+        for source in volume.taken[:10:2]:
+            repository.delete("disk", source.snapshot)
+
+    def collect() -> None:
+        for _ in range(2):
+            open_repository(url).collect()
+
+    with ThreadPoolExecutor(4) as pool:
+        for work in [pool.submit(work) for work in (push, delete, collect, collect)]:
+            work.result()
+    repository = open_repository(url)
+    left = [source for source in volume.taken if source not in volume.taken[:10:2]]
+    assert [item.snapshot for item in repository.list()] == [source.snapshot for source in left]
+    for source in left:
+        sink = ModelSink(source.size)
+        repository.restore("disk", source.snapshot, sink)
+        assert sink.data == source.content
+    assert repository.verify(deep=True).damaged == []
+    stored = sum(size for _, size in repository.store.list(""))
+    repository.delete_all(repository.list())
+    report = repository.collect()
+    assert (report.live, report.under_way) == (0, 0)
+    repository.collect()  # the tombstone of a repack, perhaps
+    after = list(repository.store.list(""))
+    assert {key.split("/")[0] for key, _ in after} <= {"config", "tombstones", "outcomes"}
+    assert sum(size for _, size in after) < 0.02 * stored

@@ -12,6 +12,7 @@ from backends.errors import UnavailableError
 from nbdserve.cli import backup as backup_command
 from snapshots.repository import PushReport, Repository, open_repository
 from snapshots.repository.layout import pointer_key
+from snapshots.repository.records import Pointer
 from tests.nbdserve.volume_content import write
 
 from .conftest import CommandLine
@@ -125,7 +126,7 @@ def test_times_that_no_calendar_has_are_shown_and_left_alone(cli: CommandLine, u
     for name, created in (("one", 9.9e11), ("two", -9.9e11)):
         summary = repository.find("a", name)
         forged = dataclasses.replace(summary, created=created)
-        repository.store.put(pointer_key("a", name, summary.push), forged.encode_pointer())
+        repository.store.put(pointer_key("a", name, summary.push), Pointer(forged).encode())
     years = [found["created"][:4] for found in cli.json("repo", "list", url)["snapshots"]]
     assert years[0] == "0001"
     assert years[-1] == "9999"

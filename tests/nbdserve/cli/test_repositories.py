@@ -19,7 +19,7 @@ from .conftest import CommandLine
 MIB = 1 << 20
 PUSH_KEYS = {
     "volume", "snapshot", "push", "already_there", "parent", "read", "changed", "uploaded",
-    "segments", "pages", "seconds", "warnings",
+    "segments", "pages", "resumed", "seconds", "warnings",
 }  # fmt: skip
 
 
@@ -188,6 +188,24 @@ def test_a_backup_that_cannot_begin_changes_nothing(
         assert cli("backup", *arguments).line
         assert snapshots_of(cli, "a") == []
     assert cli.json("repo", "list", url) == {"snapshots": []}
+
+
+def test_gc(cli: CommandLine, url: str) -> None:
+    fill(cli, "a")
+    cli.done("snapshot", "create", "a@one")
+    cli.done("repo", "push", "a@one", url)
+    cli.done("repo", "delete", url, "a@one")
+    dry = cli.json("repo", "gc", url, "--dry-run")
+    assert dry["dry_run"] is True
+    assert "would free 3" in cli.done("repo", "gc", url, "--dry-run")
+    report = cli.json("repo", "gc", url, "--give-up-after", "12h")
+    assert report["freed"] == dry["freed"] > 3 * MIB
+    assert (report["live"], report["under_way"], report["given_up"]) == (0, 0, 0)
+    root = Path(url.removeprefix("file://"))
+    assert sum(file.stat().st_size for file in root.rglob("*") if file.is_file()) < 2000
+    assert "freed 0" in cli.done("repo", "gc", url)
+    for wrong in ("7", "1y", "-1d", "soon", ""):
+        assert cli("repo", "gc", url, "--give-up-after", wrong).status == 2
 
 
 def test_the_snapshot_of_a_failed_push_is_deleted_again(

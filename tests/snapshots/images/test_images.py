@@ -210,10 +210,10 @@ def test_whoever_reads_goes_away(repository: Repository, pushed: ModelVolume) ->
 
 
 def damage(repository: Repository) -> str:
-    """Flip a byte of the last chunk that was stored; return the segment's key."""
+    """Flip a byte of the first chunk in the last segment; return the segment's key."""
     key, size = list(repository.store.list("segments/"))[-1]
     content = bytearray(repository.store.get(key, size))
-    content[-1] ^= 1
+    content[32] ^= 1  # behind the header
     repository.store.put(key, content)
     return key
 

@@ -17,7 +17,7 @@ from snapshots.repository import Repository, init_in_store
 from snapshots.repository.envelope import Kind, seal
 from snapshots.repository.layout import outcome_key, pointer_key, tombstone_key
 from snapshots.repository.prune import carry_out, plan_prune
-from snapshots.repository.records import Outcome
+from snapshots.repository.records import Outcome, Pointer
 from snapshots.repository.retention import Action, Rules
 from tests.snapshots.repository.model import FaultyStore, ModelSource, ModelVolume
 from tests.snapshots.repository.test_repository import CHUNK, restored
@@ -158,7 +158,7 @@ def test_a_pointer_that_lies_or_is_missing(repository: Repository, store: Faulty
     # This one makes the oldest the newest.
     summary = repository.find("web", "one")
     forged = type(summary)(**{**vars(summary), "created": time.time()})
-    store.put(pointer_key("web", "one", summary.push), forged.encode_pointer())
+    store.put(pointer_key("web", "one", summary.push), Pointer(forged).encode())
     decided = prune(repository, Rules(last=1))
     assert decided["one"][0] is Action.LEAVE
     assert "pointer" in decided["one"][1]
