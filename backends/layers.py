@@ -24,6 +24,7 @@ order between unsynced writes either.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -55,6 +56,12 @@ class DataFile(Protocol):
 
     def read(self, offset: int, buffer: memoryview) -> None:
         """Fill ``buffer``; EIO when the layer ends before it is full."""
+
+    def arrival(self, offset: int, length: int) -> asyncio.Future[None] | None:
+        """What to wait for before ``read`` can serve the range; None: nothing but a disk.
+
+        Called on the event loop. The future ends in an OSError when the range does not come.
+        """
 
     def lend(self, offset: int, length: int) -> tuple[int, int] | None:
         """(descriptor, position) of a file to send the range from, as it can be without a disk.

@@ -129,6 +129,9 @@ class LocalDataFile:
                 return False
             raise
 
+    def arrival(self, offset: int, length: int) -> None:
+        return None
+
     def lend(self, offset: int, length: int) -> tuple[int, int] | None:
         position = offset & _ROW_MASK
         descriptor = self._rows.get(offset >> ROW_SHIFT)

@@ -35,6 +35,9 @@ class MemoryDataFile:
             part = bytes(count) if found is None else found[start : start + count]
             buffer[position : position + count] = part
 
+    def arrival(self, offset: int, length: int) -> None:
+        return None
+
     def lend(self, offset: int, length: int) -> tuple[int, int] | None:
         return None
 

@@ -6,7 +6,8 @@ flight are answered, claims on the control socket end, everything is flushed, th
 A second signal ends the process at once, as a crash would.
 
 With more than one worker, volumes are open in processes of their own (see nbdserve/workers); this
-one does the handshakes, serves the control socket and owns the catalogue.
+one does the handshakes, serves the control socket and owns the catalogue. What lazy volumes lack
+is fetched by yet another one (nbdserve/fetcher).
 """
 
 import asyncio
@@ -27,6 +28,7 @@ from nbdserve.control import address
 from nbdserve.control.client import Client, path
 from nbdserve.control.server import ControlServer
 from nbdserve.control.state import Host, State
+from nbdserve.fetcher.process import FetcherProcess
 from nbdserve.registry import CatalogueExports
 from nbdserve.server import Server
 from nbdserve.server.permissions import Permissions
@@ -55,10 +57,14 @@ async def run(configuration: Configuration, announce: Callable[[str], None]) -> 
         for _ in range(configuration.workers)
         if configuration.workers > 1
     ]
-    stop = _stop_signal(workers)
+    fetcher = FetcherProcess(
+        configuration.data, configuration.log_level, lambda: store.lock_descriptor
+    )
+    stop = _stop_signal(workers, fetcher)
     _raise_descriptor_limit()
-    catalogue = await _open_catalogue(store, workers, stop)
+    catalogue = await _open_catalogue(store, workers, fetcher, stop)
     try:
+        catalogue.hydrate()
         host = Host(configuration.data, daemon=True)
         control = ControlServer(State(catalogue, store, host))
         permissions = Permissions(configuration.exports)
@@ -80,13 +86,16 @@ def _load_certificates(configuration: Configuration) -> dict[TlsConfiguration, T
 
 
 async def _open_catalogue(
-    store: LocalLayerStore, workers: Sequence[WorkerHost], stop: asyncio.Event
+    store: LocalLayerStore,
+    workers: Sequence[WorkerHost],
+    fetcher: FetcherProcess,
+    stop: asyncio.Event,
 ) -> Catalogue:
     """Open it; a command that happens to have the lock is waited for, another daemon is not."""
     deadline = asyncio.get_running_loop().time() + LOCK_SECONDS
     while True:
         try:
-            return await Catalogue.open(store, workers)
+            return await Catalogue.open(store, workers, fetcher)
         except InUseError:
             late = asyncio.get_running_loop().time() > deadline
             if late or stop.is_set() or await asyncio.to_thread(_daemon_serves, store.path):
@@ -153,12 +162,13 @@ def _raise_descriptor_limit() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
-def _stop_signal(workers: Sequence[WorkerHost]) -> asyncio.Event:
-    """Set by the first SIGTERM or SIGINT; the second ends the process and its workers."""
+def _stop_signal(workers: Sequence[WorkerHost], fetcher: FetcherProcess) -> asyncio.Event:
+    """Set by the first SIGTERM or SIGINT; the second ends the process and its children."""
     stop = asyncio.Event()
 
     def receive(number: int) -> None:
         if stop.is_set():
+            fetcher.kill()
             for worker in workers:
                 worker.kill()
             os._exit(128 + number)

@@ -24,6 +24,7 @@ from backends.errors import (
     InvalidError,
     NoSpaceError,
     NotFoundError,
+    StorageError,
     UnavailableError,
     one_line,
 )
@@ -31,11 +32,14 @@ from backends.layers import LayerStore
 from snapshots.checking import Checker, CheckReport
 from snapshots.comparing import Comparison, compare_snapshots, compare_with_now
 from snapshots.contexts import base_of, context_names
+from snapshots.fetcher import Fetcher
 from snapshots.freeing import Freeing
 from snapshots.handle import Lease
 from snapshots.head import create_head
 from snapshots.host import HostLostError, ViewHost
+from snapshots.hydration import Hydration, HydrationInfo
 from snapshots.imports import Imports
+from snapshots.lazy import LazyLayer, create_lazy
 from snapshots.listings import Listings, SnapshotInfo, VolumeInfo, WorkerInfo
 from snapshots.manifest import MAX_LAYERS, Manifest, Snapshot
 from snapshots.manifest_store import ManifestStore, UnreadableVolume
@@ -71,15 +75,24 @@ def _to_its_end(
 class Catalogue:
     """See the module's text; made by ``open``, ended by ``close``."""
 
-    def __init__(self, store: LayerStore, hosts: Sequence[ViewHost] = ()) -> None:
+    def __init__(
+        self, store: LayerStore, hosts: Sequence[ViewHost] = (), fetcher: Fetcher | None = None
+    ) -> None:
         self._store = store
         self._manifests = ManifestStore(store)
         self._views = OpenViews(store, self._manifests, hosts)
         self._commits = asyncio.Lock()
         self._pins = Pins(self._unpinned)
-        self._merging = Merging(store, self._manifests, self._views, self._commits, self._pins)
+        lazy: set[str] = set()
+        self._merging = Merging(
+            store, self._manifests, self._views, self._commits, self._pins, lazy
+        )
+        self._hydration = Hydration(
+            store, self._manifests, self._views, self._commits, fetcher, lazy
+        )
+        self._hydration.on_whole = self._is_whole
         self._sealing = Sealing(store, self._manifests, self._views, self._merging)
-        self._listings = Listings(store, self._manifests, self._views)
+        self._listings = Listings(store, self._manifests, self._views, self._hydration)
         self._imports = Imports(store, self._manifests)
         self._freeing = Freeing(self._manifests, self._views, self._commits, self._merging)
         self._upkeep = Upkeep(store, self._manifests, self._views, self._merging, self._freeing)
@@ -88,15 +101,19 @@ class Catalogue:
         self._closed = False
 
     @classmethod
-    async def open(cls, store: LayerStore, hosts: Sequence[ViewHost] = ()) -> Catalogue:
+    async def open(
+        cls, store: LayerStore, hosts: Sequence[ViewHost] = (), fetcher: Fetcher | None = None
+    ) -> Catalogue:
         """Own the store and read its manifests; InUseError, CorruptError.
 
-        Volumes are opened on ``hosts``, by default in this process.
+        Volumes are opened on ``hosts``, by default in this process. What lazy volumes lack comes
+        through ``fetcher``, from ``hydrate`` on.
         """
         await store.lock()
-        catalogue = cls(store, hosts)
+        catalogue = cls(store, hosts, fetcher)
         try:
             await catalogue._manifests.load()
+            await catalogue._hydration.start()
             await catalogue._upkeep.start()
             await catalogue._views.start()
         except BaseException:
@@ -113,6 +130,7 @@ class Catalogue:
             return
         self._closed = True
         self._freeing.stop()
+        await self._hydration.stop()
         await self._merging.stop()
         if self._upkeep_task is not None:
             self._upkeep_task.cancel()
@@ -134,6 +152,57 @@ class Catalogue:
             if self._closed:
                 raise UnavailableError("nbdserve is shutting down")
             yield
+
+    # Lazy volumes
+
+    def hydrate(self) -> None:
+        """Fetch what lazy volumes lack, from now on."""
+        self._hydration.resume()
+
+    @_to_its_end
+    async def restore_lazily(
+        self, name: str, url: str, volume: str, snapshot: str, rate: int | None = None
+    ) -> VolumeInfo:
+        """Make a volume from a snapshot in a repository, whose data comes when it is read.
+
+        And by and by: ``rate`` bounds how many bytes of that in a second; None does not, 0 is none.
+        """
+        async with self._turn():
+            self._check_free(name)
+        record = await self._hydration.find(url, volume, snapshot, rate)
+        try:
+            check_volume_size(record.size)
+            async with self._turn():
+                self._check_free(name)
+                return await self._create_lazy(name, record)
+        except BaseException:
+            # A volume that may be found at the next start needs the snapshot.
+            if self._manifests.in_doubt is None:
+                with contextlib.suppress(StorageError):
+                    await self._hydration.give_up(record)
+            raise
+
+    @_to_its_end
+    async def set_hydration_rate(self, name: str, rate: int | None) -> VolumeInfo:
+        """Change that rate; does nothing when the volume is whole."""
+        async with self._turn():
+            manifest = self._manifests.get(name)
+            await self._hydration.set_rate(manifest, rate)
+            return await self._listings.volume_if_readable(manifest)
+
+    def hydration(self, name: str) -> HydrationInfo | None:
+        """How far a lazy volume is; None: it is whole. NotFoundError."""
+        return self._hydration.info(self._manifests.get(name))
+
+    def hydrations(self) -> dict[str, HydrationInfo]:
+        """The same of all volumes that are not whole, by name."""
+        found = {name: self.hydration(name) for name in self.volume_names()}
+        return {name: info for name, info in found.items() if info is not None}
+
+    def _is_whole(self, layer: str) -> None:
+        for manifest in self._manifests.uses(layer):
+            self._listings.forget(manifest.id)
+        self._merging.resume()
 
     # Volumes
 
@@ -250,6 +319,7 @@ class Catalogue:
                 raise
             self._listings.forget(manifest.id)
             await self._merging.drop_condemned()
+            self._hydration.prune()
         self._merging.resume()
         self._start(self._freeing.free_shared(manifest.parents))
 
@@ -329,6 +399,7 @@ class Catalogue:
             # Before any of its layers is merged: whoever compares would miss changes.
             await self._views.withdraw(found.id)
             await self._merging.drop_condemned()
+            self._hydration.prune()
         try:
             await self._merging.merge_now(progress)
         finally:
@@ -368,6 +439,7 @@ class Catalogue:
                 raise
             self._listings.forget(manifest.id)
             await self._merging.drop_condemned()
+            self._hydration.prune()
             info = await self._listings.volume_if_readable(self._manifests.get(volume))
         self._merging.resume()
         return info
@@ -480,7 +552,9 @@ class Catalogue:
         """Keep a snapshot's layers as they are until the pin is released, and describe them."""
         async with self._turn():
             manifest = self._manifests.get(volume)
-            pin = self._pins.add(manifest, _find(manifest, snapshot))
+            found = _find(manifest, snapshot)
+            self._hydration.check_whole(manifest, found.layer, f"snapshot {volume}@{snapshot}")
+            pin = self._pins.add(manifest, found)
         try:
             await self._merging.wait_for_pins()
         except BaseException:
@@ -526,6 +600,27 @@ class Catalogue:
         except BaseException:
             await self._take_back(layer)
             raise
+        return await self._listings.volume_if_readable(manifest)
+
+    async def _create_lazy(self, name: str, record: LazyLayer) -> VolumeInfo:
+        self._manifests.check()
+        layer, head = secrets.token_hex(8), secrets.token_hex(8)
+        await self._manifests.condemn_unless_committed(layer)
+        try:
+            await create_lazy(self._store, layer, record)
+            await create_head(self._store, head)
+            parents = {head: layer, layer: ""}
+            manifest = Manifest(
+                _new_id(), name, record.size, time.time(), 0, head, parents
+            ).changed()
+            await self._manifests.commit([manifest])
+        except BaseException:
+            await self._take_back(head)
+            self._manifests.provisional.discard(layer)
+            await self._merging.drop_condemned()
+            raise
+        self._manifests.provisional.discard(layer)
+        self._hydration.adopt(layer, record)
         return await self._listings.volume_if_readable(manifest)
 
     async def _take_back(self, layer: str) -> None:

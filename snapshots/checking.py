@@ -18,17 +18,19 @@ Blocks have no checksums: what is wrong in a layer's data itself cannot be seen.
 from __future__ import annotations
 
 import contextlib
+import functools
 import re
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Set
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 
 from backends.errors import CorruptError, NotFoundError, StorageError, one_line
-from backends.layers import LayerStore
+from backends.layers import DataFile, LayerStore
 from snapshots.examining import examine_log, missing_from
-from snapshots.extent_log import INDEX, JOURNAL, MERGE, SECTOR, LogState
+from snapshots.extent_log import FETCHED, INDEX, JOURNAL, MERGE, SECTOR, LogState
 from snapshots.head import JOURNAL_STEP
 from snapshots.layer import clear_away
+from snapshots.lazy import LAZY, unpack_lazy
 from snapshots.manifest import (
     MAX_LAYERS,
     Manifest,
@@ -89,6 +91,7 @@ class _Layer:
     head: bool
     merging: bool
     logs: dict[str, bytes] = field(default_factory=dict)
+    lazy: bytes | None = None
 
 
 async def _never_open(volume: str) -> bool:
@@ -339,6 +342,8 @@ class Checker:
         read = await self._read_layer(layer)
         if read is None:
             return
+        if read.lazy is not None:
+            await self._check_lazy(layer, read.lazy)
         for log, content in read.logs.items():
             where = self._store.describe(layer, log)
             try:
@@ -354,11 +359,23 @@ class Checker:
                         f"{where}: the record of this merge, of {state.sequence} sectors, is lost"
                     )
             except CorruptError as error:
-                self._find_in(layer, one_line(error))
+                if log == FETCHED:
+                    self._find(one_line(error), "nothing: what it listed is fetched again")
+                else:
+                    self._find_in(layer, one_line(error))
                 continue
             if state.ragged:
                 await self._check_torn(layer, log, content, state)
-            await self._check_data(layer, state)
+            if log != FETCHED:
+                await self._check_data(layer, functools.partial(missing_from, state=state))
+
+    async def _check_lazy(self, layer: str, content: bytes) -> None:
+        try:
+            lazy = unpack_lazy(content, self._store.describe(layer, LAZY))
+        except CorruptError as error:
+            self._find_in(layer, one_line(error))
+            return
+        await self._check_data(layer, lambda data: data.find_short(lazy.ends()))
 
     async def _read_layer(self, layer: str) -> _Layer | None:
         """What is to be examined of a layer; None when nothing, or nothing else, is."""
@@ -384,6 +401,13 @@ class Checker:
                 if heads and await self._check_head(heads[0].id):
                     return None
                 wanted = JOURNAL if heads or INDEX not in files.logs else INDEX
+                if LAZY in files.logs and INDEX not in files.logs:
+                    found.lazy = await store.read_log(layer, LAZY)
+                    # While it is served, it is written to; what is wrong with it harms nobody.
+                    content = await store.read_log(layer, FETCHED)
+                    if content is not None and self._manifests is None:
+                        found.logs[FETCHED] = content
+                    return found
                 if heads and INDEX in files.logs:
                     raise CorruptError(
                         f"{store.describe(layer, INDEX)}: an index in a layer that is written"
@@ -430,6 +454,8 @@ class Checker:
         repaired = False
         if log == MERGE:
             advice = "nothing: it is cut off when the merge goes on"
+        elif log == FETCHED:
+            advice = "nothing: what it listed is fetched again"
         else:
             whole = content[: state.end] + bytes(JOURNAL_STEP)
             async with self._quiet():
@@ -445,11 +471,11 @@ class Checker:
             repaired=repaired,
         )
 
-    async def _check_data(self, layer: str, state: LogState) -> None:
+    async def _check_data(self, layer: str, find: Callable[[DataFile], str | None]) -> None:
         try:
             data = await self._store.open_data(layer, writable=False)
             try:
-                missing = missing_from(data, state)
+                missing = find(data)
             finally:
                 data.close()
         except (OSError, NotFoundError) as error:

@@ -1,4 +1,5 @@
-"""The extent log: which blocks a layer holds, on disk. Journal, index and merge log are all one.
+"""The extent log: which blocks a layer holds, on disk. Journal, index, merge log and the log of
+what was fetched (lazy.py) are all one.
 
 A log is a row of 512-byte **sectors**, the unit that a disk writes whole or not at all::
 
@@ -15,7 +16,7 @@ list the extents that the layer took with data and those that it says are zero, 
 sectors override earlier ones. A **sealed** log (an index) ends in ``[sequence, durable, [], [],
 extents]``, ``extents`` being how many it holds in all.
 
-Behind the last sector of a journal or merge log lies reserved space: zeroes, so that recording what
+Behind the last sector of every other log lies reserved space: zeroes, so that recording what
 was written never fails for want of space. At least one sector of it is always there and durable
 before anything is appended.
 
@@ -53,6 +54,7 @@ FORMAT = 1
 JOURNAL = "journal"
 INDEX = "index"
 MERGE = "merge"
+FETCHED = "fetched"
 
 _HEAD = struct.Struct("<IH")
 _PAYLOAD = SECTOR - _HEAD.size
@@ -177,7 +179,7 @@ def read_log(
 ) -> LogState:
     """Apply a log to ``into``, storing ``data`` and ``zero`` for the two kinds of extent.
 
-    An INDEX must end in its end mark; a JOURNAL or MERGE log ends at its first zero sector.
+    An INDEX must end in its end mark; any other log ends at its first zero sector.
     CorruptError when a byte of it is not right.
     """
     if len(content) < SECTOR:

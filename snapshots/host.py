@@ -45,6 +45,13 @@ class Watcher(Protocol):
     def failed(self, key: str, why: str) -> None:
         """A volume refuses writes and flushes from now on."""
 
+    def wanted(self, host: ViewHost, layer: str, first: int, end: int) -> None:
+        """Chunks of a lazy layer are wanted (lazy_data.py).
+
+        None, ``first`` and ``end`` being 0: the host has just opened it, and wants to know which
+        chunks are here.
+        """
+
 
 class ViewHost(Protocol):
     """Views that are open in one process (see the module's text); sizes in bytes."""
@@ -176,3 +183,17 @@ class ViewHost(Protocol):
 
     async def drop_layer(self, layer: str) -> None:
         """A layer that owns no block any more is in no stack any more."""
+
+    # Lazy layers; the first three take effect at once, and do nothing when it is not open
+
+    def fetched(self, layer: str, runs: Sequence[tuple[int, int]]) -> None:
+        """Runs of chunks (first, end) are here, and can be read."""
+
+    def lost_again(self, layer: str, runs: Sequence[tuple[int, int]]) -> None:
+        """They were here, but the disk could not keep them."""
+
+    def refused(self, layer: str, first: int, end: int, why: str) -> None:
+        """Chunks that are not here do not come for now; reads that wait for them fail."""
+
+    async def complete(self, layer: str) -> None:
+        """A lazy layer has its index now: from here on it is an ordinary layer."""

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from backends.errors import CorruptError, NotFoundError
 from backends.layers import DataFile, LayerStore
 from snapshots.examining import Nothing
 from snapshots.extent_log import INDEX, JOURNAL, MERGE, Extents, LogState, encode_log, read_log
+from snapshots.lazy import LAZY, LazyLayer, read_lazy, unpack_lazy
+from snapshots.lazy_data import LazyDataFile, open_lazy_data
 from snapshots.names import BLOCK_SHIFT, MAX_VOLUME_SIZE
 from snapshots.owner_map import DATA, ZERO, OwnerMap
 
@@ -26,10 +29,14 @@ class OpenLayer:
 
 @dataclass
 class LayerPool:
-    """Every layer that is open in this process, once."""
+    """Every layer that is open in this process, once.
+
+    ``fetch`` asks for chunks of a lazy layer that are not here: see lazy_data.py.
+    """
 
     store: LayerStore
     writable: bool
+    fetch: Callable[[str, int, int], None] | None = None
     _open: dict[str, OpenLayer] = field(default_factory=dict)
     _lock: asyncio.Lock = field(default_factory=asyncio.Lock)
 
@@ -38,10 +45,30 @@ class LayerPool:
         async with self._lock:
             layer = self._open.get(name)
             if layer is None:
-                layer = OpenLayer(name, await self.store.open_data(name, writable=self.writable))
+                layer = OpenLayer(name, await self._open_data(name))
                 self._open[name] = layer
             layer.users += 1
             return layer
+
+    async def _open_data(self, name: str) -> DataFile:
+        data = await self.store.open_data(name, writable=self.writable)
+        try:
+            lazy = await read_lazy(self.store, name)
+            if lazy is None:
+                return data
+            return await open_lazy_data(self.store, name, lazy, data, self.fetch)
+        except BaseException:
+            data.close()
+            raise
+
+    def lazy(self, name: str) -> LazyDataFile | None:
+        """The data of an open layer that was not whole when it was opened."""
+        found = self._open.get(name)
+        return found.data if found and isinstance(found.data, LazyDataFile) else None
+
+    def replace_data(self, name: str, data: DataFile) -> None:
+        """Close ``data`` with an open layer, instead of what was around it."""
+        self._open[name].data = data
 
     def release(self, layer: OpenLayer) -> None:
         """Undo one ``acquire``; the last one closes the data."""
@@ -58,13 +85,28 @@ class LayerPool:
 async def apply_layer(
     store: LayerStore, layer: str, into: Extents, data: int = DATA, zero: int = ZERO
 ) -> LogState:
-    """Apply what ``layer`` holds to ``into``: its index when it is sealed, else its journal."""
+    """Apply what ``layer`` holds to ``into``: its index when it is sealed, else its journal.
+
+    Of one that is not whole it is what the layer claims.
+    """
     # An index that appears while we look takes the journal's place: so look for it again.
     for log in (INDEX, JOURNAL, INDEX):
         content = await store.read_log(layer, log)
         if content is not None:
             return await _apply(store, content, layer, log, into, data, zero)
+    content = await store.read_log(layer, LAZY)
+    if content is not None:
+        return _apply_claims(unpack_lazy(content, store.describe(layer, LAZY)), into, data)
     raise NotFoundError(f"{store.describe(layer, JOURNAL)} is missing: the layer cannot be read")
+
+
+def _apply_claims(lazy: LazyLayer, into: Extents, data: int) -> LogState:
+    """What a layer that is not whole claims, as if an index said it."""
+    if lazy.blocks > into.blocks:
+        raise CorruptError(f"{lazy.source} is longer than the volume")
+    for first, end in lazy.claims:
+        into.set(first, end, data)
+    return LogState(0, 0, False, 0)
 
 
 async def apply_merge(

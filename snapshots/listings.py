@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from backends.errors import StorageError
 from backends.layers import LayerStore
+from snapshots.hydration import Hydration, HydrationInfo
 from snapshots.manifest import Manifest, Snapshot
 from snapshots.manifest_store import ManifestStore
 from snapshots.names import BLOCK_SHIFT
@@ -21,6 +22,7 @@ class VolumeInfo:
 
     ``mapped`` is what the volume holds data for, ``own`` the disk space of layers that only it
     uses, ``shared`` that of layers that other volumes use too; None: its files cannot be read.
+    ``hydration`` says how far a volume is that was restored lazily, and is not whole yet.
     """
 
     name: str
@@ -33,6 +35,7 @@ class VolumeInfo:
     own: int | None
     shared: int | None
     clients: int
+    hydration: HydrationInfo | None = None
 
 
 @dataclass(frozen=True)
@@ -60,10 +63,17 @@ class WorkerInfo:
 class Listings:
     """Puts the facts together; the caller holds the catalogue's commits."""
 
-    def __init__(self, store: LayerStore, manifests: ManifestStore, views: OpenViews) -> None:
+    def __init__(
+        self,
+        store: LayerStore,
+        manifests: ManifestStore,
+        views: OpenViews,
+        hydration: Hydration,
+    ) -> None:
         self._store = store
         self._manifests = manifests
         self._views = views
+        self._hydration = hydration
         self._mapped: dict[str, int] = {}
 
     def forget(self, volume: str) -> None:
@@ -107,6 +117,7 @@ class Listings:
             own=own,
             shared=shared,
             clients=self._views.clients(manifest.id),
+            hydration=self._hydration.info(manifest),
         )
 
     async def _count_mapped(self, manifest: Manifest) -> int:

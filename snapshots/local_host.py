@@ -6,7 +6,7 @@ import asyncio
 import functools
 import logging
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from backends.layers import LayerStore
@@ -15,10 +15,11 @@ from snapshots.extent_log import Run
 from snapshots.handle import Handle
 from snapshots.head import Head, open_head
 from snapshots.host import HostLostError, MergeNames, Watcher
-from snapshots.layer import LayerPool, apply_merge
+from snapshots.layer import LayerPool, apply_layer, apply_merge
 from snapshots.manifest import Merge
 from snapshots.names import BLOCK_SHIFT
-from snapshots.owner_map import OwnerMap
+from snapshots.owner_map import REGION, OwnerMap
+from snapshots.punching import gaps
 from snapshots.threads import Threads
 from snapshots.view import View, load_stack
 from snapshots.volume import Volume
@@ -46,7 +47,7 @@ class LocalHost:
         self.pid = os.getpid()
         self._store = store
         self._threads = threads
-        self._pool = LayerPool(store, writable=True)
+        self._pool = LayerPool(store, writable=True, fetch=self._fetch)
         self._views: dict[str, View] = {}
         self._volumes: dict[str, _Writing] = {}
         self._watcher: Watcher | None = None
@@ -136,6 +137,7 @@ class LocalHost:
 
     async def _close(self, view: View) -> None:
         view.closed = True
+        view.stop_waiting()
         if isinstance(view, Volume):
             await view.quiesce()
             if hasattr(view, "head"):
@@ -156,6 +158,10 @@ class LocalHost:
     def _failed(self, key: str, why: str) -> None:
         if self._watcher is not None:
             self._watcher.failed(key, why)
+
+    def _fetch(self, layer: str, first: int, end: int) -> None:
+        if self._watcher is not None:
+            self._watcher.wanted(self, layer, first, end)
 
     async def flush(self, key: str) -> None:
         await self.view(key).flush()
@@ -300,6 +306,53 @@ class LocalHost:
             if view.slot_of(layer) is not None:
                 await view.reads_before_now()
                 self._pool.release(view.drop_layer(layer))
+
+    # Lazy layers
+
+    def fetched(self, layer: str, runs: Sequence[tuple[int, int]]) -> None:
+        data = self._pool.lazy(layer)
+        if data is not None:
+            data.fetched(runs)
+
+    def lost_again(self, layer: str, runs: Sequence[tuple[int, int]]) -> None:
+        data = self._pool.lazy(layer)
+        if data is not None:
+            data.lost(runs)
+
+    def refused(self, layer: str, first: int, end: int, why: str) -> None:
+        data = self._pool.lazy(layer)
+        if data is not None:
+            data.refused(first, end, why)
+
+    async def complete(self, layer: str) -> None:
+        data = self._pool.lazy(layer)
+        if data is None:
+            return
+        holds = OwnerMap(data.lazy.blocks)
+        try:
+            await apply_layer(self._store, layer, holds)
+            # From here on nothing can fail: it is done for all views, or for none.
+            data.fetched(list(data.lazy.chunk_runs()))
+            self._pool.replace_data(layer, data.data)
+            for view in list(self._views.values()):
+                slot = view.slot_of(layer)
+                if slot is not None:
+                    view.replace_data(layer, data.data)
+                    await _disown(view, slot, data.lazy.claims, holds)
+        finally:
+            holds.close()
+
+
+async def _disown(
+    view: View, slot: int, claims: Iterable[tuple[int, int]], holds: OwnerMap
+) -> None:
+    """Let blocks that a layer claimed and does not hold be nobody's: they read as zeroes."""
+    for first, last in claims:
+        for start in range(first, last, REGION):
+            end = min(last, start + REGION)
+            for begin, stop in gaps(holds, start, end):
+                view.owners.replace(begin, stop, slot, 0)
+            await asyncio.sleep(0)
 
 
 def _merges(names: Sequence[MergeNames]) -> dict[str, Merge]:

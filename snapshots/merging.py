@@ -2,7 +2,8 @@
 
 Every pair of layers that nothing tells apart any more is merged (merge.py has how), first those
 that were begun before. A pin on a layer stops its merge after the chunk in hand; it goes on when
-the pin is gone. So does, at the next start, a merge that a crash interrupted.
+the pin is gone. So does, at the next start, a merge that a crash interrupted. Layers that are
+``lazy``, not whole yet, are left alone.
 
 ``lock`` also covers turning a sealed layer's journal into its index: both write a layer's logs.
 """
@@ -12,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Set
 from typing import Any
 
 from backends.errors import StorageError
@@ -43,6 +44,7 @@ class Merging:
         views: OpenViews,
         commits: asyncio.Lock,
         pins: Pins,
+        lazy: Set[str] = frozenset(),
     ) -> None:
         self.lock = asyncio.Lock()
         self.deferred = False
@@ -51,6 +53,7 @@ class Merging:
         self._views = views
         self._commits = commits
         self._pins = pins
+        self._lazy = lazy
         self._running: Merge | None = None
         self._claiming = asyncio.Lock()
         self._claimed: set[str] = set()
@@ -84,7 +87,9 @@ class Merging:
                 _log.warning("layers of deleted snapshots stay for now: %s", error)
 
     async def nobody_reads(self, layer: str) -> bool:
-        """Whether no other process reads a layer that no snapshot has."""
+        """Whether no other process reads, or fills, a layer that no snapshot has."""
+        if layer in self._lazy:
+            return False
         async with self._claiming:
             if layer in self._claimed:
                 return True
@@ -158,7 +163,8 @@ class Merging:
         return None
 
     def _free(self, lower: str, upper: str, tried: set[tuple[str, str]]) -> bool:
-        return (lower, upper) not in tried and not self._pins.touch((lower, upper))
+        pair = (lower, upper)
+        return pair not in tried and not self._pins.touch(pair) and self._lazy.isdisjoint(pair)
 
     async def _merge(self, merge: Merge, progress: Progress | None) -> None:
         claims: list[LayerClaim] = []
@@ -205,7 +211,7 @@ class Merging:
 
     async def _index(self, layer: str) -> None:
         async with self.lock:
-            if not self._manifests.uses(layer):
+            if not self._manifests.uses(layer) or layer in self._lazy:
                 return
             holds = OwnerMap(self._blocks(layer))
             try:

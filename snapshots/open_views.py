@@ -82,6 +82,7 @@ class OpenViews:
         self._lost_volumes: set[str] = set()
         self.orderly = True
         self._tasks: set[asyncio.Task[None]] = set()
+        self.on_wanted: Callable[[str, int, int], None] = lambda layer, first, end: None
 
     async def start(self) -> None:
         """Start the hosts."""
@@ -103,6 +104,10 @@ class OpenViews:
         if gone:
             names = ", ".join(sorted(view.name for view in gone))
             _log.error("closed with their worker: %s; what was not flushed may be lost", names)
+
+    def wanted(self, host: ViewHost, layer: str, first: int, end: int) -> None:
+        """Chunks of a lazy layer are wanted, or which are here (host.py)."""
+        self.on_wanted(layer, first, end)
 
     def failed(self, key: str, why: str) -> None:
         """A volume stays read-only, however often it is opened again."""
@@ -432,6 +437,27 @@ class OpenViews:
         await _all_but_lost(host.drop_layer(layer) for host in self._hosts_of(layer))
         for view in self._open.values():
             view.layers.discard(layer)
+
+    # Lazy layers
+
+    def fetched(self, layer: str, runs: Sequence[tuple[int, int]]) -> None:
+        """Runs of chunks of a lazy layer are here."""
+        for host in self._hosts_of(layer):
+            host.fetched(layer, runs)
+
+    def lost_again(self, layer: str, runs: Sequence[tuple[int, int]]) -> None:
+        """They were, but the disk failed to keep them."""
+        for host in self._hosts_of(layer):
+            host.lost_again(layer, runs)
+
+    def refused(self, layer: str, first: int, end: int, why: str) -> None:
+        """What of these chunks is not here does not come for now."""
+        for host in self._hosts_of(layer):
+            host.refused(layer, first, end, why)
+
+    async def complete(self, layer: str) -> None:
+        """A lazy layer has its index now; holds ``stacks``."""
+        await _all_but_lost(host.complete(layer) for host in self._hosts_of(layer))
 
     def _hosts_of(self, layer: str) -> list[ViewHost]:
         """The hosts that have views with a layer."""

@@ -8,6 +8,8 @@ A read looks at the owners of its blocks. One owner, the usual case, means one r
 data at the same offset; several mean one for each run. ``try_read`` does that on the event loop,
 as long as the page cache has it; ``read`` finishes in a thread what is not.
 
+What is not here at all, only in a repository (lazy.py), ``read`` waits for without a thread.
+
 A read in a thread goes by the owners that it saw when it began. Whoever takes bytes away from
 a layer (a merge, closing) changes the owner map first and then waits for ``reads_before_now``.
 """
@@ -17,7 +19,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from itertools import islice
 from time import monotonic
 from typing import Any
@@ -67,6 +69,7 @@ class View:
         self.closed = False
         self._threads = threads
         self._reading: set[asyncio.Future[Any]] = set()
+        self._arriving: set[asyncio.Future[None]] = set()
         self._readahead = Readahead()
 
     # Stack
@@ -95,6 +98,14 @@ class View:
         self._readers[slot] = _read_zeroes
         self._lenders[slot] = _lend_nothing
         return layer
+
+    def replace_data(self, name: str, data: DataFile) -> None:
+        """Read a layer of the stack from ``data`` from now on, which holds the same."""
+        slot = self.slot_of(name)
+        if slot is not None:
+            self._files[slot] = data
+            self._readers[slot] = data.try_read
+            self._lenders[slot] = data.lend
 
     def slot_of(self, name: str) -> int | None:
         """The slot of a layer, None when it is not in the stack."""
@@ -194,9 +205,54 @@ class View:
             ahead = self._readahead.missed(offset, len(buffer))
             if ahead is not None:
                 self._read_ahead(*ahead)
-            reading = self._threads.cold_reads.read(waiting)
+            arriving = [
+                arrival
+                for file, start, part in waiting
+                if (arrival := file.arrival(start, len(part))) is not None
+            ]
+            reading: asyncio.Future[Any]
+            if arriving:
+                reading = asyncio.ensure_future(self._read_arriving(arriving, waiting))
+            else:
+                reading = self._threads.cold_reads.read(waiting)
             self.note_reading(reading)
             await asyncio.shield(reading)
+
+    async def _read_arriving(
+        self, arriving: list[asyncio.Future[None]], waiting: list[Part]
+    ) -> None:
+        """Read when everything that is not here yet has come; OSError when it does not."""
+        await self._await_all(arriving)
+        await self._threads.cold_reads.read(waiting)
+
+    async def await_blocks(self, blocks: Iterable[int]) -> None:
+        """Wait until these blocks can be read without waiting for more than a disk; OSError."""
+        arriving = []
+        for block in blocks:
+            file = self._files[self._raw[block]]
+            arrival = file and file.arrival(block << BLOCK_SHIFT, BLOCK_SIZE)
+            if arrival:
+                arriving.append(arrival)
+        if arriving:
+            await self._await_all(arriving)
+
+    async def _await_all(self, arriving: list[asyncio.Future[None]]) -> None:
+        self._arriving.update(arriving)
+        if self.closed:
+            self.stop_waiting()
+        try:
+            await asyncio.wait(arriving)
+        finally:
+            self._arriving.difference_update(arriving)
+        errors = [error for arrival in arriving if (error := arrival.exception()) is not None]
+        if errors:
+            raise errors[0]
+
+    def stop_waiting(self) -> None:
+        """Let reads fail that wait for something to arrive: nobody waits for them any more."""
+        for arrival in self._arriving:
+            if not arrival.done():
+                arrival.set_exception(OSError(errno.EIO, f"{self.name} is closed"))
 
     def parts(
         self, offset: int, buffer: memoryview

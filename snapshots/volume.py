@@ -171,6 +171,10 @@ class Volume(View):
             self._check_writable()
             if self._raw[first:last].count(self.head.slot) != last - first:
                 await self._make_room()
+            if (offset | end) & _BLOCK_MASK:
+                # Before the write counts as under way: a snapshot waits for those.
+                edges = ((offset, first), (end, last - 1))
+                await self.await_blocks(block for at, block in edges if at & _BLOCK_MASK)
             head = self.head
             owned = self._raw[first:last].count(head.slot) == last - first
             head.begin_write()

@@ -8,6 +8,8 @@ from typing import Any, TypeVar
 
 import click
 
+from snapshots.names import parse_size
+
 Decorated = TypeVar("Decorated", bound=Callable[..., Any])
 
 _DATA = "nbdserve.data"
@@ -54,6 +56,21 @@ class Duration(click.ParamType[float]):
         if match is None or not (match[2] or match[1] == "0"):
             self.fail(f"{value!r} is no time such as 90s, 30m, 12h or 7d", param, ctx)
         return float(int(match[1]) * _SECONDS.get(match[2], 1))
+
+
+def rate_option(function: Decorated) -> Decorated:
+    """``--rate``; ``parse_rate`` reads it."""
+    return click.option(
+        "--rate",
+        metavar="RATE",
+        help="Bytes a second for what nobody reads yet, such as 50M; 0 for none, or unlimited."
+        "  [default: unlimited]",
+    )(function)
+
+
+def parse_rate(text: str | None) -> int | None:
+    """Bytes a second; None: no bound. InvalidError."""
+    return None if text in (None, "unlimited") else parse_size(text)
 
 
 def given_data_directory() -> Path | None:

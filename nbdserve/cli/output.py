@@ -74,6 +74,24 @@ def describe_unreadable(volume: Document) -> str:
     return f"volume {volume['name'] or volume['id']} cannot be read: {volume['problem']}"
 
 
+def describe_hydration(hydration: Document | None) -> str:
+    """How far a volume that was restored lazily is."""
+    if hydration is None:
+        return "whole"
+    fetched, total = format_size(hydration["fetched"]), format_size(hydration["total"])
+    rate = hydration["rate"]
+    speed = "" if rate is None else f", at most {format_size(rate)} a second by itself"
+    problem = "" if hydration["problem"] is None else f"; {hydration['problem']}"
+    return (
+        f"{fetched} of {total} ({percentage(hydration)}) of {hydration['source']}{speed}{problem}"
+    )
+
+
+def percentage(hydration: Document) -> str:
+    """The part of it that is here."""
+    return f"{100 * hydration['fetched'] // max(1, hydration['total'])} %"
+
+
 def format_size(size: float) -> str:
     """``size`` in bytes as ``512``, ``4K`` or ``1.5G`` (powers of 1024)."""
     if size < 1024:

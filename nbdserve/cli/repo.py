@@ -8,7 +8,14 @@ from backends.errors import CorruptError
 from nbdserve.cli.comparing import diff
 from nbdserve.cli.images import export, import_
 from nbdserve.cli.keys import key
-from nbdserve.cli.options import Duration, data_directory, data_option, json_option
+from nbdserve.cli.options import (
+    Duration,
+    data_directory,
+    data_option,
+    json_option,
+    parse_rate,
+    rate_option,
+)
 from nbdserve.cli.output import (
     format_size,
     print_json,
@@ -22,7 +29,13 @@ from nbdserve.cli.reports import print_notice, print_warnings, push_line, summar
 from nbdserve.cli.session import Session
 from nbdserve.cli.transfer import push as push_snapshot
 from nbdserve.cli.transfer import restore as restore_snapshot
-from nbdserve.cli.unlocking import RepositoryGroup, init_repository, open_repository
+from nbdserve.cli.unlocking import (
+    RepositoryGroup,
+    init_repository,
+    open_repository,
+    refuse_key_options,
+)
+from nbdserve.control.client import path
 from snapshots.names import check_name, parse_size, parse_snapshot_name
 from snapshots.repository import (
     DEFAULT_CHUNK_SIZE,
@@ -124,13 +137,30 @@ def push(snapshot: str, url: str, as_json: bool) -> None:
 @click.argument("url")
 @click.argument("snapshot", metavar="VOL@SNAP")
 @click.argument("new", metavar="NEWVOL")
+@click.option(
+    "--lazy",
+    is_flag=True,
+    help="Make it at once; its data comes when it is read, and by and by, with the daemon's"
+    " credentials.",
+)
+@rate_option
 @data_option
 @json_option
-def restore(url: str, snapshot: str, new: str, as_json: bool) -> None:
+def restore(url: str, snapshot: str, new: str, lazy: bool, rate: str | None, as_json: bool) -> None:
     """Make the volume NEWVOL from a snapshot at URL; everything read is verified."""
     volume, name = parse_snapshot_name(snapshot)
     check_name("volume", new)
     data = data_directory()
+    if lazy:
+        refuse_key_options()
+        body = {"volume": new, "url": url, "snapshot": snapshot, "rate": parse_rate(rate)}
+        with Session(data, create=True) as session:
+            made = session.client.post(path("restores"), body)
+        line = f"made volume {new} of {snapshot}, {format_size(made['size'])}; its data is fetched"
+        print_result({"restored": made}, as_json, line)
+        return
+    if rate is not None:
+        raise click.UsageError("--rate is for --lazy", click.get_current_context())
     repository = open_repository(url)
     with Session(data, create=True) as session:
         report, restored = restore_snapshot(session, repository, volume, name, new)

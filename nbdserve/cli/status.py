@@ -5,7 +5,13 @@ from typing import Any
 import click
 
 from nbdserve.cli.options import data_directory, data_option, json_option
-from nbdserve.cli.output import describe_unreadable, format_size, print_fields, seconds_of
+from nbdserve.cli.output import (
+    describe_hydration,
+    describe_unreadable,
+    format_size,
+    print_fields,
+    seconds_of,
+)
 from nbdserve.cli.session import Session
 from nbdserve.control.client import path
 
@@ -32,6 +38,11 @@ def status(as_json: bool) -> None:
         "snapshots": str(document["snapshots"]),
         "clients": str(document["clients"]),
         "backups": ", ".join(document["backups"]) or "-",
+        "fetched": "; ".join(
+            f"volume {found['volume']}: {describe_hydration(found)}"
+            for found in document["hydrations"]
+        )
+        or "-",
         "version": document["version"],
     }
     print_fields(document, as_json, fields)

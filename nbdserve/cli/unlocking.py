@@ -55,6 +55,18 @@ def open_repository(url: str) -> Repository:
     return repositories.open_repository(url, _given_key(url))
 
 
+def refuse_key_options() -> None:
+    """UsageError when an option names a key that the daemon, who opens the repository, has not."""
+    for name in click.get_current_context().meta.get(_SOURCE, {}):
+        option = "--" + name.replace("_", "-")
+        variable = "NBDSERVE_" + name.upper()
+        raise click.UsageError(
+            f"{option}: the daemon fetches what is restored lazily, so the key has to be named in"
+            f" its environment: {variable}",
+            click.get_current_context(),
+        )
+
+
 def init_repository(url: str, chunk_size: int, encrypt: bool) -> Repository:
     """Make a repository: encrypted when asked for, or when a key is named."""
     repositories.check_chunk_size(chunk_size)

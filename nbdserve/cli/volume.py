@@ -4,16 +4,26 @@ from typing import Any
 
 import click
 
-from nbdserve.cli.options import data_directory, data_option, json_option
+from backends.errors import UnavailableError
+from nbdserve.cli.options import (
+    data_directory,
+    data_option,
+    json_option,
+    parse_rate,
+    rate_option,
+)
 from nbdserve.cli.output import (
+    describe_hydration,
     describe_unreadable,
     format_size,
+    percentage,
     print_fields,
     print_json,
     print_listing,
     print_result,
     seconds_of,
 )
+from nbdserve.cli.progress import Progress
 from nbdserve.cli.session import Session
 from nbdserve.control.client import path
 from snapshots.names import check_name, parse_size
@@ -26,8 +36,14 @@ _COLUMNS = {
     "shared": lambda v: format_size(v["shared"]),
     "snapshots": lambda v: str(v["snapshots"]),
     "clients": lambda v: str(v["clients"]),
+    "fetched": lambda v: _fetched(v["hydration"]),
     "created": lambda v: seconds_of(v["created"]),
 }
+
+
+def _fetched(hydration: dict[str, Any] | None) -> str:
+    """How much of a volume is here."""
+    return "all" if hydration is None else percentage(hydration)
 
 
 @click.group()
@@ -71,7 +87,8 @@ def list_(as_json: bool) -> None:
     """List the volumes.
 
     MAPPED is what the guest sees as data; OWN and SHARED are bytes on disk, in layers of this
-    volume alone and in layers that other volumes use too. Volumes that cannot be read are named on
+    volume alone and in layers that other volumes use too. FETCHED is how much of what was restored
+    lazily is here. Volumes that cannot be read are named on
     standard error.
     """
     with Session(data_directory()) as session:
@@ -102,6 +119,7 @@ def show(name: str, as_json: bool) -> None:
         "layers": str(info["layers"]),
         "snapshots": str(info["snapshots"]),
         "clients": str(info["clients"]),
+        "fetched": "all" if info["hydration"] is None else describe_hydration(info["hydration"]),
         "created": seconds_of(info["created"]),
     }
     print_fields(info, as_json, fields)
@@ -130,6 +148,46 @@ def rename(old: str, new: str, as_json: bool) -> None:
     with Session(data_directory()) as session:
         info = session.client.post(path("volumes", _checked(old), "rename"), {"name": new})
     _print(info, as_json, "renamed")
+
+
+@volume.command()
+@click.argument("name")
+@rate_option
+@click.option("--wait", is_flag=True, help="Return when the volume is whole.")
+@data_option
+@json_option
+def hydrate(name: str, rate: str | None, wait: bool, as_json: bool) -> None:
+    """Change how fast the rest of a lazily restored volume is fetched, or wait for it.
+
+    When Ctrl-C interrupts the waiting, the daemon goes on fetching. Without a daemon this command
+    does it as long as it waits.
+    """
+    if rate is None and not wait:
+        raise click.UsageError("give --rate or --wait", click.get_current_context())
+    where = path("volumes", _checked(name), "hydration")
+    with Session(data_directory()) as session:
+        if rate is not None:
+            session.client.post(where, {"rate": parse_rate(rate)})
+        if wait:
+            _await_whole(session, name)
+        info = session.client.get(path("volumes", name))
+    state = "whole" if wait else describe_hydration(info["hydration"])
+    print_result(info, as_json, f"volume {name}: {state}")
+
+
+def _await_whole(session: Session, name: str) -> None:
+    where = path("volumes", name, "hydration")
+    problem = None
+    with session.client.stream("GET", where) as answer, Progress(f"fetching {name}") as progress:
+        for line in answer.lines():
+            if "done" in line:
+                progress.update(line["done"], line["total"])
+                if line["problem"] not in (None, problem):
+                    click.echo(f"nbdserve: warning: {line['problem']}", err=True)
+                problem = line["problem"]
+            elif line.get("whole"):
+                return
+    raise UnavailableError("the daemon closed the connection before the volume was whole")
 
 
 @volume.command()

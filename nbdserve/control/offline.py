@@ -14,9 +14,12 @@ from pathlib import Path
 from backends.local_layers import LocalLayerStore
 from nbdserve.control.server import ControlServer
 from nbdserve.control.state import Host, State
+from nbdserve.fetcher.process import FetcherProcess
 from snapshots.catalogue import Catalogue
 
 log = logging.getLogger(__name__)
+
+_LOG_LEVEL = "warning"
 
 
 class OfflineServer:
@@ -53,7 +56,9 @@ class OfflineServer:
 
     async def _serve(self) -> None:
         store = LocalLayerStore(self._data)
-        catalogue = await Catalogue.open(store)
+        # It finds what is to be restored lazily; fetching it is left to the daemon.
+        fetcher = FetcherProcess(self._data, _LOG_LEVEL, lambda: store.lock_descriptor)
+        catalogue = await Catalogue.open(store, fetcher=fetcher)
         try:
             await self._serve_until_left(store, catalogue)
         finally:

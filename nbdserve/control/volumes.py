@@ -1,5 +1,6 @@
 """Requests about volumes, and the status of the process that serves them."""
 
+import dataclasses
 import os
 from importlib.metadata import version
 
@@ -42,6 +43,10 @@ async def status(request: web.Request) -> web.Response:
             "clients": sum(info.clients for info in volumes)
             + sum(info.clients for info in snapshots),
             "backups": sorted(state.backups),
+            "hydrations": [
+                {"volume": name, **dataclasses.asdict(info)}
+                for name, info in state.catalogue.hydrations().items()
+            ],
             "free": space.free,
             "total": space.total,
         }

@@ -6,11 +6,9 @@
                  |                        |
                  +--------- close --------+--> CLOSED
 
-A worker is a fresh program with one end of a channel as its way to the daemon. It has the locked
-descriptor of the data directory too: while any worker of a killed daemon lives, no other process
-can own the directory. Whatever goes wrong with the channel ends the process; that it has ended
-is known from the process itself (a pidfd), and only then are its calls answered (HostLostError),
-its connections ended, and the catalogue told: nothing is written any more.
+A worker is a child of the daemon (child.py). Whatever goes wrong with the channel ends it; only
+when it has ended are its calls answered (HostLostError), its connections ended, and the catalogue
+told: nothing is written any more.
 
 The pause is 0 the first time, and grows while workers of this place die soon after their start.
 """
@@ -18,19 +16,14 @@ The pause is 0 the first time, and grows while workers of this place die soon af
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
-import os
-import signal
 import socket
-import subprocess
-import sys
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
 from backends.errors import UnavailableError
-from nbdserve.workers.channel import Channel
+from nbdserve.workers.child import Child, how_it_ended
 from nbdserve.workers.export import Connections, WorkerExport
 from snapshots.extent_log import Run
 from snapshots.host import HostLostError, MergeNames, Watcher
@@ -49,45 +42,18 @@ log = logging.getLogger(__name__)
 class _Process:
     """One worker process from its start to its end."""
 
-    def __init__(self, host: WorkerHost, command: Sequence[str], lock: int) -> None:
-        self._loop = asyncio.get_running_loop()
+    def __init__(self, host: WorkerHost, arguments: tuple[str, ...], lock: int) -> None:
         self._host = host
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
-        try:
-            self.process = subprocess.Popen(
-                [*command, str(theirs.fileno())],
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                pass_fds=(theirs.fileno(), lock),
-                env={**os.environ, "PYTHONPATH": _module_path()},
-                process_group=0,  # a terminal's Ctrl-C is for the daemon, which tells them
-            )
-            self._pidfd = os.pidfd_open(self.process.pid)
-        except BaseException:
-            ours.close()  # which ends a process that was started
-            raise
-        finally:
-            theirs.close()
-        self.begun = self._loop.time()
-        self.ended: asyncio.Future[int] = self._loop.create_future()
-        self.channel = Channel(ours, self)
+        self.child = Child("nbdserve.workers", arguments, lock, self, self._on_end)
+        self.channel = self.child.channel
         self.connections = Connections(self.channel)
-        self._loop.add_reader(self._pidfd, self._on_end)
 
-    def kill(self) -> None:
-        self.process.kill()
-
-    def _on_end(self) -> None:
-        self._loop.remove_reader(self._pidfd)
-        os.close(self._pidfd)
-        status = self.process.wait()
-        self.channel.close()
+    def _on_end(self, status: int) -> None:
         self._host.process_ended(self, status)
         self.channel.fail_calls(
-            HostLostError(f"worker process {self.process.pid} has ended; try again")
+            HostLostError(f"worker process {self.child.pid} has ended; try again")
         )
         self.connections.lost()
-        self.ended.set_result(status)
 
     # What comes from the worker
 
@@ -101,28 +67,23 @@ class _Process:
             self.connections.gone(*arguments)
         elif name == "failed":
             self._host.volume_failed(*arguments)
+        elif name == "wanted":
+            self._host.chunks_wanted(*arguments)
         else:
             raise ValueError(f"event {name!r}")
 
     def closed(self, wrong: str | None) -> None:
         if wrong is not None:
-            log.error("worker process %d is ended: %s", self.process.pid, wrong)
+            log.error("worker process %d is ended: %s", self.child.pid, wrong)
         if wrong is not None or not self._host.closing:
-            self.kill()
+            self.child.kill()
 
 
 class WorkerHost:
     """A ``ViewHost`` (see the module's text)."""
 
     def __init__(self, data: Path, log_level: str, lock: Callable[[], int]) -> None:
-        self._command = (
-            sys.executable,
-            "-P",
-            "-m",
-            "nbdserve.workers",
-            str(data),
-            log_level,
-        )
+        self._arguments = (str(data), log_level)
         self._lock = lock
         self._watcher: Watcher | None = None
         self._process: _Process | None = None
@@ -136,7 +97,7 @@ class WorkerHost:
 
     @property
     def pid(self) -> int | None:
-        return None if self._process is None else self._process.process.pid
+        return None if self._process is None else self._process.child.pid
 
     async def start(self, watcher: Watcher) -> None:
         self._watcher = watcher
@@ -146,7 +107,7 @@ class WorkerHost:
             raise UnavailableError(f"a worker cannot be started: {error.strerror}") from error
 
     def _spawn(self) -> _Process:
-        return _Process(self, self._command, self._lock())
+        return _Process(self, self._arguments, self._lock())
 
     def _start_again(self) -> None:
         self._restart = None
@@ -166,12 +127,12 @@ class WorkerHost:
         self._process = None
         if self.closing:
             if status:
-                log.warning("worker process %d %s", process.process.pid, _how(status))
+                log.warning("worker process %d %s", process.child.pid, how_it_ended(status))
             return
-        log.error("worker process %d %s", process.process.pid, _how(status))
+        log.error("worker process %d %s", process.child.pid, how_it_ended(status))
         assert self._watcher is not None
         self._watcher.lost(self)
-        if asyncio.get_running_loop().time() - process.begun > _LONG_LIFE:
+        if asyncio.get_running_loop().time() - process.child.begun > _LONG_LIFE:
             self._pause = 0.0
         self._plan_restart()
 
@@ -179,6 +140,11 @@ class WorkerHost:
         """Called by the process."""
         assert self._watcher is not None
         self._watcher.failed(key, why)
+
+    def chunks_wanted(self, layer: str, first: int, end: int) -> None:
+        """Called by the process."""
+        assert self._watcher is not None
+        self._watcher.wanted(self, layer, first, end)
 
     async def close(self) -> None:
         self.closing = True
@@ -188,16 +154,12 @@ class WorkerHost:
         if process is None:
             return
         process.channel.event("stop")
-        try:
-            await asyncio.wait_for(asyncio.shield(process.ended), STOP_SECONDS)
-        except TimeoutError:
-            log.warning("worker process %d does not end by itself", process.process.pid)
-            process.kill()
-            await process.ended
+        if not await process.child.wait(STOP_SECONDS):
+            log.warning("worker process %d did not end by itself", process.child.pid)
 
     def kill(self) -> None:
         if self._process is not None:
-            self._process.kill()
+            self._process.child.kill()
 
     def lease(
         self,
@@ -301,15 +263,18 @@ class WorkerHost:
     async def drop_layer(self, layer: str) -> None:
         await self._call("drop_layer", layer)
 
+    def fetched(self, layer: str, runs: Sequence[tuple[int, int]]) -> None:
+        self._tell("fetched", layer, runs)
 
-def _module_path() -> str:
-    """Where this process finds modules, for one that shall find the same."""
-    return os.pathsep.join(str(Path(entry).absolute()) for entry in sys.path)
+    def lost_again(self, layer: str, runs: Sequence[tuple[int, int]]) -> None:
+        self._tell("lost_again", layer, runs)
 
+    def refused(self, layer: str, first: int, end: int, why: str) -> None:
+        self._tell("refused", layer, first, end, why)
 
-def _how(status: int) -> str:
-    if status >= 0:
-        return f"ended with status {status}"
-    with contextlib.suppress(ValueError):
-        return f"was ended by {signal.Signals(-status).name}"
-    return f"was ended by signal {-status}"
+    def _tell(self, name: str, *arguments: Any) -> None:
+        if self._process is not None:
+            self._process.channel.event(name, *arguments)
+
+    async def complete(self, layer: str) -> None:
+        await self._call("complete", layer)

@@ -53,8 +53,10 @@ _METHODS: Final = frozenset(
         "move",
         "follow_merge",
         "drop_layer",
+        "complete",
     )
 )
+_TOLD: Final = frozenset(("fetched", "lost_again", "refused"))
 
 log = logging.getLogger(__name__)
 
@@ -90,6 +92,9 @@ class Worker:
     def failed(self, key: str, why: str) -> None:
         self._channel.event("failed", key, why)
 
+    def wanted(self, host: object, layer: str, first: int, end: int) -> None:
+        self._channel.event("wanted", layer, first, end)
+
     # What comes from the daemon
 
     def call(self, method: str, arguments: list[Any]) -> Coroutine[Any, Any, Any]:
@@ -103,6 +108,8 @@ class Worker:
             self._serve(sock, *arguments)
         elif name == "stop":
             self._stop.set()
+        elif name in _TOLD:
+            getattr(self._host, name)(*arguments)
         elif name in ("finish", "expire", "abort"):
             (number,) = arguments
             session = self._sessions.get(number)  # it may just have ended

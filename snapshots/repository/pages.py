@@ -156,6 +156,20 @@ class PageTable:
         ):
             yield PageRef(index, pushes[place], number, offset, length, chunks, stored, digest)
 
+    def find(self, page: int) -> PageRef | None:
+        """The reference to a page; None when it is all holes."""
+        low, high = 0, len(self)
+        while low < high:
+            middle = (low + high) // 2
+            if _REFERENCE.unpack_from(self._packed, middle * _REFERENCE.size)[0] < page:
+                low = middle + 1
+            else:
+                high = middle
+        if low == len(self):
+            return None
+        found, place, *rest = _REFERENCE.unpack_from(self._packed, low * _REFERENCE.size)
+        return PageRef(found, list(self._pushes)[place], *rest) if found == page else None
+
     def encode(self) -> dict[str, bytes]:
         """The fields ``pushes`` and ``pages`` of a root."""
         pushes = b"".join(map(bytes.fromhex, self._pushes))

@@ -87,8 +87,11 @@ def group_pages(refs: Iterable[PageRef], most: int) -> Iterator[list[PageRef]]:
         yield group
 
 
-def plan_ranges(chunks: Iterable[tuple[int, Entry]]) -> list[Range]:
-    """Plan how to fetch the chunks (number, entry), in the order of the segments."""
+def plan_ranges(chunks: Iterable[tuple[int, Entry]], most: int = MAX_READ) -> list[Range]:
+    """Plan how to fetch the chunks (number, entry), in the order of the segments.
+
+    A range has at most ``most`` bytes, unless a single chunk is longer.
+    """
     ranges: list[Range] = []
     previous: tuple[str, int] | None = None
     for chunk, entry in sorted(chunks, key=_place):
@@ -97,7 +100,7 @@ def plan_ranges(chunks: Iterable[tuple[int, Entry]]) -> list[Range]:
             last = ranges[-1]
             gap = entry.offset - last.offset - last.length
             longer = max(last.length, end - last.offset)
-            if gap <= MAX_GAP and longer <= MAX_READ:
+            if gap <= MAX_GAP and longer <= most:
                 last.parts.append(Part(entry.offset - last.offset, entry, chunk))
                 ranges[-1] = last._replace(length=longer)
                 continue

@@ -54,7 +54,7 @@ class WorkersModel(VolumeModel):
         """The daemon ends with its workers, or so soon after them that nobody notices."""
         for host in self.catalogue._views.hosts:
             host.closing = True
-            process = host._process.process
+            process = host._process.child._process
             process.kill()
             process.wait()
         self.catalogue._views.threads.close()

@@ -1,0 +1,28 @@
+"""The fetcher process; the daemon starts it: ``DATA LOG_LEVEL DESCRIPTOR``."""
+
+import asyncio
+import signal
+import socket
+import sys
+from pathlib import Path
+
+from nbdserve.fetcher.service import Service
+from nbdserve.logs import write_logs
+
+
+async def _run(data: Path, descriptor: int) -> None:
+    await Service(socket.socket(fileno=descriptor), data).run()
+
+
+def main() -> None:
+    """Serve the daemon until it says stop."""
+    # As for workers: the daemon decides when to end.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGTTOU):
+        signal.signal(number, signal.SIG_IGN)
+    data, level, descriptor = sys.argv[1:]
+    write_logs(level)
+    asyncio.run(_run(Path(data), int(descriptor)))
+
+
+if __name__ == "__main__":
+    main()
