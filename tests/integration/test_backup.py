@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from .parts import GIB, KIB, MIB, Daemon, S3Server, background, find_free_port, require, run
+from .parts import KIB, MIB, Daemon, S3Server, background, find_free_port, require, run
 
-VOLUME_BYTES = 2 * GIB
-DATA_BYTES = GIB
+VOLUME_BYTES = 512 * MIB
+DATA_BYTES = 256 * MIB
+CHANGED_RUNS = 10
 COMPARE = ("qemu-img", "compare", "-f", "raw", "-F", "raw")
 
 
@@ -68,7 +69,7 @@ def make_piece(source: random.Random, length: int) -> bytes:
 
 
 def write_source(path: Path) -> None:
-    """Write a file of 2 GiB with 1 GiB of data: runs of 32 MiB with holes as long between them."""
+    """Write a file half of data: runs of 32 MiB with holes as long between them."""
     source = random.Random(5)
     with path.open("wb") as file:
         file.truncate(VOLUME_BYTES)
@@ -79,17 +80,17 @@ def write_source(path: Path) -> None:
 
 
 def change_one_percent(daemon: Daemon, directory: Path) -> None:
-    """Overwrite 1 % of the volume's data in runs of 1 MiB at places of 4 KiB granularity."""
+    """Overwrite 1 % of the volume's data in runs of 256 KiB at places of 4 KiB granularity."""
     source = random.Random(6)
     commands = []
-    for index in range(DATA_BYTES // 100 // MIB):
-        piece = directory / "piece"
-        # Within a run of data of its own.
-        offset = index * 3 * 64 * MIB % VOLUME_BYTES + source.randrange(31 * MIB // 4096) * 4096
-        piece.write_bytes(make_piece(source, MIB))
-        commands += ["-c", f"write -s {piece} {offset} {MIB}"]
-        run("qemu-io", "-f", "raw", *commands[-2:], daemon.uri("disk"))
-        piece.unlink()
+    for index in range(CHANGED_RUNS):
+        piece = directory / f"piece-{index}"
+        # Within a run of data, each in a part of its own.
+        start = index * 64 * MIB % VOLUME_BYTES + index * 64 * MIB // VOLUME_BYTES * 16 * MIB
+        offset = start + source.randrange(15 * MIB // 4096) * 4096
+        piece.write_bytes(make_piece(source, 256 * KIB))
+        commands += ["-c", f"write -s {piece} {offset} {256 * KIB}"]
+    run("qemu-io", "-f", "raw", *commands, daemon.uri("disk"))
 
 
 def compare(daemon: Daemon, export: str, other: str) -> None:
@@ -131,7 +132,7 @@ def test_second_backup_uploads_only_what_changed(
     assert 0 <= sizes[1] - sizes[0] - first < KIB
     assert 0 <= sizes[2] - sizes[1] - second < KIB
     assert DATA_BYTES * 0.4 < first < DATA_BYTES * 0.7
-    assert 10 * MIB * 0.4 < second <= 0.03 * first
+    assert CHANGED_RUNS * 256 * KIB * 0.4 < second <= 0.03 * first
 
     listing = daemon.json("repo", "list", repository.url, env=repository.env)["snapshots"]
     assert [entry["snapshot"] for entry in listing] == [report["snapshot"] for report in reports]
