@@ -7,6 +7,12 @@ dropped connection, until :data:`DEADLINE` has passed; until the endpoint has an
 time it is :data:`FIRST_DEADLINE`, so a mistyped endpoint is reported quickly while one that was
 there is waited for.
 
+At most :data:`CONNECTIONS` requests are under way at once, and fewer when the store asks to slow
+down (a 503 or a 429): backends/turns.py has the rules. A call holds a turn while it asks, not while
+it pauses. It gives up when :data:`DEADLINE` seconds have passed in which it asked, paused, or
+waited for its turn with nobody being served; waiting while the store serves others is not counted,
+or a store that is slow but works would fail those that come last.
+
 ``put_if_absent`` is a PUT with ``If-None-Match: *``. When an attempt ends without a clear answer
 (a time-out, a 500) it may have taken effect; a 412 to the next attempt may then be caused by
 ourselves. So after an unclear attempt the object is read back and compared.
@@ -40,6 +46,7 @@ from backends.errors import (
     UnavailableError,
 )
 from backends.objects import check_key, check_prefix
+from backends.turns import Answer, Turns
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
@@ -51,7 +58,7 @@ CONNECT_TIMEOUT = 5.0  # seconds
 READ_TIMEOUT = 30.0  # seconds without a byte
 FIRST_DEADLINE = 5.0  # seconds in which an endpoint that never answered is tried again
 DEADLINE = 60.0  # seconds in which one that did answer is tried again
-CONNECTIONS = 24  # at least as many as threads of a push, restore or verify use at once
+CONNECTIONS = 24  # requests at once: as many as threads of a push, restore or verify, and more
 
 _LONGEST_PAUSE = 5.0  # seconds
 _CODE = re.compile(r"[A-Za-z0-9.]{1,64}\Z")
@@ -69,18 +76,27 @@ _NO_CREDENTIALS = (
     aws.ProfileNotFound,
     aws.NoAuthTokenError,
 )
+_THROTTLING_CODES = {
+    "RequestLimitExceeded",
+    "SlowDown",
+    "ServiceUnavailable",
+    "Throttling",
+    "ThrottlingException",
+    "TooManyRequests",
+    "TooManyRequestsException",
+}
 _TRANSIENT_CODES = {
     "ConditionalRequestConflict",  # another conditional PUT of the key is under way
     "InternalError",
     "OperationAborted",
     "RequestTimeout",
-    "SlowDown",
-    "ServiceUnavailable",
-    "Throttling",
-    "ThrottlingException",
-}
+} | _THROTTLING_CODES
 # What a request that got no answer, or not all of it, ends with.
 _NO_ANSWER = (aws.HTTPClientError, aws.ConnectionError, aws.IncompleteReadError, OSError)
+
+
+class _NoTurnError(Exception):
+    """A call was never sent, see :class:`backends.turns.Turns`."""
 
 
 class S3ObjectStore:
@@ -91,6 +107,7 @@ class S3ObjectStore:
         self._prefix = prefix + "/" if prefix else ""
         self._answered = False
         self._stopping = threading.Event()
+        self._turns = Turns(CONNECTIONS)
         where = f"s3://{bucket}/{prefix}".rstrip("/")
         self.name = where
         try:
@@ -138,7 +155,7 @@ class S3ObjectStore:
                 )
             except aws.ClientError as error:
                 if _status(error) == http.client.PRECONDITION_FAILED:
-                    return unclear and self._holds(key, data)
+                    return False
                 unclear = unclear or _status(error) >= http.client.INTERNAL_SERVER_ERROR
                 raise
             except _NO_ANSWER:
@@ -147,11 +164,12 @@ class S3ObjectStore:
             return True
 
         try:
-            return self._call("write", key, attempt)
+            created = self._call("write", key, attempt)
         except UnavailableError:
             if unclear and self._answered and self._holds(key, data):
                 return True
             raise
+        return created or (unclear and self._holds(key, data))
 
     def get(self, key: str, limit: int) -> bytes:
         name = self._key(key)
@@ -231,6 +249,7 @@ class S3ObjectStore:
 
     def stop_retrying(self) -> None:
         self._stopping.set()
+        self._turns.stop()
 
     def _key(self, key: str) -> str:
         return self._prefix + check_key(key)
@@ -250,31 +269,48 @@ class S3ObjectStore:
         return data
 
     def _call(self, doing: str, key: str, attempt: Callable[[], Result]) -> Result:
-        """Run ``attempt`` until it succeeds, fails for good, or the deadline has passed."""
+        """Run ``attempt`` until it succeeds, fails for good, or the deadline has passed.
+
+        It must not call the store: there might be no turn left for that.
+        """
         started = time.monotonic()
         pause = 0.1
+        failure: Exception | None = None
         while True:
-            try:
-                result = attempt()
-            except StorageError:
-                raise
-            except (aws.ClientError, aws.BotoCoreError, ResponseParserError, OSError) as error:
-                if isinstance(error, aws.ClientError):
+            deadline = DEADLINE if self._answered else FIRST_DEADLINE
+            turn = self._turns.take(max(0.0, started + deadline - time.monotonic()))
+            if turn is None:
+                raise self._explain(doing, key, failure or _NoTurnError())
+            started += turn.excused
+            with turn:
+                try:
+                    result = attempt()
+                except StorageError:
+                    raise
+                except (aws.ClientError, aws.BotoCoreError, ResponseParserError, OSError) as error:
+                    if isinstance(error, aws.ClientError):
+                        self._answered = True
+                    turn.answer = _answer(error)
+                    failure = error
+                else:
                     self._answered = True
-                deadline = DEADLINE if self._answered else FIRST_DEADLINE
-                left = started + deadline - time.monotonic()
-                if not _is_transient(error) or left <= 0 or self._stopping.is_set():
-                    raise self._explain(doing, key, error) from None
-                self._stopping.wait(min(left, pause * random.uniform(0.5, 1.0)))  # noqa: S311
-                pause = min(2 * pause, _LONGEST_PAUSE)
-            else:
-                self._answered = True
-                return result
+                    turn.answer = Answer.SERVED
+                    return result
+            deadline = DEADLINE if self._answered else FIRST_DEADLINE
+            left = started + deadline - time.monotonic()
+            if not _is_transient(failure) or left <= 0 or self._stopping.is_set():
+                raise self._explain(doing, key, failure)
+            self._stopping.wait(min(left, pause * random.uniform(0.5, 1.0)))  # noqa: S311
+            pause = min(2 * pause, _LONGEST_PAUSE)
 
     def _explain(self, doing: str, key: str, error: Exception) -> StorageError:
         what = f"cannot {doing} {key or 'objects'} in {self.name}"
         if isinstance(error, aws.ClientError):
             return self._explain_answer(what, key, error)
+        if isinstance(error, _NoTurnError):
+            return UnavailableError(
+                f"{what}: the endpoint asks to slow down, and serves nobody; try again later"
+            )
         if isinstance(error, _NO_CREDENTIALS):
             return UnavailableError(
                 f"{what}: no usable AWS credentials were found; set AWS_ACCESS_KEY_ID and "
@@ -348,6 +384,19 @@ def _code(error: aws.ClientError) -> str:
     """The server's error code; its message is left out, for it may quote what was sent."""
     code = str(error.response.get("Error", {}).get("Code", ""))
     return code if _CODE.match(code) else "unknown error"
+
+
+def _answer(error: Exception) -> Answer:
+    """What an error says of the server's load. The answer to a HEAD has a status alone."""
+    if not isinstance(error, aws.ClientError):
+        return Answer.OTHER
+    status = _status(error)
+    if (
+        status in (http.client.SERVICE_UNAVAILABLE, http.client.TOO_MANY_REQUESTS)
+        or _code(error) in _THROTTLING_CODES
+    ):
+        return Answer.THROTTLED
+    return Answer.OTHER if status >= http.client.INTERNAL_SERVER_ERROR else Answer.SERVED
 
 
 def _is_transient(error: Exception) -> bool:

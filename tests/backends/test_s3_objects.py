@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
+import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import botocore.exceptions as aws
@@ -20,6 +23,7 @@ from backends.errors import (
 )
 from backends.object_urls import open_object_store
 from backends.s3_objects import S3ObjectStore
+from backends.turns import Turns
 
 SECRET = "verysecretkey"
 
@@ -222,3 +226,110 @@ def test_configuration_that_does_not_work(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setenv("AWS_PROFILE", "nobody")
     with pytest.raises(UnavailableError, match="AWS_PROFILE"):
         open_object_store("s3://bucket")
+
+
+class Busy(Scripted):
+    """A server that serves ``most`` requests at a time and asks all others to slow down."""
+
+    def __init__(self, most: int, error: Exception) -> None:
+        super().__init__([])
+        self.most = most
+        self.error = error
+        self.now = self.throttled = 0
+        self.ever: list[int] = []  # in flight as each request came
+        self.lock = threading.Lock()
+
+    def put_object(self, **request: Any) -> None:
+        with self.lock:
+            self.now += 1
+            self.ever.append(self.now)
+            refused = self.now > self.most
+            self.throttled += refused
+        try:
+            threading.Event().wait(0.001)
+            if refused:
+                raise self.error
+            with self.lock:
+                self.objects[request["Key"]] = bytes(request["Body"])
+        finally:
+            with self.lock:
+                self.now -= 1
+
+
+@pytest.mark.parametrize("error", [answer(503, "SlowDown"), answer(429, "429"), answer(503, "503")])
+def test_a_store_that_asks_to_slow_down_is_sent_less(
+    scripted: Make, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    monkeypatch.setattr(s3_module, "DEADLINE", 60.0)
+    monkeypatch.setattr(s3_module, "_LONGEST_PAUSE", 0.02)
+    store, _ = scripted([])
+    busy = Busy(5, error)
+    monkeypatch.setattr(store, "_client", busy)
+    with ThreadPoolExecutor(40) as pool:
+        list(pool.map(lambda number: store.put(f"key{number}", b"x"), range(600)))
+    assert len(busy.objects) == 600
+    assert max(busy.ever) <= s3_module.CONNECTIONS
+    assert 0 < store._turns._halvings <= busy.throttled
+    # Wanted again by nobody else, the store is sent all that it takes.
+    busy.most = s3_module.CONNECTIONS
+    with ThreadPoolExecutor(40) as pool:
+        list(pool.map(lambda number: store.put(f"more{number}", b"x"), range(600)))
+    assert store._turns.bound == s3_module.CONNECTIONS
+
+
+def test_one_that_fails_takes_no_turn_with_it(
+    scripted: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Errors of all kinds, from more threads than there are turns: nothing hangs."""
+    monkeypatch.setattr(s3_module, "_LONGEST_PAUSE", 0.001)
+    store, client = scripted([])
+    errors = [answer(503, "SlowDown"), answer(500, "InternalError"), TIMEOUT, answer(403, "No")]
+    errors += [KeyboardInterrupt(), MemoryError()]  # type: ignore[list-item]
+    client.script[:] = errors * 40
+    client.put_object = synchronized(client.put_object)  # type: ignore[method-assign]
+
+    def put(number: int) -> None:
+        with contextlib.suppress(StorageError, KeyboardInterrupt, MemoryError):
+            store.put_if_absent(f"key{number}", b"x")
+
+    with ThreadPoolExecutor(40) as pool:
+        list(pool.map(put, range(300)))
+    client.script.clear()
+    store.put("last", b"x")
+    assert store._turns._in_flight == 0
+
+
+def test_reading_back_needs_no_second_turn(scripted: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    store, client = scripted([])
+    monkeypatch.setattr(store, "_turns", Turns(1))
+    client.script[:] = [TIMEOUT]
+    client.objects["pre/fix/key"] = b"mine"  # it took effect after all
+    assert store.put_if_absent("key", b"mine") is True
+
+
+def test_stop_wakes_who_waits_for_a_turn(scripted: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(s3_module, "DEADLINE", 3600.0)
+    monkeypatch.setattr(s3_module, "FIRST_DEADLINE", 3600.0)
+    store, client = scripted([])
+    turns = Turns(1)
+    monkeypatch.setattr(store, "_turns", turns)
+    held = turns.take(0)
+    assert held is not None
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(store.put, "key", b"x")
+        while not turns._waiting:
+            threading.Event().wait(0.001)
+        store.stop_retrying()
+        with pytest.raises(UnavailableError, match=r"cannot write key in s3://bucket.*try again"):
+            waiting.result()
+    assert client.calls == 0
+
+
+def synchronized(function: Callable[..., Any]) -> Callable[..., Any]:
+    lock = threading.Lock()
+
+    def call(**request: Any) -> Any:
+        with lock:
+            return function(**request)
+
+    return call
