@@ -12,6 +12,7 @@ from pathlib import Path
 import click
 
 from backends.errors import InvalidError, NoSpaceError, NotFoundError, StorageError, one_line
+from nbdserve.cli.limits import limit_options
 from nbdserve.cli.options import json_option
 from nbdserve.cli.output import format_size, print_result
 from nbdserve.cli.progress import Progress
@@ -33,6 +34,7 @@ _FORMATS = click.Choice([image_format.value for image_format in Format])
 @click.argument("file", metavar="FILE|-")
 @click.option("--format", "given", type=_FORMATS, help="qcow2 if FILE ends in .qcow2, else raw.")
 @click.option("--force", is_flag=True, help="Replace FILE once the new one is whole.")
+@limit_options
 @json_option
 def export(
     url: str, snapshot: str, file: str, given: str | None, force: bool, as_json: bool
@@ -77,6 +79,7 @@ def export(
 @click.argument("url")
 @click.argument("snapshot", metavar="VOL@SNAP")
 @click.option("--format", "given", type=_FORMATS, help="qcow2 if FILE ends in .qcow2, else raw.")
+@limit_options
 @json_option
 def import_(file: str, url: str, snapshot: str, given: str | None, as_json: bool) -> None:
     """Store a disk image at URL as a snapshot; "-" is standard input.

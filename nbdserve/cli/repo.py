@@ -8,6 +8,7 @@ from backends.errors import CorruptError
 from nbdserve.cli.comparing import diff
 from nbdserve.cli.images import export, import_
 from nbdserve.cli.keys import key
+from nbdserve.cli.limits import limit_options, refuse_limits
 from nbdserve.cli.options import (
     Duration,
     data_directory,
@@ -119,6 +120,7 @@ def list_(url: str, volume: str | None, as_json: bool) -> None:
 @repo.command()
 @click.argument("snapshot", metavar="VOL@SNAP")
 @click.argument("url")
+@limit_options
 @data_option
 @json_option
 def push(snapshot: str, url: str, as_json: bool) -> None:
@@ -144,6 +146,7 @@ def push(snapshot: str, url: str, as_json: bool) -> None:
     " credentials.",
 )
 @rate_option
+@limit_options
 @data_option
 @json_option
 def restore(url: str, snapshot: str, new: str, lazy: bool, rate: str | None, as_json: bool) -> None:
@@ -153,6 +156,7 @@ def restore(url: str, snapshot: str, new: str, lazy: bool, rate: str | None, as_
     data = data_directory()
     if lazy:
         refuse_key_options()
+        refuse_limits()
         body = {"volume": new, "url": url, "snapshot": snapshot, "rate": parse_rate(rate)}
         with Session(data, create=True) as session:
             made = session.client.post(path("restores"), body)
@@ -185,6 +189,7 @@ def delete(url: str, snapshot: str, as_json: bool) -> None:
 @click.argument("url")
 @click.argument("snapshot", metavar="[VOL@SNAP]", required=False)
 @click.option("--deep", is_flag=True, help="Read all data and check its SHA-256.")
+@limit_options
 @json_option
 def verify(url: str, snapshot: str | None, deep: bool, as_json: bool) -> None:
     """Look for damage at URL, in one snapshot or in all."""
@@ -220,6 +225,7 @@ def verify(url: str, snapshot: str | None, deep: bool, as_json: bool) -> None:
     help="End pushes that began so long ago and never ended: 90s, 30m, 12h, 7d.",
 )
 @click.option("--dry-run", is_flag=True, help="Delete nothing; say what would be deleted.")
+@limit_options
 @json_option
 def gc(url: str, give_up_after: float, dry_run: bool, as_json: bool) -> None:
     """Free the space of deleted snapshots and of failed pushes at URL.

@@ -9,6 +9,8 @@ from typing import Any
 
 import click
 
+from backends.object_urls import open_object_store
+from nbdserve.cli.limits import limited
 from nbdserve.repository_keys import KeySource, source_from_environment
 from snapshots import repository as repositories
 from snapshots.repository import Key, Repository, Secret
@@ -51,8 +53,11 @@ class RepositoryGroup(click.Group):
 
 
 def open_repository(url: str) -> Repository:
-    """Open the repository at ``url`` with the key that options, environment or terminal give."""
-    return repositories.open_repository(url, _given_key(url))
+    """Open the repository at ``url`` with the key that options, environment or terminal give.
+
+    Its bandwidth is limited when the command was told to.
+    """
+    return repositories.open_in_store(limited(open_object_store(url)), _given_key(url))
 
 
 def refuse_key_options() -> None:

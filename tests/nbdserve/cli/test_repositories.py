@@ -9,7 +9,9 @@ from typing import Any
 
 import pytest
 
+from backends.bandwidth import LimitedObjectStore
 from backends.errors import StorageError, UnavailableError
+from backends.objects import ObjectStore
 from nbdserve.cli import backup as backup_command
 from snapshots.repository import PushReport, Repository
 from tests.nbdserve.volume_content import read, write
@@ -283,3 +285,54 @@ def test_backups_within_one_second_have_names_of_their_own(
     names = [cli.json("backup", "a", "--repo", url)["backups"][0]["snapshot"] for _ in range(2)]
     assert names == ["backup-20240501T120000Z", "backup-20240501T120001Z"]
     assert len(waits) == 2
+
+
+def test_limits_reach_the_store_of_every_command_that_moves_data(
+    cli: CommandLine, url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken: list[tuple[int | None, int | None]] = []
+    begin = LimitedObjectStore.__init__
+
+    def noting(
+        self: LimitedObjectStore, inner: ObjectStore, upload: int | None, download: int | None
+    ) -> None:
+        taken.append((upload, download))
+        begin(self, inner, upload, download)
+
+    monkeypatch.setattr(LimitedObjectStore, "__init__", noting)
+    content = fill(cli, "a")
+    cli.done("snapshot", "create", "a@one")
+    image = tmp_path / "image"
+    commands: list[list[str | Path]] = [
+        ["repo", "push", "a@one", url],
+        ["repo", "restore", url, "a@one", "b"],
+        ["repo", "export", url, "a@one", image],
+        ["repo", "import", image, url, "c@one"],
+        ["repo", "verify", url, "--deep"],
+        ["repo", "gc", url],
+        ["backup", "a", "--repo", url],
+    ]
+    for number, command in enumerate(commands):
+        cli.done(*command, "--limit-upload", f"{number + 1}G", "--limit-download", "2T")
+        assert taken.pop() == (number + 1 << 30, 2 << 40)
+        assert taken == []
+    assert read(cli.data, "b") == content
+    cli.done("repo", "list", url)
+    cli.done("repo", "verify", url)
+    assert taken == []
+    cli.done("repo", "verify", url, "--limit-download", "2T")
+    assert taken == [(None, 2 << 40)]
+
+
+@pytest.mark.parametrize("rate", ["0", "1000", "fast", "", "-1"])
+def test_limits_that_are_none(cli: CommandLine, url: str, rate: str) -> None:
+    outcome = cli("repo", "verify", url, "--limit-download", rate)
+    assert outcome.status == 2
+    assert "--limit-download" in outcome.line
+
+
+def test_a_lazy_restore_has_a_rate_and_no_limits(cli: CommandLine, url: str) -> None:
+    outcome = cli("repo", "restore", url, "a@one", "b", "--lazy", "--limit-download", "1M")
+    assert outcome.status == 2
+    assert "--limit-download" in outcome.line
+    assert "--rate" in outcome.line
