@@ -17,6 +17,10 @@ or a store that is slow but works would fail those that come last.
 (a time-out, a 500) it may have taken effect; a 412 to the next attempt may then be caused by
 ourselves. So after an unclear attempt the object is read back and compared.
 
+Storage class and server-side encryption are told by :class:`backends.s3_settings.S3Settings`. The
+answer to a PUT says how the object was encrypted; a server that ignored what it was told is
+refused.
+
 Checksums are only computed "when_required": the newer default adds trailing checksums that older
 servers, radosgw 16 among them, do not understand. What is read is checked by the layers above.
 """
@@ -46,6 +50,7 @@ from backends.errors import (
     UnavailableError,
 )
 from backends.objects import check_key, check_prefix
+from backends.s3_settings import CUSTOMER_KEY_FILE, S3Settings
 from backends.turns import Answer, Turns
 
 if TYPE_CHECKING:
@@ -102,9 +107,10 @@ class _NoTurnError(Exception):
 class S3ObjectStore:
     """Objects in ``bucket`` whose keys begin with ``prefix``. See the module's text."""
 
-    def __init__(self, bucket: str, prefix: str = "") -> None:
+    def __init__(self, bucket: str, prefix: str = "", settings: S3Settings | None = None) -> None:
         self._bucket = bucket
         self._prefix = prefix + "/" if prefix else ""
+        self._settings = settings or S3Settings()
         self._answered = False
         self._stopping = threading.Event()
         self._turns = Turns(CONNECTIONS)
@@ -133,13 +139,24 @@ class S3ObjectStore:
                 f"cannot open {where}: the AWS configuration does not work "
                 f"({type(error).__name__}); check AWS_PROFILE and ~/.aws"
             ) from None
-        self.name = f"{where} at {_without_user(self._client.meta.endpoint_url)}"
+        endpoint = self._client.meta.endpoint_url
+        self.name = f"{where} at {_without_user(endpoint)}"
+        if self._settings.customer_key is not None and not _is_private(endpoint):
+            raise InvalidError(
+                f"{self.name} would be sent the key of {CUSTOMER_KEY_FILE} in plain: use https"
+            )
 
     def put(self, key: str, data: bytes | bytearray) -> None:
         name = self._key(key)
 
         def attempt() -> None:
-            self._client.put_object(Bucket=self._bucket, Key=name, Body=cast(bytes, data))
+            answer = self._client.put_object(
+                Bucket=self._bucket,
+                Key=name,
+                Body=cast(bytes, data),
+                **self._settings.for_put(key),
+            )
+            self._settings.check_put(answer, self.name)
 
         self._call("write", key, attempt)
 
@@ -150,8 +167,12 @@ class S3ObjectStore:
         def attempt() -> bool:
             nonlocal unclear
             try:
-                self._client.put_object(
-                    Bucket=self._bucket, Key=name, Body=cast(bytes, data), IfNoneMatch="*"
+                answer = self._client.put_object(
+                    Bucket=self._bucket,
+                    Key=name,
+                    Body=cast(bytes, data),
+                    IfNoneMatch="*",
+                    **self._settings.for_put(key),
                 )
             except aws.ClientError as error:
                 if _status(error) == http.client.PRECONDITION_FAILED:
@@ -161,6 +182,7 @@ class S3ObjectStore:
             except _NO_ANSWER:
                 unclear = True
                 raise
+            self._settings.check_put(answer, self.name)
             return True
 
         try:
@@ -173,9 +195,10 @@ class S3ObjectStore:
 
     def get(self, key: str, limit: int) -> bytes:
         name = self._key(key)
+        given = self._settings.for_get()
 
         def attempt() -> bytes:
-            answer = self._client.get_object(Bucket=self._bucket, Key=name)
+            answer = self._client.get_object(Bucket=self._bucket, Key=name, **given)
             size = answer["ContentLength"]
             if size > limit:
                 answer["Body"].close()
@@ -188,12 +211,13 @@ class S3ObjectStore:
 
     def get_range(self, key: str, offset: int, length: int) -> bytes:
         name = self._key(key)
+        given = self._settings.for_get()
         if length == 0:
             return b""
         span = f"bytes={offset}-{offset + length - 1}"
 
         def attempt() -> bytes:
-            answer = self._client.get_object(Bucket=self._bucket, Key=name, Range=span)
+            answer = self._client.get_object(Bucket=self._bucket, Key=name, Range=span, **given)
             whole = answer["ResponseMetadata"]["HTTPStatusCode"] != http.client.PARTIAL_CONTENT
             if answer["ContentLength"] != length or (whole and offset):
                 answer["Body"].close()
@@ -229,13 +253,16 @@ class S3ObjectStore:
 
         def attempt() -> int | None:
             try:
-                return self._client.head_object(Bucket=self._bucket, Key=name)["ContentLength"]
+                answer = self._client.head_object(
+                    Bucket=self._bucket, Key=name, **self._settings.for_get()
+                )
             except aws.ClientError as error:
                 # The answer to a HEAD has no body that would tell a missing key from a bucket.
                 if _status(error) == http.client.NOT_FOUND:
                     self._answered = True
                     return None
                 raise
+            return answer["ContentLength"]
 
         return self._call("look at", key, attempt)
 
@@ -340,6 +367,12 @@ class S3ObjectStore:
             f"{what}: the AWS configuration does not work ({type(error).__name__})"
         )
 
+    @property
+    def _or_key(self) -> str:
+        if self._settings.customer_key is None and self._settings.kms_key_id is None:
+            return ""
+        return f", and the right key: see {self._settings.named}"
+
     def _explain_answer(self, what: str, key: str, error: aws.ClientError) -> StorageError:
         status = _status(error)
         code = _code(error)
@@ -358,10 +391,14 @@ class S3ObjectStore:
             return CorruptError(f"object {key} of {self.name} is too short")
         if code == "NoSuchKey" or status == http.client.NOT_FOUND:
             return NotFoundError(f"there is no object {key} in {self.name}")
+        if code == "InvalidObjectState":
+            return UnavailableError(
+                f"{what}: it is in an archive class of S3; bring it back first, with RestoreObject"
+            )
         if status == http.client.FORBIDDEN:
             return UnavailableError(
                 f"{what}: access was denied ({code}); these credentials need read, write, list and "
-                f"delete rights on the bucket {self._bucket}"
+                f"delete rights on the bucket {self._bucket}{self._or_key}"
             )
         if code in ("PermanentRedirect", "AuthorizationHeaderMalformed", "IllegalLocation"):
             return UnavailableError(
@@ -373,6 +410,14 @@ class S3ObjectStore:
             return UnavailableError(
                 f"{what}: the endpoint keeps failing ({status} {code}); try again later"
             )
+        if status == http.client.BAD_REQUEST:
+            # What all requests have in common is right, or the listing before had failed.
+            advice = (
+                f"check {self._settings.named}"
+                if self._settings.named
+                else f"if it was encrypted with a customer's key, name that: {CUSTOMER_KEY_FILE}"
+            )
+            return UnavailableError(f"{what}: the endpoint refused it ({status} {code}); {advice}")
         return UnavailableError(f"{what}: the endpoint refused it ({status} {code})")
 
 
@@ -412,6 +457,12 @@ def _is_transient(error: Exception) -> bool:
     if isinstance(error, aws.SSLError | aws.ParamValidationError):
         return False
     return isinstance(error, _NO_ANSWER)
+
+
+def _is_private(endpoint: str) -> bool:
+    """Tell whether nobody on the network reads what is sent there."""
+    parts = urlsplit(endpoint)
+    return parts.scheme == "https" or parts.hostname in ("127.0.0.1", "::1", "localhost")
 
 
 def _without_user(endpoint: str) -> str:

@@ -17,6 +17,7 @@ from typing import Any
 import click
 
 from backends.errors import StorageError, one_line
+from nbdserve.cli.keeping import storage_class_option
 from nbdserve.cli.limits import limit_options
 from nbdserve.cli.options import data_directory, data_option, json_option
 from nbdserve.cli.output import print_json
@@ -46,6 +47,7 @@ LABEL = "backup"
 @click.argument("volumes", metavar="VOL…", nargs=-1, required=True)
 @click.option("--repo", "url", metavar="URL", required=True, help="Where to.")
 @keep_options
+@storage_class_option
 @limit_options
 @data_option
 @json_option

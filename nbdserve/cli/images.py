@@ -12,6 +12,7 @@ from pathlib import Path
 import click
 
 from backends.errors import InvalidError, NoSpaceError, NotFoundError, StorageError, one_line
+from nbdserve.cli.keeping import storage_class_option
 from nbdserve.cli.limits import limit_options
 from nbdserve.cli.options import json_option
 from nbdserve.cli.output import format_size, print_result
@@ -79,6 +80,7 @@ def export(
 @click.argument("url")
 @click.argument("snapshot", metavar="VOL@SNAP")
 @click.option("--format", "given", type=_FORMATS, help="qcow2 if FILE ends in .qcow2, else raw.")
+@storage_class_option
 @limit_options
 @json_option
 def import_(file: str, url: str, snapshot: str, given: str | None, as_json: bool) -> None:

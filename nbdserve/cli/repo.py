@@ -7,6 +7,7 @@ import click
 from backends.errors import CorruptError
 from nbdserve.cli.comparing import diff
 from nbdserve.cli.images import export, import_
+from nbdserve.cli.keeping import storage_class_option
 from nbdserve.cli.keys import key
 from nbdserve.cli.limits import limit_options, refuse_limits
 from nbdserve.cli.options import (
@@ -120,6 +121,7 @@ def list_(url: str, volume: str | None, as_json: bool) -> None:
 @repo.command()
 @click.argument("snapshot", metavar="VOL@SNAP")
 @click.argument("url")
+@storage_class_option
 @limit_options
 @data_option
 @json_option
@@ -225,6 +227,7 @@ def verify(url: str, snapshot: str | None, deep: bool, as_json: bool) -> None:
     help="End pushes that began so long ago and never ended: 90s, 30m, 12h, 7d.",
 )
 @click.option("--dry-run", is_flag=True, help="Delete nothing; say what would be deleted.")
+@storage_class_option
 @limit_options
 @json_option
 def gc(url: str, give_up_after: float, dry_run: bool, as_json: bool) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from backends.object_urls import open_object_store
+from nbdserve.cli.keeping import given_storage_class
 from nbdserve.cli.limits import limited
 from nbdserve.repository_keys import KeySource, source_from_environment
 from snapshots import repository as repositories
@@ -57,7 +57,8 @@ def open_repository(url: str) -> Repository:
 
     Its bandwidth is limited when the command was told to.
     """
-    return repositories.open_in_store(limited(open_object_store(url)), _given_key(url))
+    store = repositories.open_store(url, storage_class=given_storage_class())
+    return repositories.open_in_store(limited(store), _given_key(url))
 
 
 def refuse_key_options() -> None:

@@ -16,6 +16,7 @@ from snapshots.repository.repository import (
     init_repository,
     open_in_store,
     open_repository,
+    open_store,
 )
 from snapshots.repository.restore import RestoreReport
 from snapshots.repository.secret import Key, Secret
@@ -41,4 +42,5 @@ __all__ = [
     "init_repository",
     "open_in_store",
     "open_repository",
+    "open_store",
 ]

@@ -28,6 +28,7 @@ from snapshots.repository.layout import (
     MIN_CHUNK_SIZE,
     PROBES,
     RECORD_LIMIT,
+    SEGMENTS,
     new_push_id,
 )
 from snapshots.repository.moving import move
@@ -186,7 +187,17 @@ def init_repository(
     :attr:`Repository.notice` afterwards.
     """
     check_chunk_size(chunk_size)
-    return init_in_store(open_object_store(url, create=True), chunk_size, secret)
+    return init_in_store(open_store(url, create=True), chunk_size, secret)
+
+
+def open_store(url: str, *, create: bool = False, storage_class: str | None = None) -> ObjectStore:
+    """The object store of a repository at ``url``, whether there is one or not.
+
+    ``storage_class`` is for segments alone. Every push, listing and collection reads records and
+    pages, so they stay where a request costs least; segments are nearly all of the bytes, and are
+    read when something is restored, verified or repacked.
+    """
+    return open_object_store(url, create=create, storage_class=storage_class, bulk=SEGMENTS)
 
 
 def open_repository(url: str, key: Key = None) -> Repository:
@@ -196,7 +207,7 @@ def open_repository(url: str, key: Key = None) -> Repository:
     for whoever controls the store could have put it in the place of an encrypted one. A function
     is called for the secret when the repository says that it is encrypted.
     """
-    return open_in_store(open_object_store(url), key)
+    return open_in_store(open_store(url), key)
 
 
 def init_in_store(

@@ -6,16 +6,17 @@ import random
 import socket
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 
-from backends.errors import NotFoundError, UnavailableError
+from backends.errors import NotFoundError, StorageError, UnavailableError
 from backends.object_urls import open_object_store
 from backends.objects import ObjectStore
-from snapshots.repository import init_repository, open_repository
+from snapshots.repository import Repository, init_repository, open_repository
 from tests.backends.test_objects_contract import ObjectStoreContract
 from tests.integration.parts import S3Server
-from tests.snapshots.repository.model import ModelSink, ModelVolume
+from tests.snapshots.repository.model import ModelSink, ModelSource, ModelVolume
 
 pytestmark = pytest.mark.integration
 
@@ -162,3 +163,82 @@ def test_deletes_free_space(bucket: str) -> None:
     after = list(repository.store.list(""))
     assert {key.split("/")[0] for key, _ in after} <= {"config", "tombstones", "outcomes"}
     assert sum(size for _, size in after) < 0.02 * stored
+
+
+def push_random(url: str, snapshot: str = "one", seed: int = 1) -> ModelSource:
+    """Store a snapshot of some random data at a repository."""
+    content = random.Random(seed).randbytes(MIB)
+    source = ModelSource("disk", snapshot, f"id-{snapshot}", 1.0, content)
+    open_repository(url).push(source)
+    return source
+
+
+def assert_restores(repository: Repository, source: ModelSource) -> None:
+    sink = ModelSink(source.size)
+    repository.restore("disk", source.snapshot, sink)
+    assert sink.data == source.content
+
+
+def test_the_storage_class_is_for_segments(
+    bucket: str, s3_server: S3Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url = f"s3://{bucket}/cold"
+    monkeypatch.setenv("NBDSERVE_S3_STORAGE_CLASS", "STANDARD_IA")
+    init_repository(url)
+    source = push_random(url)
+    assert_restores(open_repository(url), source)
+    found = s3_server.client.list_objects_v2(Bucket=bucket)["Contents"]
+    classes = {item["Key"].split("/")[1]: item["StorageClass"] for item in found}
+    assert classes.pop("segments") == "STANDARD_IA"
+    assert set(classes.values()) == {"STANDARD"}
+    assert {"config", "outcomes", "pages", "snapshots"} <= classes.keys()
+    monkeypatch.setenv("NBDSERVE_S3_STORAGE_CLASS", "NO_SUCH_CLASS")
+    with pytest.raises(StorageError, match="NBDSERVE_S3_STORAGE_CLASS"):
+        push_random(url, "two", seed=2)
+
+
+def test_encryption_with_a_customers_key(
+    bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url = f"s3://{bucket}/sealed"
+    for number in range(2):
+        (tmp_path / f"key{number}").write_text(f"{number}" * 64)
+    monkeypatch.setenv("NBDSERVE_S3_SSE_C_KEY_FILE", str(tmp_path / "key0"))
+    init_repository(url)
+    source = push_random(url)
+    repository = open_repository(url)
+    assert repository.verify(deep=True).damaged == []
+    assert_restores(repository, source)
+    assert repository.store.size("config") is not None
+    monkeypatch.setenv("NBDSERVE_S3_SSE_C_KEY_FILE", str(tmp_path / "key1"))
+    with pytest.raises(UnavailableError, match="check NBDSERVE_S3_SSE_C_KEY_FILE"):
+        open_repository(url)
+    monkeypatch.delenv("NBDSERVE_S3_SSE_C_KEY_FILE")
+    with pytest.raises(UnavailableError, match=r"customer's key.*NBDSERVE_S3_SSE_C_KEY_FILE"):
+        open_repository(url)
+
+
+def test_encryption_with_a_key_of_kms(
+    bucket: str, s3_server: S3Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url = f"s3://{bucket}/kms"
+    monkeypatch.setenv("NBDSERVE_S3_SSE", "aws:kms")
+    monkeypatch.setenv("NBDSERVE_S3_SSE_KMS_KEY_ID", "test-key")
+    init_repository(url)
+    source = push_random(url)
+    for key in s3_server.list_sizes(bucket):
+        head = s3_server.client.head_object(Bucket=bucket, Key=key)
+        assert (head["ServerSideEncryption"], head["SSEKMSKeyId"]) == ("aws:kms", "test-key")
+    for name in ("NBDSERVE_S3_SSE", "NBDSERVE_S3_SSE_KMS_KEY_ID"):
+        monkeypatch.delenv(name)
+    assert_restores(open_repository(url), source)  # the server has the key
+
+
+def test_encryption_that_the_server_does_not_know(
+    bucket: str, s3_server: S3Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """This radosgw takes AES256 and stores in plain, without a word."""
+    monkeypatch.setenv("NBDSERVE_S3_SSE", "AES256")
+    with pytest.raises(StorageError, match="ignores server-side encryption with AES256"):
+        init_repository(f"s3://{bucket}/plain")
+    assert s3_server.list_sizes(bucket) == {}
