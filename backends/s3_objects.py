@@ -5,7 +5,9 @@ own retries are off; this module retries itself, because botocore bounds the num
 not the time. A call is tried again, with growing random pauses, when the answer is a 5xx, 429 or a
 dropped connection, until :data:`DEADLINE` has passed; until the endpoint has answered for the first
 time it is :data:`FIRST_DEADLINE`, so a mistyped endpoint is reported quickly while one that was
-there is waited for.
+there is waited for. The same goes for a reply, or a request, that was garbled on its way, as far as
+that can be told: XML that is none, a listing that contradicts itself, a body that has not the
+SHA-256 of its signature.
 
 At most :data:`CONNECTIONS` requests are under way at once, and fewer when the store asks to slow
 down (a 503 or a 429): backends/turns.py has the rules. A call holds a turn while it asks, not while
@@ -33,11 +35,12 @@ import re
 import threading
 import time
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 from urllib.parse import urlsplit
 
 import boto3
 import botocore.exceptions as aws
+import urllib3.exceptions
 from botocore.config import Config
 from botocore.parsers import ResponseParserError
 
@@ -55,7 +58,7 @@ from backends.turns import Answer, Turns
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
-    from mypy_boto3_s3.type_defs import GetObjectOutputTypeDef
+    from mypy_boto3_s3.type_defs import GetObjectOutputTypeDef, ListObjectsV2OutputTypeDef
 
 Result = TypeVar("Result")
 
@@ -91,13 +94,26 @@ _THROTTLING_CODES = {
     "TooManyRequestsException",
 }
 _TRANSIENT_CODES = {
+    "BadDigest",  # of a body that was garbled on its way
     "ConditionalRequestConflict",  # another conditional PUT of the key is under way
+    "IncompleteBody",
     "InternalError",
     "OperationAborted",
     "RequestTimeout",
+    "XAmzContentSHA256Mismatch",
 } | _THROTTLING_CODES
-# What a request that got no answer, or not all of it, ends with.
-_NO_ANSWER = (aws.HTTPClientError, aws.ConnectionError, aws.IncompleteReadError, OSError)
+# What a request that got no answer, or not all of it, ends with. botocore lets urllib3's own errors
+# through where it reads the body of a reply that says that something failed.
+_NO_ANSWER = (
+    aws.HTTPClientError,
+    aws.ConnectionError,
+    aws.IncompleteReadError,
+    urllib3.exceptions.HTTPError,
+    OSError,
+)
+# What botocore's parser ends with when a reply is not what S3 says; of a number or a time that is
+# none it is a ValueError.
+_GARBLED = (ResponseParserError, ValueError)
 
 
 class _NoTurnError(Exception):
@@ -179,7 +195,7 @@ class S3ObjectStore:
                     return False
                 unclear = unclear or _status(error) >= http.client.INTERNAL_SERVER_ERROR
                 raise
-            except _NO_ANSWER:
+            except (*_NO_ANSWER, *_GARBLED):
                 unclear = True
                 raise
             self._settings.check_put(answer, self.name)
@@ -232,21 +248,22 @@ class S3ObjectStore:
     def list(self, prefix: str) -> Iterator[tuple[str, int]]:
         full = self._prefix + check_prefix(prefix)
         token: str | None = None
+        last = ""
+
+        def attempt() -> ListObjectsV2OutputTypeDef:
+            more: Any = {"ContinuationToken": token} if token else {}
+            answer = self._client.list_objects_v2(Bucket=self._bucket, Prefix=full, **more)
+            _check_listing(answer, full, last, token)
+            return answer
+
         while True:
-            more = {"ContinuationToken": token} if token else {}
-            answer = self._call(
-                "list",
-                prefix,
-                lambda more=more: self._client.list_objects_v2(  # type: ignore[misc]
-                    Bucket=self._bucket, Prefix=full, **more
-                ),
-            )
+            answer = self._call("list", prefix, attempt)
             for item in answer.get("Contents", []):
-                yield item["Key"][len(self._prefix) :], item["Size"]
-            following = answer.get("NextContinuationToken")
-            if not answer.get("IsTruncated") or not following or following == token:
+                last = item["Key"]
+                yield last[len(self._prefix) :], item["Size"]
+            token = answer.get("NextContinuationToken")
+            if not token:
                 return
-            token = following
 
     def size(self, key: str) -> int | None:
         name = self._key(key)
@@ -314,7 +331,7 @@ class S3ObjectStore:
                     result = attempt()
                 except StorageError:
                     raise
-                except (aws.ClientError, aws.BotoCoreError, ResponseParserError, OSError) as error:
+                except (aws.ClientError, aws.BotoCoreError, *_NO_ANSWER, *_GARBLED) as error:
                     if isinstance(error, aws.ClientError):
                         self._answered = True
                     turn.answer = _answer(error)
@@ -357,7 +374,7 @@ class S3ObjectStore:
                 f"{what}: cannot connect to the endpoint; check that it is up and that "
                 "AWS_ENDPOINT_URL is right"
             )
-        if isinstance(error, ResponseParserError):
+        if isinstance(error, _GARBLED):
             return UnavailableError(
                 f"{what}: the endpoint does not answer as S3 does; check AWS_ENDPOINT_URL"
             )
@@ -456,7 +473,28 @@ def _is_transient(error: Exception) -> bool:
         )
     if isinstance(error, aws.SSLError | aws.ParamValidationError):
         return False
-    return isinstance(error, _NO_ANSWER)
+    if isinstance(error, _NO_ANSWER):
+        return True
+    return isinstance(error, _GARBLED) and not isinstance(error, aws.BotoCoreError)
+
+
+def _check_listing(
+    answer: ListObjectsV2OutputTypeDef, prefix: str, last: str, token: str | None
+) -> None:
+    """ValueError when an answer cannot be right: nothing else protects it on its way.
+
+    ``last`` and ``token`` are the last key and the token of the answer before.
+    """
+    keys = [item["Key"] for item in answer.get("Contents", [])]
+    following = answer.get("NextContinuationToken")
+    if answer.get("KeyCount", len(keys)) != len(keys):
+        raise ValueError("not as many keys as it says")
+    if bool(answer.get("IsTruncated")) != bool(following) or (following and following == token):
+        raise ValueError("it does not say how to go on")
+    for key in keys:
+        if not key.startswith(prefix) or key <= last:
+            raise ValueError("a key is at the wrong place")
+        last = key
 
 
 def _is_private(endpoint: str) -> bool:

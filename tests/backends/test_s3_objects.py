@@ -11,6 +11,8 @@ from typing import Any
 
 import botocore.exceptions as aws
 import pytest
+import urllib3.exceptions
+from botocore.parsers import ResponseParserError
 
 import backends.s3_objects as s3_module
 from backends.errors import (
@@ -176,6 +178,10 @@ def test_the_last_attempt_of_all_may_have_worked(scripted: Make) -> None:
         (aws.EndpointConnectionError(endpoint_url=""), UnavailableError, "AWS_ENDPOINT_URL"),
         (aws.ConnectionClosedError(endpoint_url=""), UnavailableError, "broke"),
         (aws.ResponseStreamingError(error=SECRET), UnavailableError, "broke"),
+        (urllib3.exceptions.ProtocolError(SECRET), UnavailableError, "broke"),
+        (ResponseParserError(SECRET), UnavailableError, "as S3 does"),
+        (ValueError(SECRET), UnavailableError, "as S3 does"),
+        (answer(400, "XAmzContentSHA256Mismatch"), UnavailableError, "keeps failing"),
     ],
 )
 def test_one_clear_line_for_each_error(
@@ -191,6 +197,55 @@ def test_one_clear_line_for_each_error(
         assert "s3://bucket/pre/fix at http://127.0.0.1:1" in line
         assert SECRET not in line
         assert caught.value.__cause__ is None
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        urllib3.exceptions.ProtocolError("the body of a 404 broke off"),
+        ResponseParserError("no XML"),
+        ValueError("invalid literal for int()"),
+        answer(400, "XAmzContentSHA256Mismatch"),
+        answer(400, "BadDigest"),
+    ],
+)
+def test_what_is_garbled_on_its_way_is_tried_again(scripted: Make, error: Exception) -> None:
+    store, client = scripted([error])
+    store.put("key", b"x")
+    assert client.calls == 2
+    store, client = scripted([("store", error)])
+    if not isinstance(error, aws.ClientError):  # the store refused that, and has nothing
+        assert store.put_if_absent("key", b"x") is True
+
+
+def listing(*keys: str, **more: Any) -> dict[str, Any]:
+    contents = [{"Key": f"pre/fix/{key}", "Size": 1} for key in keys]
+    return {"Contents": contents, "KeyCount": len(keys), "IsTruncated": False, **more}
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        listing("a", "b", KeyCount=3),
+        listing("b", "a"),
+        listing("a", "a"),
+        {**listing(), "Contents": [{"Key": "pre/fiy/a", "Size": 1}], "KeyCount": 1},
+        listing("a", "b", NextContinuationToken="more"),  # IsTruncated said true
+        listing("a", "b", IsTruncated=True),
+    ],
+)
+def test_a_listing_that_cannot_be_right_is_asked_for_again(
+    scripted: Make, wrong: dict[str, Any]
+) -> None:
+    right = [
+        listing("a", "b", IsTruncated=True, NextContinuationToken="more"),
+        listing("c"),
+    ]
+    for script in ([wrong, *right], [right[0], listing("b"), wrong, right[1]]):
+        store, client = scripted([])
+        client.list_objects_v2 = lambda script=script, **_: script.pop(0)
+        assert list(store.list("")) == [("a", 1), ("b", 1), ("c", 1)]
+        assert not script
 
 
 def test_an_object_that_is_too_long_is_not_read(scripted: Make) -> None:
