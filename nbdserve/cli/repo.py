@@ -27,7 +27,13 @@ from nbdserve.cli.output import (
 )
 from nbdserve.cli.progress import Progress
 from nbdserve.cli.pruning import protect, prune, unprotect
-from nbdserve.cli.reports import print_notice, print_warnings, push_line, summary_document
+from nbdserve.cli.reports import (
+    damage_line,
+    print_notice,
+    print_warnings,
+    push_line,
+    summary_document,
+)
 from nbdserve.cli.session import Session
 from nbdserve.cli.transfer import push as push_snapshot
 from nbdserve.cli.transfer import restore as restore_snapshot
@@ -203,7 +209,7 @@ def verify(url: str, snapshot: str | None, deep: bool, as_json: bool) -> None:
         print_json(dataclasses.asdict(report))
     else:
         for damage in report.damaged:
-            click.echo(f"{damage.key}: {damage.problem}; needed by {', '.join(damage.snapshots)}")
+            click.echo(damage_line(damage))
         click.echo(
             f"checked {report.snapshots} snapshots, {report.pages} pages, {report.chunks} chunks"
             f"; read {format_size(report.fetched)} of data in {report.seconds:.1f} s"

@@ -7,7 +7,7 @@ import click
 
 from nbdserve.cli.output import format_size
 from nbdserve.control.documents import timestamp
-from snapshots.repository import PushReport, Repository, Summary
+from snapshots.repository import Damage, PushReport, Repository, Summary
 
 
 def summary_document(summary: Summary) -> dict[str, Any]:
@@ -28,6 +28,16 @@ def push_line(report: PushReport) -> str:
         f"pushed {label} {against}: {format_size(report.changed)} changed,"
         f" {format_size(report.uploaded)} uploaded in {report.seconds:.1f} s"
     )
+
+
+def damage_line(damage: Damage) -> str:
+    """A damaged object, for people."""
+    more = ""
+    if len(damage.offsets) > 1:
+        more = f"; in {len(damage.offsets)} places, from offset {damage.offsets[0]} on"
+    needed = ", ".join(damage.snapshots)
+    by = f"needed by {needed}" if needed else "no snapshot needs what is damaged"
+    return f"{damage.key}: {damage.problem}{more}; {by}"
 
 
 def print_notice(repository: Repository) -> None:

@@ -5,6 +5,7 @@ the protocols :class:`Source` and :class:`Sink`.
 """
 
 from snapshots.repository.collecting import DEFAULT_GIVE_UP_AFTER, CollectReport
+from snapshots.repository.damage import Damage
 from snapshots.repository.interfaces import Progress, Sink, Source
 from snapshots.repository.layout import DEFAULT_CHUNK_SIZE
 from snapshots.repository.push import PushReport
@@ -20,7 +21,7 @@ from snapshots.repository.repository import (
 )
 from snapshots.repository.restore import RestoreReport
 from snapshots.repository.secret import Key, Secret
-from snapshots.repository.verify import Damage, VerifyReport
+from snapshots.repository.verify import VerifyReport
 
 __all__ = [
     "DEFAULT_CHUNK_SIZE",

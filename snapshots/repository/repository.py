@@ -12,6 +12,7 @@ from backends.object_urls import open_object_store
 from backends.objects import ObjectStore
 from snapshots.names import check_name
 from snapshots.repository.collecting import DEFAULT_GIVE_UP_AFTER, CollectReport, collecting
+from snapshots.repository.damage import Damage
 from snapshots.repository.envelope import Kind, unseal
 from snapshots.repository.holdings import (
     THREADS,
@@ -47,7 +48,7 @@ from snapshots.repository.restore import RestoreReport, restore_root
 from snapshots.repository.roots import find_root
 from snapshots.repository.secret import Key, Secret
 from snapshots.repository.steps import Move, perform
-from snapshots.repository.verify import Damage, VerifyReport, verify_snapshots
+from snapshots.repository.verify import VerifyReport, verify_snapshots
 
 if TYPE_CHECKING:
     from snapshots.repository.keyring import Keyring

@@ -4,20 +4,29 @@ Always: every record decodes, every page that a snapshot refers to is there and 
 every segment is there and long enough for the entries. Deep: every chunk is fetched, decompressed
 and compared with its SHA-256, and the headers and indexes of segments.
 
-The snapshots of a volume are taken oldest first. A page met before is not looked at again, and
-neither is an entry that is the same as in the page of the snapshot before: with many snapshots of
-a volume the work is that of their different chunks, and memory needs no list of all of them.
+The snapshots of a volume are taken oldest first, and only the roots of two that follow one another
+are in memory. A page met before is not looked at again, and neither is an entry that is the same
+as in the page of the snapshot before: with many snapshots of a volume the work is that of their
+different chunks. Of each page met, 4 bytes are kept.
+
+When only one snapshot is verified and something is damaged, the pages of the volume's others are
+read, too, to see which of them need it.
+
+Others push, delete, collect and repack meanwhile: in the end, a snapshot that seems to be harmed
+is forgotten when it was deleted, and looked at again when it has a newer root.
 """
 
 from __future__ import annotations
 
 import time
+from array import array
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from backends.errors import CorruptError, InvalidError, NotFoundError
 from backends.objects import ObjectStore
+from snapshots.repository.damage import Damage, Findings
 from snapshots.repository.donors import read_index
 from snapshots.repository.envelope import Kind
 from snapshots.repository.holdings import (
@@ -33,6 +42,7 @@ from snapshots.repository.layout import (
     INTENTS,
     OUTCOMES,
     PAGE_ENTRIES,
+    ROOTS,
     SEGMENTS,
     TOMBSTONES,
     intent_key,
@@ -40,30 +50,25 @@ from snapshots.repository.layout import (
     pages_key,
     parse_numbered_key,
     parse_pointer_key,
+    parse_root_key,
     segment_key,
     tombstone_key,
 )
 from snapshots.repository.pages import Entry, Page, PageRef, PageTable, pair_up
 from snapshots.repository.pipeline import Crew, leaving_promptly
 from snapshots.repository.reading import Range, plan_ranges, read_page
-from snapshots.repository.records import Config, Intent, Root, Summary, Tombstone
+from snapshots.repository.records import Config, Intent, Repacked, Summary, Tombstone
 from snapshots.repository.regions import chunk_length
-from snapshots.repository.roots import find_root
+from snapshots.repository.roots import finding_root
 from snapshots.repository.segments import (
     SEGMENT_HEADER_SIZE,
     PackedChunk,
     segment_header,
     unpack_chunk,
 )
+from snapshots.repository.steps import perform
 
-
-@dataclass
-class Damage:
-    """One damaged object. ``snapshots`` are those that cannot be restored whole, sorted."""
-
-    key: str
-    problem: str  # the first that was found, one line
-    snapshots: list[str] = field(default_factory=list)
+_LOOKS = 3  # at snapshots whose roots change meanwhile
 
 
 @dataclass(frozen=True)
@@ -82,6 +87,21 @@ class VerifyReport:
     seconds: float
 
 
+class _Known(NamedTuple):
+    """A snapshot to verify. ``pointer`` is the key of its pointer, None without one."""
+
+    summary: Summary
+    pointer: str | None
+
+
+class _Target(NamedTuple):
+    """A snapshot that is being verified, by its newest root."""
+
+    number: int
+    volume: str
+    size: int
+
+
 class _PageCheck(NamedTuple):
     """A page that was not met before. None in place of ``page`` when it cannot be read."""
 
@@ -89,6 +109,7 @@ class _PageCheck(NamedTuple):
     page: Page | None
     before: Page | None  # of the same region in the snapshot before
     problem: str
+    missing: bool
 
 
 class _Task(NamedTuple):
@@ -98,10 +119,19 @@ class _Task(NamedTuple):
     planned: Range | None
 
 
+class _Trouble(NamedTuple):
+    """A chunk that is damaged, or the header or index of its segment, which restores do without."""
+
+    key: str
+    problem: str
+    entry: Entry | None
+    missing: bool = False
+
+
 class _Result(NamedTuple):
     task: _Task
     fetched: int
-    damaged: list[tuple[str, str, Entry | None]]  # key, problem, entry
+    damaged: list[_Trouble]
 
 
 def verify_snapshots(
@@ -129,171 +159,270 @@ class _Verifier:
         self._deep = deep
         self._progress = progress
         self._started = time.monotonic()
-        self._damage: dict[str, Damage] = {}
-        self._page_harm: dict[PageRef, set[str]] = {}  # pages met, with the damaged keys
-        self._bad_entries: dict[Entry, str] = {}
-        self._bad_segments: set[tuple[str, int]] = set()
+        self._findings = Findings()
+        self._met: dict[tuple[str, int], array[int]] = {}  # offsets of pages, by their object
+        self._page_harm: dict[tuple[str, int, int], set[str]] = {}  # damaged keys, by page
         self._headers_seen: set[tuple[str, int]] = set()
         self._segment_sizes: dict[str, dict[int, int]] = {}
-        self._pages = self._chunks = self._fetched = 0
+        self._verified: dict[int, tuple[_Known, int, str]] = {}  # by number: generation, repack
+        self._tracing = False  # only looking who needs what is known to be damaged
+        self._snapshots = self._pages = self._chunks = self._fetched = 0
         self._done = self._total = 0
 
     def run(self, volume: str | None, snapshot: str | None) -> VerifyReport:
-        outcomes = list_pushes(self._store, OUTCOMES)
+        live = list_pushes(self._store, OUTCOMES)
         pointers = list_pointers(self._store)
+        roots = (parse_root_key(key) for key, _ in self._store.list(ROOTS))
+        repacked = [names for names in roots if names is not None]
+        self._repacked = {names[0] for names in repacked}
         tombstones = list_pushes(self._store, TOMBSTONES)
+        pointers = {push: key for push, key in pointers.items() if push not in tombstones}
+        live -= tombstones | {names[2] for names in repacked}
         if volume is None:
             self._check_records(INTENTS, intent_key, Intent.decode)
             self._check_records(TOMBSTONES, tombstone_key, Tombstone.decode)
-        roots = self._load_roots(
-            outcomes - tombstones,
-            {push: key for push, key in pointers.items() if push not in tombstones},
-            volume,
-            snapshot,
-        )
-        if not roots and volume is not None and not self._damage:
+        chosen = self._survey(live, pointers, volume, snapshot)
+        self._verify(chosen)
+        if not self._snapshots and volume is not None and not len(self._findings):
             label = f"{volume}@{snapshot}" if snapshot else f"snapshot of {volume}"
             raise NotFoundError(f"there is no {label} in {self._store.name}")
-        self._total = sum(root.summary.data for root in roots)
-        by_volume: dict[str, list[Root]] = {}
-        for root in roots:
-            by_volume.setdefault(root.summary.volume, []).append(root)
-        with (
-            Crew(THREADS, "verify") as crew,
-            Crew(THREADS, "pages") as readers,
-            leaving_promptly(self._store),
-        ):
-            for of_volume in by_volume.values():
-                before = PageTable()
-                for root in of_volume:
-                    self._check_root(root, before, crew, readers)
-                    before = root.table
-        for damage in self._damage.values():
-            damage.snapshots.sort()
+        for _ in range(_LOOKS):
+            again = self._settle()
+            if not again:
+                break
+            self._verify(again)
+        if snapshot is not None and self._findings.harmed():
+            done = {known.summary.push for known in chosen}
+            self._tracing = True
+            others = self._survey(live, pointers, volume, None)
+            self._verify([known for known in others if known.summary.push not in done])
+            self._settle()
         return VerifyReport(
-            len(roots),
+            self._snapshots,
             self._pages,
             self._chunks,
             self._fetched,
-            sorted(self._damage.values(), key=lambda damage: damage.key),
+            self._findings.report(),
             time.monotonic() - self._started,
         )
-
-    def _blame(self, key: str, problem: str, label: str | None) -> None:
-        damage = self._damage.setdefault(key, Damage(key, problem))
-        if label is not None and label not in damage.snapshots:
-            damage.snapshots.append(label)
 
     def _check_records(
         self, prefix: str, key_of: Callable[[str], str], decode: Callable[[bytes, str], object]
     ) -> None:
         """Check records that no snapshot's data depends on."""
-        for push in sorted(list_pushes(self._store, prefix)):
-            key = key_of(push)
-            try:
-                decoded = decode(
-                    self._store.get(key, Kind.INTENT.limit), describe_object(self._store, key)
-                )
-                if getattr(decoded, "push", push) != push:
-                    self._blame(
-                        key, f"{describe_object(self._store, key)} is of another push", None
-                    )
-            except NotFoundError:
-                continue  # deleted meanwhile
-            except CorruptError as error:
-                self._blame(key, str(error), None)
 
-    def _load_roots(
+        def check(push: str) -> tuple[str, str] | None:
+            key = key_of(push)
+            where = describe_object(self._store, key)
+            try:
+                decoded = decode(self._store.get(key, Kind.INTENT.limit), where)
+            except NotFoundError:
+                return None  # deleted meanwhile
+            except CorruptError as error:
+                return key, str(error)
+            if getattr(decoded, "push", push) != push:
+                return key, f"{where} is of another push"
+            return None
+
+        with Crew(THREADS, "records") as crew, leaving_promptly(self._store):
+            for trouble in crew.ordered(check, sorted(list_pushes(self._store, prefix)), 64):
+                if trouble is not None:
+                    self._findings.add(*trouble)
+
+    # Which snapshots there are
+
+    def _survey(
         self, live: set[str], pointers: dict[str, str], volume: str | None, snapshot: str | None
-    ) -> list[Root]:
-        """The roots of the chosen snapshots that can be read; blames what cannot."""
-        labels: dict[str, str] = {}
-        for push, key in pointers.items():
-            parsed = parse_pointer_key(key)
-            assert parsed is not None
-            if volume in (None, parsed[0]) and snapshot in (None, parsed[1]):
-                labels[push] = f"{parsed[0]}@{parsed[1]}"
+    ) -> list[_Known]:
+        """The chosen snapshots, by volume and oldest first; blames pointers and outcomes.
+
+        A damaged pointer harms no snapshot: listings read the outcome instead.
+        """
+        names = {push: parse_pointer_key(key) for push, key in pointers.items()}
+        chosen = [
+            push
+            for push, parsed in names.items()
+            if parsed and volume in (None, parsed[0]) and snapshot in (None, parsed[1])
+        ]
         # Without a pointer only the outcome can tell which snapshot it is.
-        chosen = labels.keys() | (live - pointers.keys())
-        roots: dict[str, Root] = {}
-        for push in sorted(chosen):
-            label = labels.get(push)
+        chosen += live - pointers.keys()
+
+        def look(push: str) -> tuple[str, Summary | None, str, str]:
+            """The summary, and what is wrong with the pointer, and with the outcome."""
+            key, problem = pointers.get(push), ""
+            if key is not None:
+                where = describe_object(self._store, key)
+                try:
+                    record = self._store.get(key, Kind.POINTER.limit)
+                    summary = Summary.decode_pointer(record, where)
+                    if (summary.volume, summary.snapshot, summary.push) == names[push]:
+                        return push, summary, "", ""
+                    problem = f"{where} does not belong to {key}"
+                except NotFoundError:
+                    problem = ""  # deleted meanwhile
+                except CorruptError as error:
+                    problem = str(error)
             try:
                 outcome, _ = read_outcome(self._store, self._config, push)
-            except NotFoundError as error:
-                self._blame(outcome_key(push), str(error), label)
-                continue
-            except CorruptError as error:
-                self._blame(outcome_key(push), str(error), label)
-                continue
+            except (NotFoundError, CorruptError) as error:
+                return push, None, problem, str(error)
+            return push, outcome.root.summary if outcome.root else None, problem, ""
+
+        found: dict[str, _Known] = {}
+        with Crew(THREADS, "survey") as crew, leaving_promptly(self._store):
+            for push, summary, of_pointer, of_outcome in crew.ordered(look, sorted(chosen), 64):
+                pointer, parsed = pointers.get(push), names.get(push)
+                if of_pointer and pointer is not None and not self._tracing:
+                    self._findings.add(pointer, of_pointer)
+                if of_outcome and not self._tracing:
+                    self._blame_outcome(push, of_outcome, parsed)
+                if (
+                    summary is not None
+                    and volume in (None, summary.volume)
+                    and snapshot in (None, summary.snapshot)
+                ):
+                    found[push] = _Known(summary, pointer)
+        return [
+            found[summary.push] for summary in in_order(known.summary for known in found.values())
+        ]
+
+    def _blame_outcome(self, push: str, problem: str, names: tuple[str, str, str] | None) -> None:
+        if names is None:
+            self._findings.add(outcome_key(push), problem)
+        elif self._store.size(tombstone_key(push)) is None:  # else deleted meanwhile
+            number = self._findings.number(f"{names[0]}@{names[1]}")
+            self._findings.add(outcome_key(push), problem, number)
+
+    def _verify(self, chosen: list[_Known]) -> None:
+        self._total += sum(known.summary.data for known in chosen)
+        with (
+            Crew(THREADS, "verify") as crew,
+            Crew(THREADS, "pages") as readers,
+            Crew(2, "roots") as loaders,
+            leaving_promptly(self._store),
+        ):
+            before, volume = PageTable(), ""
+            for known, found, problem in loaders.ordered(self._load_root, chosen, 2):
+                label = known.summary.label
+                if found is None:
+                    if problem and not self._tracing:
+                        names = known.summary.volume, known.summary.snapshot, ""
+                        self._blame_outcome(known.summary.push, problem, names)
+                    continue
+                summary = found.root.summary
+                if known.pointer is not None and summary.label != label:
+                    where = describe_object(self._store, known.pointer)
+                    self._findings.add(known.pointer, f"{where} does not belong to {summary.label}")
+                number = self._findings.number(summary.label)
+                self._verified[number] = known, found.generation, found.repack
+                self._snapshots += not self._tracing
+                if volume != summary.volume:
+                    before, volume = PageTable(), summary.volume
+                target = _Target(number, volume, summary.size)
+                self._check_root(target, found.root.table, before, crew, readers)
+                before = found.root.table
+
+    def _load_root(self, known: _Known) -> tuple[_Known, Repacked | None, str]:
+        """The newest root of a snapshot, or what is wrong with it."""
+        push = known.summary.push
+        try:
+            # Collections and deletions need it, also when there is a newer root.
+            outcome, _ = read_outcome(self._store, self._config, push)
             if outcome.root is None:
+                return known, None, ""
+            if push not in self._repacked:
+                return known, Repacked(push, 0, outcome.root), ""
+            return known, perform(self._store, self._config, finding_root(push)), ""
+        except (NotFoundError, CorruptError) as error:
+            return known, None, str(error)
+
+    def _settle(self) -> list[_Known]:
+        """Look again at what seems to be harmed; returns what has a newer root than we saw."""
+        again: list[_Known] = []
+        bits = self._findings.harmed()
+        for number, (known, *seen) in list(self._verified.items()):
+            if not bits >> number & 1:
+                continue
+            push = known.summary.push
+            if self._store.size(tombstone_key(push)) is not None:
+                self._findings.forgive(number)
                 continue
             try:
-                root = find_root(self._store, self._config, push)
-            except (NotFoundError, CorruptError) as error:
-                self._blame(outcome_key(push), str(error), label)
+                found = perform(self._store, self._config, finding_root(push))
+            except (NotFoundError, CorruptError):
                 continue
-            summary = root.summary
-            if volume in (None, summary.volume) and snapshot in (None, summary.snapshot):
-                roots[push] = root
-        for push, label in labels.items():
-            self._check_pointer(pointers[push], label, roots.get(push))
-        ordered = in_order(root.summary for root in roots.values())
-        return [roots[summary.push] for summary in ordered]
+            if [found.generation, found.repack] != seen:
+                self._findings.forgive(number)
+                del self._verified[number]
+                self._repacked.add(push)
+                self._snapshots -= not self._tracing
+                again.append(known)
+        for (push, object_number, offset), keys in list(self._page_harm.items()):
+            if any(key not in self._findings for key in keys):
+                # Whoever still needs that page is to look at it again.
+                del self._page_harm[push, object_number, offset]
+                self._met[push, object_number].remove(offset)
+        return again
 
-    def _check_pointer(self, key: str, label: str, root: Root | None) -> None:
-        """A damaged pointer harms no snapshot: listings read the outcome instead."""
-        where = describe_object(self._store, key)
-        try:
-            summary = Summary.decode_pointer(self._store.get(key, Kind.POINTER.limit), where)
-        except NotFoundError:
-            return  # deleted meanwhile
-        except CorruptError as error:
-            self._blame(key, str(error), None)
-            return
-        pair = (summary.label, summary.push)
-        if root is not None and pair != (root.summary.label, root.summary.push):
-            self._blame(key, f"{where} does not belong to {label}", None)
+    # One snapshot
 
-    def _check_root(self, root: Root, before: PageTable, crew: Crew, readers: Crew) -> None:
-        label = root.summary.label
+    def _check_root(
+        self, target: _Target, table: PageTable, before: PageTable, crew: Crew, readers: Crew
+    ) -> None:
         fresh: list[tuple[PageRef, PageRef | None]] = []
         shared: list[PageRef] = []
-        for ref, older in pair_up(root.table, before):
-            if ref in self._page_harm:
-                shared.append(ref)
-            else:
-                self._page_harm[ref] = set()
+        for ref, older in pair_up(table, before):
+            if self._meet(ref):
                 fresh.append((ref, older))
+            else:
+                shared.append(ref)
 
         def tasks() -> Iterator[_Task]:
             for check in readers.ordered(self._read_page, fresh, 2 * THREADS):
-                yield from self._check_page(check, root)
+                yield from self._check_page(check, target)
 
-        for result in crew.ordered(self._fetch(root), tasks(), 2 * THREADS):
+        for result in crew.ordered(self._fetch(target.size), tasks(), 2 * THREADS):
             self._fetched += result.fetched
             ref = result.task.ref
-            for key, problem, entry in result.damaged:
-                if entry is None:  # the header, which restores do without
-                    self._blame(key, problem, None)
+            for trouble in result.damaged:
+                if trouble.entry is None:
+                    self._findings.add(trouble.key, trouble.problem)
                 else:
-                    self._harm(ref, key, problem, label)
-                    self._bad_entries[entry] = key
+                    offset = None if trouble.missing else trouble.entry.offset
+                    self._harm(ref, trouble.key, offset, trouble.problem, target)
             if result.task.planned is None:
                 self._advance(ref)
         for ref in shared:
-            for key in self._page_harm[ref]:
-                self._blame(key, "", label)
+            for key in self._page_harm.get(_place(ref), ()):
+                if key in self._findings:
+                    self._findings.add(key, "", target.number)
             self._advance(ref)
+
+    def _meet(self, ref: PageRef) -> bool:
+        """Whether a page was not met before."""
+        offsets = self._met.setdefault((ref.push, ref.number), array("L"))
+        if ref.offset in offsets:
+            return False
+        offsets.append(ref.offset)
+        return True
 
     def _advance(self, ref: PageRef) -> None:
         self._done += ref.chunks * self._config.chunk_size
         if self._progress:
             self._progress(min(self._done, self._total), self._total)
 
-    def _harm(self, ref: PageRef, key: str, problem: str, label: str) -> None:
-        self._page_harm[ref].add(key)
-        self._blame(key, problem, label)
+    def _harm(
+        self, ref: PageRef, key: str, offset: int | None, problem: str, target: _Target
+    ) -> None:
+        """An object is damaged at an offset, None: as a whole, and a page needs that."""
+        self._page_harm.setdefault(_place(ref), set()).add(key)
+        finding = self._findings.add(key, problem, target.number)
+        finding.volume = target.volume
+        finding.regions.add(ref.page)
+        if offset is None:
+            finding.whole = True
+        else:
+            finding.offsets.add(offset)
 
     def _read_page(self, pair: tuple[PageRef, PageRef | None]) -> _PageCheck:
         ref, older = pair
@@ -306,41 +435,42 @@ class _Verifier:
         try:
             page = read_page(self._store, self._config.chunk_size, ref)
         except (CorruptError, NotFoundError) as error:
-            return _PageCheck(ref, None, before, str(error))
-        return _PageCheck(ref, page, before, "")
+            return _PageCheck(ref, None, before, str(error), isinstance(error, NotFoundError))
+        return _PageCheck(ref, page, before, "", False)
 
-    def _check_page(self, check: _PageCheck, root: Root) -> Iterable[_Task]:
+    def _check_page(self, check: _PageCheck, target: _Target) -> Iterable[_Task]:
         """Check the structure of a page, and yield what a deep run has to fetch for it."""
-        ref, label = check.ref, root.summary.label
+        ref = check.ref
+        key = pages_key(ref.push, ref.number)
         wanted: list[tuple[int, Entry]] = []
         if check.page is None:
-            self._harm(ref, pages_key(ref.push, ref.number), check.problem, label)
+            if not self._tracing or self._findings.is_bad(key, ref.offset):
+                offset = None if check.missing else ref.offset
+                self._harm(ref, key, offset, check.problem, target)
         else:
-            self._pages += 1
+            self._pages += not self._tracing
             for number, entry in enumerate(check.page):
                 if entry is None:
                     continue
-                if check.before is not None and check.before[number] == entry:
-                    key = self._bad_entries.get(entry)
-                    if entry[:2] in self._bad_segments:
-                        key = segment_key(*entry[:2])
-                    if key is not None:
-                        self._harm(ref, key, "", label)
+                if self._tracing or (check.before is not None and check.before[number] == entry):
+                    segment = self._findings.find_bad(entry)
+                    if segment is not None:
+                        self._harm(ref, segment, entry.offset, "", target)
                     continue
                 chunk = ref.page * PAGE_ENTRIES + number
-                if chunk_length(chunk, self._config.chunk_size, root.summary.size) <= 0:
-                    key = pages_key(ref.push, ref.number)
-                    self._harm(ref, key, f"page {ref.page} reaches beyond the volume", label)
+                if chunk_length(chunk, self._config.chunk_size, target.size) <= 0:
+                    problem = f"page {ref.page} reaches beyond the volume"
+                    self._harm(ref, key, ref.offset, problem, target)
                     continue
                 self._chunks += 1
-                if self._check_extent(ref, entry, label):
+                if self._check_extent(ref, entry, target):
                     wanted.append((chunk, entry))
-        if self._deep:
+        if self._deep and not self._tracing:
             for planned in plan_ranges(wanted):
                 yield _Task(ref, planned)
         yield _Task(ref, None)
 
-    def _check_extent(self, ref: PageRef, entry: Entry, label: str) -> bool:
+    def _check_extent(self, ref: PageRef, entry: Entry, target: _Target) -> bool:
         """Tell whether the entry's segment is there and long enough; blames it otherwise."""
         sizes = self._segment_sizes.get(entry.push)
         if sizes is None:
@@ -350,67 +480,85 @@ class _Verifier:
                 if number is not None:
                     sizes[number] = size
             self._segment_sizes[entry.push] = sizes
-        key = segment_key(entry.push, entry.segment)
         found = sizes.get(entry.segment)
+        if found is not None and found >= entry.offset + entry.length:
+            return True
+        key = segment_key(entry.push, entry.segment)
+        where = describe_object(self._store, key)
         if found is None:
-            self._bad_segments.add(entry[:2])
-            self._harm(ref, key, f"{describe_object(self._store, key)} is missing", label)
-            return False
-        if found < entry.offset + entry.length:
-            self._bad_entries[entry] = key
-            where = describe_object(self._store, key)
-            self._harm(ref, key, f"{where} is too short: it ends at {found}", label)
-            return False
-        return True
+            self._harm(ref, key, None, f"{where} is missing", target)
+        else:
+            problem = f"{where} is too short: it ends at {found}"
+            self._harm(ref, key, entry.offset, problem, target)
+        return False
 
-    def _check_index(
-        self, key: str, segment: tuple[str, int]
-    ) -> list[tuple[str, str, Entry | None]]:
+    def _check_index(self, key: str, segment: tuple[str, int]) -> list[_Trouble]:
         """The index of a segment, which only a push that goes on with another one reads."""
         try:
             read_index(self._store, key, self._segment_sizes[segment[0]][segment[1]])
         except CorruptError as error:
-            return [(key, str(error), None)]
+            return [_Trouble(key, str(error), None)]
         return []
 
-    def _fetch(self, root: Root) -> Callable[[_Task], _Result]:
+    def _fetch(self, size: int) -> Callable[[_Task], _Result]:
         """The work of a thread: fetch a range and check all that is in it."""
-        size, chunk_size = root.summary.size, self._config.chunk_size
+        chunk_size = self._config.chunk_size
+
+        def check(entry: Entry, chunk: int, stored: bytes, where: str) -> None:
+            packed = PackedChunk(entry.codec, stored, entry.digest)
+            length = chunk_length(chunk, chunk_size, size)
+            unpack_chunk(packed, length, f"{where} at {entry.offset}")
+
+        def check_alone(planned: Range, entry: Entry, chunk: int, where: str) -> list[_Trouble]:
+            """Once more, by itself: it may have been damaged on its way, or not itself."""
+            try:
+                stored = self._store.get_range(planned.key, entry.offset, entry.length)
+                check(entry, chunk, stored, where)
+            except (NotFoundError, CorruptError) as error:
+                missing = isinstance(error, NotFoundError)
+                return [_Trouble(planned.key, str(error), entry, missing)]
+            return []
 
         def fetch(task: _Task) -> _Result:
             planned = task.planned
             if planned is None:
                 return _Result(task, 0, [])
             where = describe_object(self._store, planned.key)
-            damaged: list[tuple[str, str, Entry | None]] = []
-            offset, end = planned.offset, planned.offset + planned.length
+            damaged: list[_Trouble] = []
             segment = planned.parts[0].entry[:2]
-            header = segment not in self._headers_seen
-            if header:
+            begin, end = planned.offset, planned.offset + planned.length
+            first = segment not in self._headers_seen
+            if first:
                 self._headers_seen.add(segment)
-                offset = offset if offset > 2 * SEGMENT_HEADER_SIZE else 0
+                begin = begin if begin > 2 * SEGMENT_HEADER_SIZE else 0
             try:
-                data = self._store.get_range(planned.key, offset, end - offset)
-                if header:
-                    found = data[:SEGMENT_HEADER_SIZE]
-                    if offset:
-                        found = self._store.get_range(planned.key, 0, SEGMENT_HEADER_SIZE)
-                    if found == segment_header(*segment):
-                        damaged += self._check_index(planned.key, segment)
-                    elif found != segment_header(*segment, indexed=False):
-                        damaged.append((planned.key, f"{where}: its header is wrong", None))
-            except (NotFoundError, CorruptError) as error:
-                return _Result(
-                    task, 0, [(planned.key, str(error), part.entry) for part in planned.parts]
-                )
+                data = self._store.get_range(planned.key, begin, end - begin)
+                if first:
+                    damaged += self._check_header(segment, b"" if begin else data, where)
+            except (NotFoundError, CorruptError):
+                for _, entry, chunk in planned.parts:
+                    damaged += check_alone(planned, entry, chunk, where)
+                return _Result(task, 0, damaged)
             for start, entry, chunk in planned.parts:
-                begin = planned.offset - offset + start
-                packed = PackedChunk(entry.codec, data[begin : begin + entry.length], entry.digest)
-                length = chunk_length(chunk, chunk_size, size)
+                start += planned.offset - begin  # noqa: PLW2901
                 try:
-                    unpack_chunk(packed, length, f"{where} at {entry.offset}")
-                except CorruptError as error:
-                    damaged.append((planned.key, str(error), entry))
-            return _Result(task, end - offset, damaged)
+                    check(entry, chunk, data[start : start + entry.length], where)
+                except CorruptError:
+                    damaged += check_alone(planned, entry, chunk, where)
+            return _Result(task, end - begin, damaged)
 
         return fetch
+
+    def _check_header(self, segment: tuple[str, int], data: bytes, where: str) -> list[_Trouble]:
+        """The header of a segment, which begins with ``data``, and its index."""
+        key = segment_key(*segment)
+        found = data[:SEGMENT_HEADER_SIZE] or self._store.get_range(key, 0, SEGMENT_HEADER_SIZE)
+        if found == segment_header(*segment):
+            return self._check_index(key, segment)
+        if found != segment_header(*segment, indexed=False):
+            return [_Trouble(key, f"{where}: its header is wrong", None)]
+        return []
+
+
+def _place(ref: PageRef) -> tuple[str, int, int]:
+    return ref.push, ref.number, ref.offset

@@ -97,7 +97,11 @@ def test_damage_is_reported_and_nothing_half_made(
     outcome = cli("repo", "verify", url, "--deep")
     assert outcome.status == 1
     assert segment.name in outcome.out
+    assert "needed by a@one" in outcome.out
     assert "damaged" in outcome.err
+    found = json.loads(cli("repo", "verify", url, "a@one", "--deep", "--json").out)["damaged"]
+    assert [set(one) for one in found] == [{"key", "problem", "offsets", "snapshots"}]
+    assert (len(found[0]["offsets"]), found[0]["snapshots"]) == (1, ["a@one"])
     assert segment.name in cli("repo", "restore", url, "a@one", "b").line
     assert [v["name"] for v in cli.json("volume", "list")["volumes"]] == ["a"]
     assert len(list((cli.data / "layers").iterdir())) == 2  # the snapshot's and the head
