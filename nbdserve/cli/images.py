@@ -14,10 +14,10 @@ import click
 from backends.errors import InvalidError, NoSpaceError, NotFoundError, StorageError, one_line
 from nbdserve.cli.keeping import storage_class_option
 from nbdserve.cli.limits import limit_options
-from nbdserve.cli.options import json_option
+from nbdserve.cli.options import json_option, skip_damaged_option
 from nbdserve.cli.output import format_size, print_result
 from nbdserve.cli.progress import Progress
-from nbdserve.cli.reports import print_notice, print_warnings, push_line
+from nbdserve.cli.reports import check_whole, print_holes, print_notice, print_warnings, push_line
 from nbdserve.cli.unlocking import open_repository
 from snapshots.images.export import ExportReport, export_to_file, export_to_stream
 from snapshots.images.formats import Format
@@ -36,9 +36,16 @@ _FORMATS = click.Choice([image_format.value for image_format in Format])
 @click.option("--format", "given", type=_FORMATS, help="qcow2 if FILE ends in .qcow2, else raw.")
 @click.option("--force", is_flag=True, help="Replace FILE once the new one is whole.")
 @limit_options
+@skip_damaged_option
 @json_option
 def export(
-    url: str, snapshot: str, file: str, given: str | None, force: bool, as_json: bool
+    url: str,
+    snapshot: str,
+    file: str,
+    given: str | None,
+    force: bool,
+    skip_damaged: bool,
+    as_json: bool,
 ) -> None:
     """Write a snapshot at URL as a disk image; everything read is verified.
 
@@ -61,18 +68,25 @@ def export(
     with Progress(f"exporting {snapshot}") as progress:
         if file == _STDIO:
             report = export_to_stream(
-                repository, volume, name, sys.stdout.fileno(), progress.update
-            )
+                repository, volume, name, sys.stdout.fileno(), progress.update,
+                skip_damaged=skip_damaged,
+            )  # fmt: skip
         else:
             report = export_to_file(
                 repository, volume, name, Path(file), image_format,
-                replace=force, progress=progress.update,
+                replace=force, skip_damaged=skip_damaged, progress=progress.update,
             )  # fmt: skip
     if file == _STDIO:
         click.echo(_export_line(report, "standard output"), err=True)
+        for hole in report.holes:
+            lost = f"{hole.length} bytes at offset {hole.offset}"
+            click.echo(f"nbdserve: lost, and zeros now: {lost}: {hole.problem}", err=True)
     else:
         document = dataclasses.asdict(report) | {"file": file}
         print_result(document, as_json, _export_line(report, file))
+        if not as_json:
+            print_holes(report.holes)
+    check_whole(report.holes, snapshot, "standard output" if file == _STDIO else file)
 
 
 @click.command("import")

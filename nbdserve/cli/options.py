@@ -44,6 +44,15 @@ def json_option(function: Decorated) -> Decorated:
     )(function)
 
 
+def skip_damaged_option(function: Decorated) -> Decorated:
+    """``--skip-damaged``."""
+    return click.option(
+        "--skip-damaged",
+        is_flag=True,
+        help="Take what is sound; list what is missing or damaged, which reads as zeros.",
+    )(function)
+
+
 class Duration(click.ParamType[float]):
     """A length of time such as ``90s``, ``30m``, ``12h``, ``7d`` or ``2w``; seconds as a float."""
 

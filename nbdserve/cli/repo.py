@@ -17,6 +17,7 @@ from nbdserve.cli.options import (
     json_option,
     parse_rate,
     rate_option,
+    skip_damaged_option,
 )
 from nbdserve.cli.output import (
     format_size,
@@ -28,7 +29,9 @@ from nbdserve.cli.output import (
 from nbdserve.cli.progress import Progress
 from nbdserve.cli.pruning import protect, prune, unprotect
 from nbdserve.cli.reports import (
+    check_whole,
     damage_line,
+    print_holes,
     print_notice,
     print_warnings,
     push_line,
@@ -155,14 +158,28 @@ def push(snapshot: str, url: str, as_json: bool) -> None:
 )
 @rate_option
 @limit_options
+@skip_damaged_option
 @data_option
 @json_option
-def restore(url: str, snapshot: str, new: str, lazy: bool, rate: str | None, as_json: bool) -> None:
+def restore(
+    url: str,
+    snapshot: str,
+    new: str,
+    lazy: bool,
+    rate: str | None,
+    skip_damaged: bool,
+    as_json: bool,
+) -> None:
     """Make the volume NEWVOL from a snapshot at URL; everything read is verified."""
     volume, name = parse_snapshot_name(snapshot)
     check_name("volume", new)
     data = data_directory()
     if lazy:
+        if skip_damaged:
+            raise click.UsageError(
+                "--skip-damaged is not for --lazy: reads of what is damaged fail, the rest is read",
+                click.get_current_context(),
+            )
         refuse_key_options()
         refuse_limits()
         body = {"volume": new, "url": url, "snapshot": snapshot, "rate": parse_rate(rate)}
@@ -175,12 +192,17 @@ def restore(url: str, snapshot: str, new: str, lazy: bool, rate: str | None, as_
         raise click.UsageError("--rate is for --lazy", click.get_current_context())
     repository = open_repository(url)
     with Session(data, create=True) as session:
-        report, restored = restore_snapshot(session, repository, volume, name, new)
+        report, restored = restore_snapshot(
+            session, repository, volume, name, new, skip_damaged=skip_damaged
+        )
     line = (
         f"restored {snapshot} as volume {new}: {format_size(report.written)} of data,"
         f" {format_size(report.fetched)} fetched in {report.seconds:.1f} s"
     )
     print_result({**dataclasses.asdict(report), "restored": restored}, as_json, line)
+    if not as_json:
+        print_holes(report.holes)
+    check_whole(report.holes, snapshot, f"volume {new}")
 
 
 @repo.command()

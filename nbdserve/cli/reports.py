@@ -1,13 +1,15 @@
 """What commands say of a repository and of what was done with it."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import click
 
-from nbdserve.cli.output import format_size
+from backends.errors import CorruptError
+from nbdserve.cli.output import format_size, print_table
 from nbdserve.control.documents import timestamp
-from snapshots.repository import Damage, PushReport, Repository, Summary
+from snapshots.repository import Damage, Hole, PushReport, Repository, Summary
 
 
 def summary_document(summary: Summary) -> dict[str, Any]:
@@ -38,6 +40,24 @@ def damage_line(damage: Damage) -> str:
     needed = ", ".join(damage.snapshots)
     by = f"needed by {needed}" if needed else "no snapshot needs what is damaged"
     return f"{damage.key}: {damage.problem}{more}; {by}"
+
+
+def print_holes(holes: Sequence[Hole]) -> None:
+    """What could not be had of a snapshot, for people."""
+    if holes:
+        rows = ([str(hole.offset), str(hole.length), hole.problem] for hole in holes)
+        print_table(["offset", "length", "lost, and zeros now, because"], rows)
+
+
+def check_whole(holes: Sequence[Hole], snapshot: str, made: str) -> None:
+    """CorruptError when something is lost."""
+    if holes:
+        count = len(holes)
+        raise CorruptError(
+            f"{made} lacks {format_size(sum(hole.length for hole in holes))} of {snapshot} in"
+            f" {count} place{'s' if count > 1 else ''}, which read as zeros; the first is at offset"
+            f" {holes[0].offset}: {holes[0].problem}"
+        )
 
 
 def print_notice(repository: Repository) -> None:

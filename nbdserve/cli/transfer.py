@@ -32,7 +32,13 @@ def push(session: Session, repository: Repository, volume: str, snapshot: str) -
 
 
 def restore(
-    session: Session, repository: Repository, volume: str, snapshot: str, new: str
+    session: Session,
+    repository: Repository,
+    volume: str,
+    snapshot: str,
+    new: str,
+    *,
+    skip_damaged: bool = False,
 ) -> tuple[RestoreReport, Document]:
     """Make the volume ``new`` from a snapshot in the repository, and show the progress.
 
@@ -50,7 +56,9 @@ def restore(
                     claim.check_held()
                     progress.update(done, total)
 
-                report = repository.restore(volume, snapshot, sink, update)
+                report = repository.restore(
+                    volume, snapshot, sink, update, skip_damaged=skip_damaged
+                )
             asyncio.run(sink.finish())
         finally:
             sink.close()

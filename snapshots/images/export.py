@@ -11,7 +11,7 @@ import errno
 import time
 from collections.abc import Callable
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
@@ -21,6 +21,7 @@ from snapshots.images.new_file import NewFile
 from snapshots.images.qcow2_writer import Qcow2Writer
 from snapshots.images.raw import RawFileWriter, RawStreamWriter
 from snapshots.repository import Progress, Repository
+from snapshots.repository.losses import Hole, Losses
 from snapshots.repository.records import Root
 from snapshots.repository.stream import read_in_order, read_root
 
@@ -36,6 +37,7 @@ class ExportReport:
     size: int
     data: int
     seconds: float
+    holes: list[Hole] = field(default_factory=list)  # what could not be had, when that was allowed
 
 
 class _Writer(Protocol):
@@ -54,9 +56,13 @@ def export_to_file(
     image_format: Format = Format.RAW,
     *,
     replace: bool = False,
+    skip_damaged: bool = False,
     progress: Progress | None = None,
 ) -> ExportReport:
-    """Make the file ``path``; StorageError, and then there is none (or still the old one)."""
+    """Make the file ``path``; StorageError, and then there is none (or still the old one).
+
+    With ``skip_damaged`` what is missing or damaged is left out, and listed in the report.
+    """
     new = NewFile(path, replace=replace)
     root = read_root(repository, volume, snapshot)
     make = RawFileWriter if image_format is Format.RAW else Qcow2Writer
@@ -64,8 +70,9 @@ def export_to_file(
         descriptor = new.open()
         try:
             report = _export(
-                repository, root, image_format, lambda size: make(descriptor, size), progress
-            )
+                repository, root, image_format, lambda size: make(descriptor, size), progress,
+                skip_damaged=skip_damaged,
+            )  # fmt: skip
             new.commit()
         except OSError as error:
             raise new.failure(error) from error
@@ -78,13 +85,16 @@ def export_to_stream(
     snapshot: str,
     descriptor: int,
     progress: Progress | None = None,
+    *,
+    skip_damaged: bool = False,
 ) -> ExportReport:
     """Write the raw image to an open file or pipe, from front to back; StorageError."""
     root = read_root(repository, volume, snapshot)
     try:
         return _export(
-            repository, root, Format.RAW, lambda size: RawStreamWriter(descriptor, size), progress
-        )
+            repository, root, Format.RAW, lambda size: RawStreamWriter(descriptor, size), progress,
+            skip_damaged=skip_damaged,
+        )  # fmt: skip
     except OSError as error:
         if error.errno == errno.EPIPE:
             raise StorageError(
@@ -101,12 +111,15 @@ def _export(
     image_format: Format,
     open_writer: Callable[[int], _Writer],
     progress: Progress | None,
+    *,
+    skip_damaged: bool,
 ) -> ExportReport:
     started = time.monotonic()
     summary = root.summary
     writer = open_writer(summary.size)
     done = 0
-    with closing(read_in_order(repository, root)) as chunks:
+    losses = Losses() if skip_damaged else None
+    with closing(read_in_order(repository, root, losses)) as chunks:
         for offset, content in chunks:
             writer.write(offset, content)
             done += repository.config.chunk_size
@@ -121,4 +134,5 @@ def _export(
         summary.size,
         summary.data,
         time.monotonic() - started,
+        losses.holes(repository.config.chunk_size, summary.size) if losses else [],
     )

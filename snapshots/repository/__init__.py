@@ -8,6 +8,7 @@ from snapshots.repository.collecting import DEFAULT_GIVE_UP_AFTER, CollectReport
 from snapshots.repository.damage import Damage
 from snapshots.repository.interfaces import Progress, Sink, Source
 from snapshots.repository.layout import DEFAULT_CHUNK_SIZE
+from snapshots.repository.losses import Hole
 from snapshots.repository.push import PushReport
 from snapshots.repository.records import Summary
 from snapshots.repository.repository import (
@@ -28,6 +29,7 @@ __all__ = [
     "DEFAULT_GIVE_UP_AFTER",
     "CollectReport",
     "Damage",
+    "Hole",
     "Key",
     "Progress",
     "PushReport",

@@ -88,12 +88,23 @@ class Repository:
         return push_snapshot(self.store, self.config, source, progress)
 
     def restore(
-        self, volume: str, snapshot: str, sink: Sink, progress: Progress | None = None
+        self,
+        volume: str,
+        snapshot: str,
+        sink: Sink,
+        progress: Progress | None = None,
+        *,
+        skip_damaged: bool = False,
     ) -> RestoreReport:
-        """Write a snapshot into ``sink``, every chunk verified before it is written."""
+        """Write a snapshot into ``sink``, every chunk verified before it is written.
+
+        With ``skip_damaged`` what is missing or damaged is left out, and listed in the report.
+        """
         summary = self.find(volume, snapshot)
         root = find_root(self.store, self.config, summary.push)
-        return restore_root(self.store, self.config, root, sink, progress)
+        return restore_root(
+            self.store, self.config, root, sink, progress, skip_damaged=skip_damaged
+        )
 
     def delete(self, volume: str, snapshot: str) -> Summary:
         """Delete a snapshot; others keep all that they share with it. ``collect`` frees space."""

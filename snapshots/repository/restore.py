@@ -11,12 +11,13 @@ from __future__ import annotations
 import errno
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from backends.errors import NoSpaceError, StorageError
 from backends.objects import ObjectStore
 from snapshots.names import BLOCK_SIZE
 from snapshots.repository.interfaces import Progress, Sink
+from snapshots.repository.losses import Hole, Losses
 from snapshots.repository.pipeline import Crew, leaving_promptly
 from snapshots.repository.reading import Range, group_pages, plan_ranges
 from snapshots.repository.records import Config, Root
@@ -40,19 +41,28 @@ class RestoreReport:
     fetched: int  # read from the store's segments
     requests: int  # range requests for them
     seconds: float
+    holes: list[Hole] = field(default_factory=list)  # what could not be had, when that was allowed
 
 
 def restore_root(
-    store: ObjectStore, config: Config, root: Root, sink: Sink, progress: Progress | None
+    store: ObjectStore,
+    config: Config,
+    root: Root,
+    sink: Sink,
+    progress: Progress | None,
+    *,
+    skip_damaged: bool = False,
 ) -> RestoreReport:
     """Write all that is not zero in the snapshot into ``sink``, in no particular order.
 
-    Raises CorruptError or NotFoundError, naming the object, when something cannot be verified;
-    the sink then holds a part of the snapshot, all of it verified.
+    With ``skip_damaged`` all that can be verified; the report has the rest. Otherwise it raises
+    CorruptError or NotFoundError, naming the object, when something cannot be verified; the sink
+    then holds a part of the snapshot, all of it verified.
     """
     started = time.monotonic()
     summary = root.summary
-    reader = SnapshotReader(store, config, root)
+    losses = Losses() if skip_damaged else None
+    reader = SnapshotReader(store, config, root, losses)
 
     def fetch(planned: Range) -> tuple[Range, int]:
         chunks = reader.fetch(planned)
@@ -88,6 +98,7 @@ def restore_root(
         fetched,
         requests,
         time.monotonic() - started,
+        losses.holes(config.chunk_size, summary.size) if losses else [],
     )
 
 

@@ -81,12 +81,15 @@ class Newest:
         with self._lock:
             return self._read(number)
 
-    def find_chunk(self, chunk: int, missed: Entry) -> Entry | None:
-        """Where ``chunk`` is by the newest root, when ``missed`` is not there."""
+    def find_chunk(self, chunk: int, missed: Entry, *, look: bool = True) -> Entry | None:
+        """Where ``chunk`` is by the newest root, when ``missed`` is not there.
+
+        Without ``look`` the newest root that is known must do.
+        """
         number, place = divmod(chunk, PAGE_ENTRIES)
         with self._lock:
             entry = self._read(number)[place]
-            if entry == missed:
+            if entry == missed and look:
                 self._look_again()
                 entry = self._read(number)[place]
             return None if entry == missed else entry

@@ -7,11 +7,13 @@ looked for by the newest root (roots.py). Only what that has no other place for 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 
 from backends.errors import CorruptError, NotFoundError
 from backends.objects import ObjectStore
 from snapshots.repository.holdings import describe_object
-from snapshots.repository.layout import PAGE_ENTRIES
+from snapshots.repository.layout import PAGE_ENTRIES, segment_key
+from snapshots.repository.losses import Losses
 from snapshots.repository.pages import Entry, Page, PageRef
 from snapshots.repository.reading import Range, plan_ranges, read_pages
 from snapshots.repository.records import Config, Root
@@ -23,15 +25,20 @@ from snapshots.repository.segments import PackedChunk, unpack_chunk
 class SnapshotReader:
     """Of the snapshot of ``root``; any number of threads may use it.
 
-    All methods raise CorruptError, naming the object, when something is missing or not right.
+    All methods raise CorruptError, naming the object, when something is missing or not right; with
+    ``losses`` they note that there, and go on with what is sound.
     """
 
-    def __init__(self, store: ObjectStore, config: Config, root: Root) -> None:
+    def __init__(
+        self, store: ObjectStore, config: Config, root: Root, losses: Losses | None = None
+    ) -> None:
         self._store = store
         self._chunk_size = config.chunk_size
         self._size = root.summary.size
         self._label = root.summary.label
         self._newest = Newest(store, config, root)
+        self._losses = losses
+        self._gone: set[str] = set()  # segments that the newest root needs, too
 
     def load(self, refs: list[PageRef]) -> list[tuple[PageRef, Page]]:
         """Pages that ``group_pages`` put together."""
@@ -40,8 +47,29 @@ class SnapshotReader:
         except NotFoundError as error:
             try:
                 return [(ref, self._newest.read_page(ref.page)) for ref in refs]
-            except NotFoundError:
-                raise CorruptError(f"{error}; {self._label} needs it") from None
+            except (NotFoundError, CorruptError) as again:
+                if self._losses is None:
+                    if isinstance(again, CorruptError):
+                        raise
+                    raise CorruptError(f"{error}; {self._label} needs it") from None
+        except CorruptError:
+            if self._losses is None:
+                raise
+        return [pair for ref in refs for pair in self._load_alone(ref)]
+
+    def _load_alone(self, ref: PageRef) -> list[tuple[PageRef, Page]]:
+        assert self._losses is not None
+        try:
+            return read_pages(self._store, self._chunk_size, [ref])
+        except CorruptError as error:
+            problem = str(error)
+        except NotFoundError as error:
+            problem = str(error)
+            with suppress(NotFoundError, CorruptError):
+                return [(ref, self._newest.read_page(ref.page))]
+        first = ref.page * PAGE_ENTRIES
+        self._losses.add(first, first + PAGE_ENTRIES, problem)
+        return []
 
     def chunks(self, ref: PageRef, page: Page) -> Iterator[tuple[int, Entry]]:
         """The chunks of a page that are no holes: (number in the volume, entry), ascending."""
@@ -62,20 +90,59 @@ class SnapshotReader:
             for again in plan_ranges(self._moved(planned, where)):
                 yield from self.fetch(again)
             return
+        except CorruptError:
+            if self._losses is None:
+                raise
+            for _, entry, chunk in planned.parts:
+                yield from self._fetch_alone(chunk, entry, where)
+            return
         for start, entry, chunk in planned.parts:
-            packed = PackedChunk(entry.codec, data[start : start + entry.length], entry.digest)
-            length = chunk_length(chunk, self._chunk_size, self._size)
-            yield chunk, unpack_chunk(packed, length, f"{where} at {entry.offset}")
+            try:
+                plain = self._unpack(chunk, entry, data[start : start + entry.length], where)
+            except CorruptError:
+                if self._losses is None:
+                    raise
+                yield from self._fetch_alone(chunk, entry, where)
+            else:
+                yield chunk, plain
+
+    def _unpack(self, chunk: int, entry: Entry, stored: bytes, where: str) -> bytes:
+        packed = PackedChunk(entry.codec, stored, entry.digest)
+        length = chunk_length(chunk, self._chunk_size, self._size)
+        return unpack_chunk(packed, length, f"{where} at {entry.offset}")
+
+    def _fetch_alone(self, chunk: int, entry: Entry, where: str) -> Iterator[tuple[int, bytes]]:
+        """A chunk once more, by itself, which may have been damaged on its way; or its loss."""
+        assert self._losses is not None
+        key = segment_key(entry.push, entry.segment)
+        try:
+            stored = self._store.get_range(key, entry.offset, entry.length)
+            plain = self._unpack(chunk, entry, stored, where)
+        except (NotFoundError, CorruptError) as error:
+            self._losses.add(chunk, chunk + 1, str(error))
+        else:
+            yield chunk, plain
 
     def _moved(self, planned: Range, where: str) -> list[tuple[int, Entry]]:
         """Where the chunks of a range are now, whose segment is gone."""
         moved = []
         for _, entry, chunk in planned.parts:
+            problem = f"{where} is missing; {self._label} needs it"
+            place = None
             try:
-                place = self._newest.find_chunk(chunk, entry)
+                look = planned.key not in self._gone
+                place = self._newest.find_chunk(chunk, entry, look=look)
             except NotFoundError:
                 place = None
-            if place is None:
-                raise CorruptError(f"{where} is missing; {self._label} needs it")
-            moved.append((chunk, place))
+            except CorruptError as error:
+                if self._losses is None:
+                    raise
+                problem = str(error)
+            if place is not None:
+                moved.append((chunk, place))
+            elif self._losses is None:
+                raise CorruptError(problem)
+            else:
+                self._gone.add(planned.key)
+                self._losses.add(chunk, chunk + 1, problem)
         return moved

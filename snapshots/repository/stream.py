@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Iterator
 
+from snapshots.repository.losses import Losses
 from snapshots.repository.pages import Entry
 from snapshots.repository.pipeline import Crew, leaving_promptly
 from snapshots.repository.reading import group_pages, plan_ranges
@@ -33,14 +34,17 @@ def read_root(repository: Repository, volume: str, snapshot: str) -> Root:
     return find_root(repository.store, repository.config, summary.push)
 
 
-def read_in_order(repository: Repository, root: Root) -> Generator[tuple[int, bytes], None, None]:
+def read_in_order(
+    repository: Repository, root: Root, losses: Losses | None = None
+) -> Generator[tuple[int, bytes], None, None]:
     """Yield (offset, content) of every chunk that is no hole, ascending; the rest is zeros.
 
     Raises CorruptError, naming the object, when a chunk cannot be verified: nothing from there on
-    is yielded. Close the iterator when it is left before its end.
+    is yielded. With ``losses`` it is noted there and left out. Close the iterator when it is left
+    before its end.
     """
     store, chunk_size = repository.store, repository.config.chunk_size
-    reader = SnapshotReader(store, repository.config, root)
+    reader = SnapshotReader(store, repository.config, root, losses)
 
     def fetch(window: _Window) -> list[tuple[int, bytes]]:
         found = [pair for planned in plan_ranges(window) for pair in reader.fetch(planned)]

@@ -107,6 +107,37 @@ def test_damage_is_reported_and_nothing_half_made(
     assert len(list((cli.data / "layers").iterdir())) == 2  # the snapshot's and the head
 
 
+def test_what_is_sound_can_be_salvaged(cli: CommandLine, url: str, tmp_path: Path) -> None:
+    content = fill(cli, "a")
+    cli.done("snapshot", "create", "a@one")
+    cli.done("repo", "push", "a@one", url)
+    whole = cli.json("repo", "restore", url, "a@one", "b", "--skip-damaged")
+    assert whole["holes"] == []
+    segment = next((tmp_path / "repository" / "segments").rglob("0*"))
+    segment.chmod(0o600)
+    with segment.open("r+b") as file:
+        file.seek(32 + 5 * 65536 + 77)
+        file.write(bytes(64))
+    zeroed = content[: MIB + 5 * 65536] + bytes(65536) + content[MIB + 6 * 65536 :]
+    outcome = cli("repo", "restore", url, "a@one", "c", "--skip-damaged", "--json")
+    assert outcome.status == 1
+    document = json.loads(outcome.out)
+    assert [(h["offset"], h["length"]) for h in document["holes"]] == [(MIB + 5 * 65536, 65536)]
+    assert document["restored"]["name"] == "c"
+    assert "lacks 64K of a@one in 1 place" in outcome.err
+    assert read(cli.data, "c") == zeroed
+    outcome = cli("repo", "restore", url, "a@one", "d", "--skip-damaged")
+    assert outcome.status == 1
+    assert str(MIB + 5 * 65536) in outcome.out
+    image = tmp_path / "a.raw"
+    outcome = cli("repo", "export", url, "a@one", image, "--skip-damaged")
+    assert (outcome.status, str(MIB + 5 * 65536) in outcome.out) == (1, True)
+    assert image.read_bytes() == zeroed
+    assert cli("repo", "export", url, "a@one", tmp_path / "b.raw").status == 1
+    assert not (tmp_path / "b.raw").exists()
+    assert cli("repo", "restore", url, "a@one", "e", "--skip-damaged", "--lazy").status == 2
+
+
 def test_restore_refuses_before_it_reads(cli: CommandLine, url: str) -> None:
     fill(cli, "a")
     cli.done("snapshot", "create", "a@one")
