@@ -5,6 +5,10 @@ snapshot of all of them at one instant, push each, and delete a volume's older b
 once its new one is in the repository. The newest stays: the next backup is cheap because the
 volume can tell what was written since. A snapshot whose push failed is deleted again.
 
+A backup of the volume that was killed, or lost its store, is not wasted: the claim makes sure that
+no two backups of a volume are under way, so this push goes on with the last one's, whose intent
+names the volume's id: what that had uploaded, and what is the same now, is taken from there.
+
 With rules of what to keep, the repository is pruned of older backups of each volume whose push
 succeeded: never of the one pushed just now, and never of snapshots that a backup did not make.
 """
@@ -120,7 +124,8 @@ class _Backup:
 
     def _push(self, volume: str, name: str) -> PushReport | None:
         try:
-            report = push(self._session, self._repository, volume, name)
+            line = self._session.client.get(path("volumes", volume))["id"]
+            report = push(self._session, self._repository, volume, name, line)
         except (StorageError, OSError) as error:
             line = one_line(error)
             self.failures.append(

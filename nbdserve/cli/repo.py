@@ -236,6 +236,13 @@ def verify(url: str, snapshot: str | None, deep: bool, as_json: bool) -> None:
             f"checked {report.snapshots} snapshots, {report.pages} pages, {report.chunks} chunks"
             f"; read {format_size(report.fetched)} of data in {report.seconds:.1f} s"
         )
+        if report.noted:
+            click.echo(
+                f"noted {report.noted} damaged objects: the next push of the volume stores anew"
+                " what it still has of them"
+            )
+    for warning in report.warnings:
+        click.echo(f"nbdserve: warning: {warning}", err=True)
     if report.damaged:
         count = len(report.damaged)
         raise CorruptError(

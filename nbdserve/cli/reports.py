@@ -26,9 +26,15 @@ def push_line(report: PushReport) -> str:
     if report.already_there:
         return f"{label} was there already"
     against = f"since {report.parent}" if report.parent else "in full"
+    repaired = ""
+    if report.repaired:
+        repaired = f", {format_size(report.repaired)} of them because of damage there"
+    resumed = ""
+    if report.resumed:
+        resumed = f", {format_size(report.resumed)} had been uploaded before"
     return (
-        f"pushed {label} {against}: {format_size(report.changed)} changed,"
-        f" {format_size(report.uploaded)} uploaded in {report.seconds:.1f} s"
+        f"pushed {label} {against}: {format_size(report.changed)} changed{repaired},"
+        f" {format_size(report.uploaded)} uploaded{resumed} in {report.seconds:.1f} s"
     )
 
 

@@ -18,15 +18,17 @@ from snapshots.source import open_source
 from snapshots.transfer import SinkDescription, SnapshotRef, SourceDescription
 
 
-def push(session: Session, repository: Repository, volume: str, snapshot: str) -> PushReport:
-    """Push a snapshot of the data directory, and show the progress."""
+def push(
+    session: Session, repository: Repository, volume: str, snapshot: str, line: str = ""
+) -> PushReport:
+    """Push a snapshot of the data directory, and show the progress; see ``Repository.push``."""
     where = path("volumes", volume, "snapshots", snapshot, "pin")
     with session.client.stream("POST", where) as pin:
         description = _source_description(pin.first()["source"])
         source = asyncio.run(open_source(LocalLayerStore(session.data), description))
         try:
             with Progress(f"pushing {volume}@{snapshot}") as progress:
-                return repository.push(source, progress.update)
+                return repository.push(source, progress.update, line=line)
         finally:
             source.close()
 

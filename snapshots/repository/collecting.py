@@ -68,6 +68,7 @@ from snapshots.repository.layout import (
     TOMBSTONES,
     intent_key,
     new_push_id,
+    noted_object,
     outcome_key,
     pages_key,
     parse_data_key,
@@ -187,9 +188,12 @@ def collecting(
     *,
     dry_run: bool = False,
     repack: bool = True,
+    notes: Sizes | None = None,
     progress: Progress | None = None,
 ) -> Steps[CollectReport]:
     """Delete what nothing needs; give up on pushes that began ``give_up_after`` seconds ago.
+
+    ``notes`` are the notes of damage that there were before: they go with what they are about.
 
     Then, with ``repack``, copy what is left of sparse segments: the next collection frees these.
 
@@ -210,7 +214,7 @@ def collecting(
             f"nothing was collected, because what is needed cannot be told: {problems[0]}; "
             "'nbdserve repo verify' names the snapshots that it harms: delete these"
         )
-    dead = list_dead(view, marks)
+    dead = list_dead(view, marks) | list_dead_notes(view, marks, notes or {})
     repacked: list[RepackReport] = []
     if not dry_run:
         for push in list_finished(view, marks):
@@ -429,6 +433,19 @@ def list_dead(view: View, marks: Marks) -> Sizes:
     for key, size in view.roots.items():
         names = parse_root_key(key)
         if names is not None and view.is_settled(names[2]) and key not in marks.roots:
+            dead[key] = size
+    return dead
+
+
+def list_dead_notes(view: View, marks: Marks, notes: Sizes) -> Sizes:
+    """The notes about objects that nothing needs, whether these are there or not."""
+    dead: Sizes = {}
+    for key, size in notes.items():
+        noted = noted_object(key)
+        place = None if noted is None else parse_data_key(noted)
+        if place is None or noted in marks.keys:
+            continue
+        if view.is_settled(place[0]) and place[0] not in marks.pinned:
             dead[key] = size
     return dead
 

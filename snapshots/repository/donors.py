@@ -1,4 +1,4 @@
-"""Going on with a push: the chunks that pushes of the same snapshot had stored when they ended.
+"""Going on with a push: the chunks that others, which were ended for that, had stored.
 
 Every segment ends with an index of its chunks. A push stores its chunks in the order of the volume,
 so the indexes are read one after another as the new push gets there: memory is that of one index
@@ -41,11 +41,12 @@ class Donors:
     def __init__(self, store: ObjectStore, pushes: list[str], chunk_size: int) -> None:
         self._donors = [_Donor(store, push, chunk_size) for push in pushes]
 
-    def find(self, first: int, end: int) -> dict[int, Entry]:
+    def find(self, first: int, end: int) -> dict[int, list[Entry]]:
         """Entries for some of the chunks from ``first`` to before ``end``; compare the digests."""
-        found: dict[int, Entry] = {}
+        found: dict[int, list[Entry]] = {}
         for donor in self._donors:
-            found.update(donor.find(first, end))
+            for chunk, entry in donor.find(first, end).items():
+                found.setdefault(chunk, []).append(entry)
         return found
 
 

@@ -62,6 +62,7 @@ class Kind(enum.IntEnum):
     ROOT = 9
     KEY = 16
     PROTECTION = 24
+    DAMAGE = 25
 
     @property
     def limit(self) -> int:

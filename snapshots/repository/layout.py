@@ -20,6 +20,7 @@ PROTECTIONS = "protections/"
 ROOTS = "roots/"
 PLANS = "plans/"
 PROBES = "probes/"
+NOTES = "damaged/"
 KEYS = "keys/"
 REMOVALS = "removals/"
 
@@ -129,7 +130,14 @@ def is_collectable(key: str) -> bool:
         or parse_pointer_key(key) is not None
         or parse_push_key(INTENTS, key) is not None
         or parse_push_key(OUTCOMES, key) is not None
+        or noted_object(key) is not None
     )
+
+
+def noted_object(key: str) -> str | None:
+    """The key of the object that a note is about, None when it is no note's key."""
+    noted = key.removeprefix(NOTES)
+    return noted if key.startswith(NOTES) and parse_data_key(noted) is not None else None
 
 
 def parse_numbered_key(key: str) -> int | None:

@@ -10,10 +10,10 @@ most (and what the store's client copies), plus 64 bytes for each page of the sn
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from backends.errors import CorruptError, NotFoundError, StorageError
+from backends.errors import CorruptError, NotFoundError, StorageError, one_line
 from backends.objects import ObjectStore
 from snapshots.repository.donors import Donors
 from snapshots.repository.envelope import digest_of
@@ -25,6 +25,7 @@ from snapshots.repository.layout import (
     pages_key,
     segment_key,
 )
+from snapshots.repository.notes import KnownDamage
 from snapshots.repository.pages import Entry, Page, PageRef, PageTable, encode_page
 from snapshots.repository.pipeline import Crew, Uploader, leaving_promptly
 from snapshots.repository.reading import read_page
@@ -36,6 +37,7 @@ from snapshots.repository.regions import (
     chunk_runs,
     count_chunks,
     intersect,
+    join,
 )
 from snapshots.repository.segments import (
     INDEXED_CHUNK_SIZE,
@@ -56,7 +58,7 @@ UNIT = 1 << 20  # bytes that one worker reads at a time, unless a chunk is longe
 
 
 class ParentUnusableError(Exception):
-    """The parent was deleted meanwhile, or its records are damaged: do without it."""
+    """The parent was deleted meanwhile, or its root is damaged: do without it."""
 
 
 class _TouchedPage(NamedTuple):
@@ -69,12 +71,17 @@ class _TouchedPage(NamedTuple):
 
 @dataclass
 class _PageWork:
-    """A page that is being built; ``entries`` begins as the parent's and is changed in place."""
+    """A page that is being built; ``entries`` begins as the parent's and is changed in place.
+
+    ``lost`` has what is not taken over because it is damaged, with the digest that it should have
+    when it was not written since.
+    """
 
     touched: _TouchedPage
     inherited: PageRef | None
     entries: Page
     changed_chunks: int = 0
+    lost: dict[int, bytes | None] = field(default_factory=dict)
 
 
 class _Unit(NamedTuple):
@@ -84,7 +91,7 @@ class _Unit(NamedTuple):
     first: int
     end: int
     last: bool
-    donated: dict[int, Entry]  # chunks that a push gone on with has stored
+    donated: dict[int, list[Entry]]  # chunks that pushes gone on with have stored
 
 
 class _Packed(NamedTuple):
@@ -100,7 +107,8 @@ class SnapshotPacker:
     Afterwards ``table`` refers to every page of the snapshot. Sizes are in bytes: ``read`` from the
     source, ``changed`` (plain) of chunks unlike the parent's, ``data`` (plain) and ``stored`` of
     all chunks that are no holes, ``uploaded`` of the ``segments`` and ``pages`` objects,
-    ``resumed`` of chunks that earlier pushes of the snapshot had stored.
+    ``resumed`` of chunks that earlier pushes of the snapshot had stored, ``repaired`` (plain) of
+    chunks of which the parent's are damaged. ``warnings`` are lines about that.
     """
 
     def __init__(self, store: ObjectStore, chunk_size: int, source: Source, push: str) -> None:
@@ -119,15 +127,29 @@ class SnapshotPacker:
         self.stored = 0
         self.uploaded = 0
         self.resumed = 0
+        self.repaired = 0
         self.segments = 0
         self.pages = 0
+        self.warnings: list[str] = []
+        self._holding: list[Run] = []
+        self._damage = KnownDamage()
+        self._unlike: list[int] = []  # chunks
+        self._rebuilt: list[str] = []  # why, for each page
 
-    def run(self, parent: Root | None, donors: Sequence[str], progress: Progress | None) -> None:
+    def run(
+        self,
+        parent: Root | None,
+        donors: Sequence[str],
+        progress: Progress | None,
+        damage: KnownDamage | None = None,
+    ) -> None:
         """Store what ``parent`` does not have, and wait until the store has acknowledged it.
 
-        What the pushes ``donors`` had stored of this snapshot is referred to.
-        Raises ParentUnusableError when the parent's pages cannot be read.
+        What the pushes ``donors`` had stored of this snapshot is referred to. What of the parent is
+        known to be damaged, or described by a page that cannot be read, is read from the source and
+        stored anew.
         """
+        self._damage = damage or KnownDamage()
         touched = self._plan(parent)
         numbers = {page.number for page in touched}
         table = parent.table if parent else PageTable()
@@ -158,7 +180,7 @@ class SnapshotPacker:
                 self._take(packed, uploader)
                 done += (packed.unit.end - packed.unit.first) * self._chunk_size
                 if progress:
-                    progress(done, total)
+                    progress(min(done, total), total)
             while shared is not None:
                 self._refer(shared)
                 shared = next(untouched, None)
@@ -166,6 +188,17 @@ class SnapshotPacker:
             self._flush_pages(uploader)
             uploader.finish()
         self.uploaded = uploader.bytes
+        if self._rebuilt:
+            self.warnings.append(
+                f"what {len(self._rebuilt)} damaged pages of the parent described was read and"
+                f" stored anew: {self._rebuilt[0]}"
+            )
+        if self._unlike:
+            self.warnings.append(
+                f"{len(self._unlike)} chunks whose copies in the repository are damaged, the first"
+                f" at offset {min(self._unlike) * self._chunk_size}, are not what was pushed, and"
+                " nothing was written there since: they were stored as they are now; check the disk"
+            )
 
     @property
     def _end_chunk(self) -> int:
@@ -193,8 +226,14 @@ class SnapshotPacker:
                     if start < offset + length:
                         differing.append((start, offset + length - start))
             changed = chunk_runs(differing, self._chunk_size, size)
+        self._holding = holding
         reads = dict(by_page(intersect(changed, holding)))
-        return [_TouchedPage(page, runs, reads.get(page, [])) for page, runs in by_page(changed)]
+        touched = dict(by_page(changed))
+        if parent is not None:
+            for page in self._damage.regions:
+                if page < self._end_page and parent.table.find(page) is not None:
+                    touched.setdefault(page, [])
+        return [_TouchedPage(page, touched[page], reads.get(page, [])) for page in sorted(touched)]
 
     def _load(self, page: _TouchedPage, inherited: PageRef | None) -> _PageWork:
         """Begin a page with the parent's entries; chunks that became holes are emptied."""
@@ -203,9 +242,9 @@ class SnapshotPacker:
         try:
             entries = read_page(self._store, self._chunk_size, inherited)
         except (CorruptError, NotFoundError) as error:
-            raise ParentUnusableError(str(error)) from error
-        work = _PageWork(page, inherited, entries)
-        base = page.number * PAGE_ENTRIES
+            return self._rebuild(page.number, error)
+        work = self._drop_damaged(_PageWork(page, inherited, entries))
+        page, base = work.touched, page.number * PAGE_ENTRIES
         reads = {chunk for first, end in page.reads for chunk in range(first, end)}
         gone = [chunk for first, end in page.changed for chunk in range(first, end)]
         gone += range(max(base, self._end_chunk), base + PAGE_ENTRIES)
@@ -213,6 +252,36 @@ class SnapshotPacker:
             if chunk not in reads and entries[chunk - base] is not None:
                 entries[chunk - base] = None
                 work.changed_chunks += 1
+        return work
+
+    def _rebuild(self, number: int, error: StorageError) -> _PageWork:
+        """Begin a page anew whose predecessor cannot be read: all that the source has."""
+        base = number * PAGE_ENTRIES
+        region = (base, min(base + PAGE_ENTRIES, self._end_chunk))
+        reads = list(intersect([region], self._holding))
+        self._rebuilt.append(one_line(error))
+        work = _PageWork(_TouchedPage(number, [region], reads), None, [None] * PAGE_ENTRIES)
+        work.lost = dict.fromkeys(range(*region))
+        return work
+
+    def _drop_damaged(self, work: _PageWork) -> _PageWork:
+        """Let chunks be read anew whose stored copies are known to be damaged."""
+        if work.touched.number not in self._damage.regions:
+            return work
+        page, base = work.touched, work.touched.number * PAGE_ENTRIES
+        changed = {chunk for first, end in page.changed for chunk in range(first, end)}
+        for chunk, entry in enumerate(work.entries, base):
+            if entry is not None and self._damage.hits(entry):
+                work.lost[chunk] = None if chunk in changed else entry.digest
+                work.entries[chunk - base] = None
+        if work.lost:
+            lost = join((chunk, chunk + 1) for chunk in work.lost if chunk < self._end_chunk)
+            reads = join(sorted([*page.reads, *intersect(lost, self._holding)]))
+            work.touched = page._replace(reads=reads)
+            read = {chunk for first, end in reads for chunk in range(first, end)}
+            self._unlike += [
+                chunk for chunk, digest in work.lost.items() if digest and chunk not in read
+            ]
         return work
 
     def _pack(self, unit: _Unit) -> _Packed:
@@ -233,7 +302,6 @@ class SnapshotPacker:
         parents = unit.work.entries[unit.first - base : unit.end - base]
         chunks: list[PackedChunk | Entry | None] = []
         for number, known in enumerate(parents):
-            donated = unit.donated.get(unit.first + number)
             start = number * self._chunk_size
             plain = bytes(view[start : start + self._chunk_size])
             if plain == self._zero_chunk[: len(plain)]:
@@ -242,11 +310,16 @@ class SnapshotPacker:
             digest = digest_chunk(plain)
             if known is not None and known.digest == digest:
                 chunks.append(known)
-            elif donated is not None and donated.digest == digest:
-                chunks.append(donated)
-            else:
-                chunks.append(pack_chunk(plain, digest))
+                continue
+            donated = self._donated(unit, unit.first + number, digest)
+            chunks.append(donated or pack_chunk(plain, digest))
         return _Packed(unit, chunks)
+
+    def _donated(self, unit: _Unit, chunk: int, digest: bytes) -> Entry | None:
+        for entry in unit.donated.get(chunk, ()):
+            if entry.digest == digest and not self._damage.hits(entry):
+                return entry
+        return None
 
     def _take(self, packed: _Packed, uploader: Uploader) -> None:
         """Put a unit's chunks into the segment and the page; complete the page with its last."""
@@ -259,8 +332,14 @@ class SnapshotPacker:
                 entry: Entry | None = self._append(chunk, content, uploader)
             else:
                 entry = content
-            if entry is not None and entry is unit.donated.get(chunk):
+            if any(entry is donated for donated in unit.donated.get(chunk, ())):
+                assert entry is not None
                 self.resumed += entry.length
+            if chunk in work.lost:
+                self.repaired += length if entry is not None else 0
+                should = work.lost[chunk]
+                if should is not None and (entry is None or entry.digest != should):
+                    self._unlike.append(chunk)
             if entry != work.entries[chunk - base]:
                 work.entries[chunk - base] = entry
                 work.changed_chunks += 1
@@ -295,7 +374,7 @@ class SnapshotPacker:
     def _complete(self, work: _PageWork, uploader: Uploader) -> None:
         """Store the page and refer to it; the parent's is shared when nothing is new in it."""
         self.changed += work.changed_chunks * self._chunk_size
-        if not work.changed_chunks:
+        if not work.changed_chunks and not work.lost:
             if work.inherited is not None:
                 self._refer(work.inherited)
             return

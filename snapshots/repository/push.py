@@ -1,7 +1,8 @@
 """Push: store a snapshot; ``pushing`` has the steps and their order.
 
 A push of which an intent but no outcome is found, of the very same snapshot, is gone on with: what
-it had uploaded is not uploaded again.
+it had uploaded is not uploaded again. With a ``line``, a push of another snapshot of that line is,
+too, as far as the content is the same.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from snapshots.names import check_name, check_volume_size
 from snapshots.repository.holdings import in_order, list_snapshots, walk_snapshots
 from snapshots.repository.interfaces import Progress, Source
 from snapshots.repository.layout import new_push_id
+from snapshots.repository.notes import read_damage
 from snapshots.repository.packing import ParentUnusableError, SnapshotPacker
 from snapshots.repository.pushing import finding_unfinished, pointing, pushing
 from snapshots.repository.records import Config, Pointer, Summary
@@ -31,8 +33,9 @@ class PushReport:
     ``already_there``: the snapshot had been pushed before, and nothing was done. ``read`` is what
     was read from the source, ``changed`` the plain size of the chunks that differ from the
     parent's, ``uploaded`` everything put into the store but for the intent and the pointer,
-    ``segments`` and ``pages`` how many objects of these kinds, ``resumed`` what pushes of this
-    snapshot that were killed had stored and need not be uploaded again.
+    ``segments`` and ``pages`` how many objects of these kinds, ``resumed`` what pushes that
+    were killed had stored and need not be uploaded again, ``repaired`` the plain size
+    of chunks that were stored anew because those in the repository are damaged.
     """
 
     volume: str
@@ -46,12 +49,17 @@ class PushReport:
     segments: int = 0
     pages: int = 0
     resumed: int = 0
+    repaired: int = 0
     seconds: float = 0.0
     warnings: list[str] = field(default_factory=list)
 
 
 def push_snapshot(
-    store: ObjectStore, config: Config, source: Source, progress: Progress | None
+    store: ObjectStore,
+    config: Config,
+    source: Source,
+    progress: Progress | None,
+    line: str = "",
 ) -> PushReport:
     """Store ``source``; see the module's text. A failure leaves nothing committed."""
     started = time.monotonic()
@@ -80,7 +88,8 @@ def push_snapshot(
             warnings=perform(store, config, pointing(summary, Pointer(summary))),
         )
     warnings: list[str] = []
-    unfinished = perform(store, config, finding_unfinished(source))
+    damage = read_damage(store, source.volume)
+    unfinished = perform(store, config, finding_unfinished(source, line))
     tried: set[str] = set()
     while True:
         by_id = {item.snapshot_id: item for item in live if item.push not in tried}
@@ -89,12 +98,12 @@ def push_snapshot(
         packer = SnapshotPacker(store, config.chunk_size, source, push)
 
         def upload(step: Upload, packer: SnapshotPacker = packer) -> SnapshotPacker:
-            packer.run(step.parent, step.donors, progress)
+            packer.run(step.parent, step.donors, progress, damage)
             return packer
 
         try:
             outcome, late = perform(
-                store, config, pushing(push, source, parent, unfinished), upload
+                store, config, pushing(push, source, parent, unfinished, line), upload
             )
         except ParentUnusableError as error:
             assert parent is not None
@@ -103,7 +112,7 @@ def push_snapshot(
             tried.add(parent.push)
             live = list_snapshots(store, config, source.volume)
         else:
-            return _report(outcome.summary, packer, started, warnings + late)
+            return _report(outcome.summary, packer, started, warnings + packer.warnings + late)
 
 
 def _find_related(store: ObjectStore, config: Config, source: Source) -> list[Summary]:
@@ -134,6 +143,7 @@ def _report(
         segments=packer.segments,
         pages=packer.pages,
         resumed=packer.resumed,
+        repaired=packer.repaired,
         seconds=time.monotonic() - started,
         warnings=warnings,
     )

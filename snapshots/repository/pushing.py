@@ -3,7 +3,8 @@
 A push, each step waiting for the store's acknowledgement of the one before:
 
 1. PUT ``intents/<push>``, naming all that the push pins: its parent, and the donors, which are
-   pushes of the same snapshot that did not end (killed, most likely).
+   pushes of the same snapshot, or of the same line, that did not end (killed, most likely). A line
+   is of one who pushes one snapshot after another, never two at once, as backups of a volume are.
 2. End each donor, by its outcome ABORTED with our name in it, put if absent. Only the one push that
    did so may refer to the donor's segments: then our intent was there before the donor ended, so no
    collector ever saw the donor ended and unpinned.
@@ -93,11 +94,15 @@ class Stored(Protocol):
 
 
 def pushing(
-    push: str, snapshot: Snapshot, parent: Summary | None, unfinished: list[Intent]
+    push: str,
+    snapshot: Snapshot,
+    parent: Summary | None,
+    unfinished: list[Intent],
+    line: str = "",
 ) -> Steps[tuple[Outcome, list[str]]]:
     """Store ``snapshot`` under the new id ``push``; returns the outcome, and warnings.
 
-    ``unfinished`` are the intents of pushes of the same snapshot that have no outcome. Raises
+    ``unfinished`` are the intents of ``finding_unfinished``, which have no outcome. Raises
     ParentUnusableError when the parent was deleted meanwhile or is damaged.
     """
     donors = [donor for intent in unfinished for donor in (intent.push, *intent.donors)]
@@ -109,6 +114,7 @@ def pushing(
         snapshot.snapshot_id,
         time.time(),
         tuple(dict.fromkeys(donors))[:MOST_DONORS],
+        line,
     )
     try:
         if not (yield PutOnce(intent_key(push), intent)):
@@ -137,8 +143,8 @@ def pointing(summary: Summary, pointer: Pointer) -> Steps[list[str]]:
     return []
 
 
-def finding_unfinished(snapshot: Snapshot) -> Steps[list[Intent]]:
-    """The intents of pushes of the very same snapshot that have not ended."""
+def finding_unfinished(snapshot: Snapshot, line: str = "") -> Steps[list[Intent]]:
+    """The intents of pushes of the very same snapshot, or of ``line``, that have not ended."""
     ended = {parse_push_key(OUTCOMES, key) for key, _ in (yield List(OUTCOMES))}
     ended |= {parse_push_key(TOMBSTONES, key) for key, _ in (yield List(TOMBSTONES))}
     begun = {parse_push_key(INTENTS, key) for key, _ in (yield List(INTENTS))}
@@ -146,7 +152,8 @@ def finding_unfinished(snapshot: Snapshot) -> Steps[list[Intent]]:
     for push in sorted(push for push in begun - ended if push is not None):
         with suppress(*OF_ONE_OBJECT):
             intent = yield Get(intent_key(push), Intent)
-            if (intent.volume, intent.snapshot_id) == (snapshot.volume, snapshot.snapshot_id):
+            same = intent.snapshot_id == snapshot.snapshot_id or (line and intent.line == line)
+            if same and intent.volume == snapshot.volume:
                 found.append(intent)
     return found
 
@@ -172,7 +179,7 @@ def _take_over(
         won = yield PutOnce(key, Outcome(intent.push, None, "it was gone on with", push))
         if not won:
             outcome = yield Get(key, Outcome)
-            if outcome.root is not None:
+            if outcome.root is not None and intent.snapshot_id == snapshot.snapshot_id:
                 raise InUseError(
                     f"{snapshot.volume}@{snapshot.snapshot} was pushed by somebody else meanwhile: "
                     "push again to see that it is there"
@@ -248,7 +255,7 @@ def _commit(
     if found is not None:
         raise InUseError(
             f"the push of {label} was given up by a collection, or gone on with by another push of "
-            "the same snapshot: push again"
+            "the same snapshot or volume: push again"
         )
     raise UnavailableError(
         f"whether {label} was committed is not known; push it again to find out: {failure}"

@@ -83,7 +83,8 @@ class Intent:
     """A push is under way. As long as it has no outcome, all that it pins is kept.
 
     ``parents`` are pushes whose snapshots it may refer to, ``donors`` given-up pushes of whose
-    segments it may take what they had stored.
+    segments it may take what they had stored. ``line`` is said of pushes that somebody makes one
+    after another, never two at a time: the next may end this one, whatever snapshot it stores.
     """
 
     push: str
@@ -93,6 +94,7 @@ class Intent:
     snapshot_id: str
     started: float
     donors: tuple[str, ...] = ()
+    line: str = ""
 
     @property
     def pins(self) -> tuple[str, ...]:
@@ -109,6 +111,7 @@ class Intent:
                 "snapshot_id": self.snapshot_id,
                 "started": self.started,
                 "donors": bytes.fromhex("".join(self.donors)),
+                "line": self.line,
             },
         )
 
@@ -123,6 +126,7 @@ class Intent:
             fields.text("snapshot_id"),
             fields.number("started"),
             tuple(fields.pushes("donors")) if fields.has("donors") else (),
+            fields.text("line") if fields.has("line") else "",
         )
 
 

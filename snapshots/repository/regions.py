@@ -28,6 +28,17 @@ def chunk_runs(extents: Iterable[tuple[int, int]], chunk_size: int, size: int) -
     return runs
 
 
+def join(runs: Iterable[Run]) -> list[Run]:
+    """Ascending runs that may touch or overlap, as proper ones."""
+    joined: list[Run] = []
+    for first, end in runs:
+        if joined and first <= joined[-1][1]:
+            joined[-1] = (joined[-1][0], max(joined[-1][1], end))
+        else:
+            joined.append((first, end))
+    return joined
+
+
 def intersect(one: Iterable[Run], other: Iterable[Run]) -> Iterator[Run]:
     """The chunks that are in both."""
     lefts, rights = iter(one), iter(other)

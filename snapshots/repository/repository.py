@@ -33,6 +33,7 @@ from snapshots.repository.layout import (
     new_push_id,
 )
 from snapshots.repository.moving import move
+from snapshots.repository.notes import list_notes
 from snapshots.repository.pages import PageRef
 from snapshots.repository.pipeline import Crew, leaving_promptly
 from snapshots.repository.protection import (
@@ -83,9 +84,15 @@ class Repository:
         """The snapshot of that name; NotFoundError when there is none."""
         return self._find_all(volume, snapshot)[-1]
 
-    def push(self, source: Source, progress: Progress | None = None) -> PushReport:
-        """Store a snapshot, uploading only what its newest parent here does not have."""
-        return push_snapshot(self.store, self.config, source, progress)
+    def push(
+        self, source: Source, progress: Progress | None = None, *, line: str = ""
+    ) -> PushReport:
+        """Store a snapshot, uploading only what its newest parent here does not have.
+
+        ``line`` names a line of pushes of which no two are under way at once: what an earlier one
+        that was killed had stored is not uploaded again, and if it is not dead, it fails.
+        """
+        return push_snapshot(self.store, self.config, source, progress, line)
 
     def restore(
         self,
@@ -155,7 +162,10 @@ class Repository:
         decides anything else. May run beside anything, also on other hosts.
         """
         repack = REPACKING in self.config.features
-        steps = collecting(give_up_after, dry_run=dry_run, repack=repack, progress=progress)
+        notes = list_notes(self.store)
+        steps = collecting(
+            give_up_after, dry_run=dry_run, repack=repack, notes=notes, progress=progress
+        )
 
         def work(step: Move) -> dict[tuple[str, int, int], PageRef]:
             return move(self.store, self.config.chunk_size, step)
@@ -170,7 +180,10 @@ class Repository:
         deep: bool = False,
         progress: Progress | None = None,
     ) -> VerifyReport:
-        """Look for damage in all, in one volume's snapshots, or in one of them."""
+        """Look for damage in all, in one volume's snapshots, or in one of them.
+
+        What harms a snapshot is noted in the repository, for the next push.
+        """
         report = verify_snapshots(self.store, self.config, volume, snapshot, deep, progress)
         if self.keyring is not None and volume is None:
             problems = self.keyring.problems()

@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from backends.errors import CorruptError, InvalidError, NotFoundError
+from backends.errors import CorruptError, InvalidError, NotFoundError, StorageError
 from backends.objects import ObjectStore
 from snapshots.repository.damage import Damage, Findings
 from snapshots.repository.donors import read_index
@@ -54,6 +54,7 @@ from snapshots.repository.layout import (
     segment_key,
     tombstone_key,
 )
+from snapshots.repository.notes import drop_notes, note_damage
 from snapshots.repository.pages import Entry, Page, PageRef, PageTable, pair_up
 from snapshots.repository.pipeline import Crew, leaving_promptly
 from snapshots.repository.reading import Range, plan_ranges, read_page
@@ -76,7 +77,8 @@ class VerifyReport:
     """What verify found; nothing is wrong when ``damaged`` is empty.
 
     ``snapshots``, ``pages`` and ``chunks`` count what was checked (each page and chunk once),
-    ``fetched`` the bytes of segments that a deep run read.
+    ``fetched`` the bytes of segments that a deep run read. ``noted`` counts the objects that the
+    next push is told of; ``warnings`` say what hindered that.
     """
 
     snapshots: int
@@ -84,7 +86,9 @@ class VerifyReport:
     chunks: int
     fetched: int
     damaged: list[Damage]
+    noted: int
     seconds: float
+    warnings: list[str]
 
 
 class _Known(NamedTuple):
@@ -197,14 +201,29 @@ class _Verifier:
             others = self._survey(live, pointers, volume, None)
             self._verify([known for known in others if known.summary.push not in done])
             self._settle()
+        noted, warnings = self._note(everything=self._deep and volume is None)
         return VerifyReport(
             self._snapshots,
             self._pages,
             self._chunks,
             self._fetched,
             self._findings.report(),
+            noted,
             time.monotonic() - self._started,
+            warnings,
         )
+
+    def _note(self, *, everything: bool) -> tuple[int, list[str]]:
+        """Note what is damaged; after a look at ``everything``, that all else is not."""
+        needed = self._findings.needed()
+        noted = 0
+        try:
+            noted = note_damage(self._store, needed)
+            if everything:
+                drop_notes(self._store, {finding.key for finding in needed})
+        except StorageError as error:
+            return noted, [f"the next push does not learn of all damage: {error}"]
+        return noted, []
 
     def _check_records(
         self, prefix: str, key_of: Callable[[str], str], decode: Callable[[bytes, str], object]

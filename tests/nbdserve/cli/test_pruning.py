@@ -160,10 +160,10 @@ def test_a_backup_that_failed_prunes_nothing(
         cli.done("backup", "a", "b", "--repo", url)
     original = Repository.push
 
-    def fail_for_b(self: Repository, source: Any, progress: Any = None) -> PushReport:
+    def fail_for_b(self: Repository, source: Any, progress: Any, line: str) -> PushReport:
         if source.volume == "b":
             raise UnavailableError("the store went away")
-        return original(self, source, progress)
+        return original(self, source, progress, line=line)
 
     monkeypatch.setattr(Repository, "push", fail_for_b)
     outcome = cli("backup", "a", "b", "--repo", url, "--keep-last", "1", "--json")

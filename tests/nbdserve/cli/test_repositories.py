@@ -21,7 +21,7 @@ from .conftest import CommandLine
 MIB = 1 << 20
 PUSH_KEYS = {
     "volume", "snapshot", "push", "already_there", "parent", "read", "changed", "uploaded",
-    "segments", "pages", "resumed", "seconds", "warnings",
+    "segments", "pages", "repaired", "resumed", "seconds", "warnings",
 }  # fmt: skip
 
 
@@ -136,6 +136,26 @@ def test_what_is_sound_can_be_salvaged(cli: CommandLine, url: str, tmp_path: Pat
     assert cli("repo", "export", url, "a@one", tmp_path / "b.raw").status == 1
     assert not (tmp_path / "b.raw").exists()
     assert cli("repo", "restore", url, "a@one", "e", "--skip-damaged", "--lazy").status == 2
+
+
+def test_a_backup_heals_what_verify_found(cli: CommandLine, url: str, tmp_path: Path) -> None:
+    content = fill(cli, "a")
+    cli.done("backup", "a", "--repo", url)
+    (segment, *_) = (tmp_path / "repository" / "segments").rglob("0*")
+    segment.unlink()
+    assert "noted 1 damaged" in cli("repo", "verify", url).out
+    report = cli.json("backup", "a", "--repo", url)["backups"][0]
+    assert report["parent"]
+    assert report["repaired"] == report["changed"] == 3 * MIB
+    cli.done("repo", "restore", url, f"a@{report['snapshot']}", "b")
+    assert read(cli.data, "b") == content
+    # The older backup stays harmed, and gc says nothing of it.
+    found = json.loads(cli("repo", "verify", url, "--json").out)["damaged"]
+    assert [one["snapshots"] for one in found] == [[f"a@{report['parent']}"]]
+    cli.done("repo", "delete", url, f"a@{report['parent']}")
+    cli.done("repo", "gc", url)
+    cli.done("repo", "verify", url, "--deep")
+    assert not list((tmp_path / "repository").glob("damaged*"))
 
 
 def test_restore_refuses_before_it_reads(cli: CommandLine, url: str) -> None:
@@ -253,10 +273,10 @@ def test_the_snapshot_of_a_failed_push_is_deleted_again(
     before = cli.json("backup", "a", "b", "c", "--repo", url)["backups"][0]["snapshot"]
     push = Repository.push
 
-    def fail_for_b(self: Repository, source: Any, progress: Any = None) -> PushReport:
+    def fail_for_b(self: Repository, source: Any, progress: Any, line: str) -> PushReport:
         if source.volume == "b":
             raise UnavailableError("the store went away")
-        return push(self, source, progress)
+        return push(self, source, progress, line=line)
 
     monkeypatch.setattr(Repository, "push", fail_for_b)
     outcome = cli("backup", "a", "b", "c", "--repo", url, "--json")
@@ -278,7 +298,7 @@ def test_an_interrupted_backup_leaves_no_snapshot(
     fill(cli, "a")
     fill(cli, "b")
 
-    def interrupt(*arguments: Any) -> PushReport:
+    def interrupt(*arguments: Any, **more: Any) -> PushReport:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(Repository, "push", interrupt)

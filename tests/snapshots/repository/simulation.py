@@ -420,9 +420,12 @@ class Pusher(Actor):
     commit_early = False  # to be caught
     trust_listing = False  # to be caught
 
-    def __init__(self, world: World, version: Version, shuffle: Shuffle | None = None) -> None:
+    def __init__(
+        self, world: World, version: Version, shuffle: Shuffle | None = None, line: str = ""
+    ) -> None:
         self.version = version
         self.push = ""
+        self.line = line
         super().__init__(f"push {version.snapshot}", world, self._steps(world), shuffle)
 
     def _steps(self, world: World) -> Generator[Any, Any, Any]:
@@ -432,11 +435,11 @@ class Pusher(Actor):
         if self.version.snapshot_id in live:
             return
         candidates = [live[v.snapshot_id] for v in self.version.older if v.snapshot_id in live]
-        unfinished = yield from finding_unfinished(self.version)
+        unfinished = yield from finding_unfinished(self.version, self.line)
         for parent in (*candidates, None):
             push = self.push = world.new_id()
             try:
-                yield from pushing(push, self.version, parent, unfinished)
+                yield from pushing(push, self.version, parent, unfinished, self.line)
             except ParentUnusableError:
                 unfinished = []
                 continue

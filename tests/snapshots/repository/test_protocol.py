@@ -49,8 +49,8 @@ def world_of(*pushed: simulation.Version) -> World:
     return world
 
 
-def killed_push(world: World, version: simulation.Version, steps: int) -> World:
-    pusher = Pusher(world, version)
+def killed_push(world: World, version: simulation.Version, steps: int, line: str = "") -> World:
+    pusher = Pusher(world, version, line=line)
     for _ in range(steps):
         pusher.go()
     pusher.kill()
@@ -104,6 +104,14 @@ SCENARIOS: dict[str, tuple[Callable[[], World], Make, int]] = {
     "gone on with, and killed again": (
         lambda: killed_push(killed_push(two(), FOUR, 10), FOUR, 14),
         lambda w: [Pusher(w, FOUR), Collector(w, ALL), Collector(w)], 1,
+    ),
+    "a backup goes on with the one that was killed": (
+        lambda: killed_push(two(), THREE, 9, "line"),
+        lambda w: [Pusher(w, FOUR, line="line"), Collector(w, ALL), Deleter(w, TWO)], 1,
+    ),
+    "a backup goes on with one that lives": (
+        two, lambda w: [Pusher(w, THREE, line="line"), Pusher(w, FOUR, line="line"),
+                        Collector(w)], 1,
     ),
 }  # fmt: skip
 
@@ -243,7 +251,9 @@ def without_the_parent_check(patch: Patch) -> None:
 def parent_checked_before_the_intent(patch: Patch) -> None:
     original, pin = pushing.pushing, pushing._pin
 
-    def push(push: str, snapshot: Any, parent: Any, unfinished: Any) -> Generator[Any, Any, Any]:
+    def push(
+        push: str, snapshot: Any, parent: Any, unfinished: Any, line: str
+    ) -> Generator[Any, Any, Any]:
         root = (yield from pin(parent)) if parent else None
 
         def known(_: Any) -> Generator[Any, Any, Any]:
@@ -251,7 +261,7 @@ def parent_checked_before_the_intent(patch: Patch) -> None:
             yield
 
         with pytest.MonkeyPatch.context() as inner:
-            steps = original(push, snapshot, parent, unfinished)
+            steps = original(push, snapshot, parent, unfinished, line)
             result, error = None, None
             while True:
                 inner.setattr(pushing, "_pin", known)

@@ -140,6 +140,90 @@ def test_another_snapshot_takes_nothing(source: ModelSource) -> None:
     assert repository.push(source).resumed > 0
 
 
+def test_the_next_of_its_line_goes_on(source: ModelSource) -> None:
+    """As backups do: each is another snapshot, with some chunks written since."""
+    repository = init_in_store(FaultyStore(), CHUNK)
+    volume = ModelVolume("disk", source.size)
+    volume.data[:] = source.content
+    rng = random.Random(4)
+    before = 0
+    for number in range(3):
+        taken = volume.snapshot(f"backup-{number}")
+        store = repository.store
+        assert isinstance(store, FaultyStore)
+        store.puts, store.fail_at = 0, 6 if number < 2 else None
+        if number == 2:
+            stored = sum(size for _, size in store.list("segments/"))
+            report = repository.push(taken, line="the volume")
+            assert report.uploaded <= CHUNKS * (CHUNK + 60) - report.resumed + 9000
+            # All but what was overwritten, and the ends of segments.
+            assert report.resumed >= stored - 6 * CHUNK - 15 * 1000
+        else:
+            with pytest.raises(UnavailableError):
+                repository.push(taken, line="the volume")
+        there = sum(size for _, size in store.list("segments/"))
+        assert there > before
+        before = there
+        for chunk in rng.sample(range(20), 3):
+            volume.data[chunk * CHUNK] ^= 1
+    assert restored(repository, taken) == taken.content
+    repository.collect(give_up_after=0)
+    assert restored(repository, taken) == taken.content
+    assert [summary.snapshot for summary in repository.list()] == ["backup-2"]
+    assert repository.verify(deep=True).damaged == []
+
+
+def test_the_last_of_its_line_was_not_dead(source: ModelSource) -> None:
+    store = FaultyStore()
+    repository = init_in_store(store, CHUNK)
+    volume = ModelVolume("disk", source.size)
+    volume.data[:] = source.content
+    volume.data[0] ^= 1
+    two = volume.snapshot("two")
+
+    def overtake(key: str) -> None:
+        if key.startswith("segments/") and key.endswith("9"):
+            store.before_put = None
+            repository.push(two, line="the volume")
+
+    store.before_put = overtake
+    with pytest.raises(InUseError, match="gone on with"):
+        repository.push(source, line="the volume")
+    repository.collect()
+    assert restored(repository, two) == two.content
+    # One of the same volume that is of no line, or of another, is left alone.
+    assert [summary.snapshot for summary in repository.list()] == ["two"]
+
+
+def test_the_last_of_its_line_was_committed_after_all(source: ModelSource) -> None:
+    """Its commit comes between our look at what is unfinished and our end of it."""
+    store = FaultyStore()
+    repository = init_in_store(store, CHUNK)
+    volume = ModelVolume("disk", source.size)
+    volume.data[:] = source.content
+    one = volume.snapshot("one")
+    volume.data[0] ^= 1
+    two = volume.snapshot("two")
+    late: dict[str, bytes] = {}
+    put_if_absent = store.put_if_absent
+
+    def lose(key: str, data: bytes | bytearray) -> bool:
+        if key.startswith("outcomes/") and not late:
+            late[key] = bytes(data)
+            raise UnavailableError("forced: the reply is lost, and the request late")
+        if key.startswith("intents/") and late:
+            for lost, record in late.items():
+                store.inner.put_if_absent(lost, record)
+        return put_if_absent(key, data)
+
+    store.put_if_absent = lose  # type: ignore[method-assign]
+    with pytest.raises(UnavailableError):
+        repository.push(one, line="the volume")
+    assert repository.push(two, line="the volume").resumed == 0
+    for taken in (one, two):
+        assert restored(repository, taken) == taken.content
+
+
 def test_damaged_segments_are_done_without(source: ModelSource) -> None:
     rng = random.Random(3)
     for number in range(12):
