@@ -5,6 +5,7 @@
 # make torture  what make test does a little of, at length: fuzzing for TORTURE_MINUTES, a million
 #             states of power cuts, every fault, …; TORTURE="--only PART" for one: docs/testing.md
 # make bench  measure beside nbdkit and qemu-nbd; BENCH="--quick" only sees that it runs
+# make bench-repo  measure repositories beside restic and borg, with BENCH as above
 # make conformance  check nbdserve and its peers against the specification; writes
 #             docs/conformance.md
 
@@ -13,7 +14,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 # Where the demo listens: a TCP port on the loopback address.
 PORT ?= 10809
-# Options of the benchmark: --rounds N, --seconds N, --quick, --directory DIR, --results DIR.
+# Options of the benchmarks: --rounds N, --seconds N, --quick, --directory DIR, --results DIR; of
+# that of repositories also --size SIZE and --data SIZE.
 BENCH ?=
 # How long torture fuzzes, and what else it is told: see python -m tests.torture --help.
 TORTURE_MINUTES ?= 10
@@ -21,7 +23,7 @@ TORTURE ?=
 # Python without the suffix that tools find it by.
 SCRIPTS := scripts/kernel-vm scripts/s3-test-server scripts/nbd-conformance scripts/conformance-table
 
-.PHONY: run test fast-tests integration-tests check lint torture bench conformance
+.PHONY: run test fast-tests integration-tests check lint torture bench bench-repo conformance
 .DELETE_ON_ERROR:
 
 $(VENV)/installed: pyproject.toml
@@ -71,6 +73,10 @@ $(VENV)/installed-bench: $(VENV)/installed
 bench: $(VENV)/installed-bench
 	@scripts/install-test-dependencies --bench
 	@$(BIN)/python -m scripts.bench $(BENCH)
+
+bench-repo: $(VENV)/installed
+	@scripts/install-test-dependencies --bench
+	@$(BIN)/python -m scripts.bench_repository $(BENCH)
 
 conformance: $(VENV)/installed
 	@scripts/install-test-dependencies

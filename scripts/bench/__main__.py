@@ -27,6 +27,7 @@ from scripts.bench.scale import FULL, QUICK, Scale
 
 PROJECT = Path(__file__).resolve().parents[2]
 PROGRAMS = ("fio", "nbdkit", "qemu-nbd", "qemu-img", "openssl", "setpriv", "findmnt", "strace")
+VERSIONS = {name: (name, "--version") for name in ("fio", "nbdkit", "qemu-nbd")}
 QUIET_LOAD = 0.5
 
 
@@ -100,7 +101,10 @@ def _run(options: argparse.Namespace) -> int:
     if load > QUIET_LOAD:
         tell(f"the machine is busy: its load is {load:.2f}; the figures will show it")
     results = Results(
-        machine=describe_machine(options.directory, PROJECT), scale=scale, begun=begun, load=load
+        machine=describe_machine(options.directory, PROJECT, VERSIONS),
+        scale=scale,
+        begun=begun,
+        load=load,
     )
     for _ in measure(scale, options.directory, results):
         # After every part, so that what fails later does not take this with it.

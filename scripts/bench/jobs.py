@@ -66,10 +66,20 @@ class Load:
     operations: int
 
 
-def run_fio(job: Job, uri: str, size: int, milliseconds: int, seed: int, clients: int = 1) -> Load:
+def run_fio(
+    job: Job,
+    uri: str,
+    size: int,
+    milliseconds: int,
+    seed: int,
+    clients: int = 1,
+    rate: int | None = None,
+) -> Load:
     """Put ``job`` on an export of ``size`` bytes; BenchError when any request failed.
 
     Every one of ``clients`` does it, on a connection of its own; the figures are of all together.
+    With a ``rate``, each sends no more than so many reads and so many writes a second, at random
+    moments.
     """
     command = [
         "fio",
@@ -88,6 +98,7 @@ def run_fio(job: Job, uri: str, size: int, milliseconds: int, seed: int, clients
         f"--numjobs={clients}",
         "--group_reporting",
         "--output-format=json",
+        *([] if rate is None else [f"--rate_iops={rate}", "--rate_process=poisson"]),
     ]
     return parse_fio(run(*command, timeout=60 + milliseconds / 100))
 

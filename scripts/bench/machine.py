@@ -7,13 +7,19 @@ import platform
 import struct
 import subprocess
 import timeit
+from collections.abc import Mapping
 from pathlib import Path
 
 from scripts.bench.process import run
 
 
-def describe_machine(directory: Path, project: Path) -> dict[str, str]:
-    """What a reader must know to compare with another machine; ``directory`` holds the volumes."""
+def describe_machine(
+    directory: Path, project: Path, programs: Mapping[str, tuple[str, ...]]
+) -> dict[str, str]:
+    """What a reader must know to compare with another machine; ``directory`` holds the volumes.
+
+    ``programs`` are those beside nbdserve, by name, with the command that prints their version.
+    """
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return {
         "processor": parse_model(Path("/proc/cpuinfo").read_text(errors="replace")),
@@ -25,9 +31,7 @@ def describe_machine(directory: Path, project: Path) -> dict[str, str]:
         "kernel": platform.release(),
         "Python": f"{platform.python_version()}, {platform.python_compiler()}, {_speed()}",
         "nbdserve": _revision(project),
-        "fio": run("fio", "--version").strip(),
-        "nbdkit": run("nbdkit", "--version").strip(),
-        "qemu-nbd": run("qemu-nbd", "--version").splitlines()[0].strip(),
+        **{name: run(*command).splitlines()[0].strip() for name, command in programs.items()},
     }
 
 
