@@ -9,12 +9,14 @@ import time
 from pathlib import Path
 from socket import socket
 from types import TracebackType
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 from backends.errors import InUseError, NotFoundError, UnavailableError, one_line
 from nbdserve.control import address
 from nbdserve.control.client import Client
-from nbdserve.control.offline import OfflineServer
+
+if TYPE_CHECKING:
+    from nbdserve.control.offline import OfflineServer
 
 PATIENCE = 15.0
 """Seconds to wait for a process that has the lock and does not serve yet."""
@@ -45,14 +47,19 @@ class Session:
             self._offline.stop(at_once=interrupted)
 
     def _connect(self) -> socket:
-        deadline = time.monotonic() + PATIENCE
+        deadline: float | None = None
         while True:
             connection = connect(self.data)
             if connection is not None:
                 return connection
+            # A server takes longer to import than all else, and most often there is a daemon.
+            from nbdserve.control.offline import OfflineServer  # noqa: PLC0415
+
             try:
                 self._offline = OfflineServer(self.data)
             except InUseError as error:
+                if deadline is None:
+                    deadline = time.monotonic() + PATIENCE
                 wait_for_lock(error, deadline)
 
 

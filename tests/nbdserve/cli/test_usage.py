@@ -163,3 +163,11 @@ def test_a_signal_ends_a_command_without_a_traceback(
         holder.communicate()
     assert command.returncode == status
     assert error.strip() == ""
+
+
+def test_a_command_imports_no_server_before_it_has_to_be_one() -> None:
+    program = "import nbdserve.cli.backup, nbdserve.cli.repo, sys; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, check=True)
+    loaded = {name.partition(".")[0] for name in done.stdout.decode().split()}
+    assert "snapshots" in loaded
+    assert not loaded & {"aiohttp", "boto3", "botocore"}
