@@ -21,6 +21,7 @@ import time
 from collections.abc import Iterator
 
 from backends.errors import InvalidError, UnavailableError
+from backends.locking import Retention, locking
 from backends.objects import ObjectStore
 
 LOWEST_RATE = 1024  # bytes a second: a segment takes hours already
@@ -96,6 +97,15 @@ class LimitedObjectStore:
         self._upload.stop()
         self._download.stop()
         self._inner.stop_retrying()
+
+    def require_lock(self) -> None:
+        locking(self._inner).require_lock()
+
+    def hold(self, retention: Retention) -> None:
+        locking(self._inner).hold(retention)
+
+    def extend(self, key: str, until: float) -> None:
+        locking(self._inner).extend(key, until)
 
     def _wait(self, bucket: _Bucket, size: int, doing: str, key: str) -> None:
         if not bucket.take(size):

@@ -10,14 +10,20 @@ from backends.objects import ObjectStore, check_key
 
 
 def open_object_store(
-    url: str, *, create: bool = False, storage_class: str | None = None, bulk: str = ""
+    url: str,
+    *,
+    create: bool = False,
+    storage_class: str | None = None,
+    bulk: str = "",
+    at: float | None = None,
 ) -> ObjectStore:
     """Open ``file:///directory`` or ``s3://bucket/prefix``.
 
     With ``create`` a missing directory is made (its parent must exist); a bucket never is. Raises
     InvalidError for any other URL. Opening an S3 store sends nothing yet. How it keeps objects is
     said by the environment, see backends/s3_settings.py; ``storage_class`` wins over that, and is
-    for keys that begin with ``bulk``. A directory knows no classes: one that is given is refused.
+    for keys that begin with ``bulk``. A bucket that keeps versions can be read as it was ``at``
+    seconds since the epoch. A directory has neither classes nor versions: to ask is refused.
     """
     parts = urlsplit(url)
     # A URL with a password in it must not come back in a message.
@@ -38,6 +44,8 @@ def open_object_store(
             raise InvalidError(f"{shown} needs an absolute path: file:///directory")
         if storage_class is not None:
             raise InvalidError(f"{shown} is a directory: only s3:// has storage classes")
+        if at is not None:
+            raise InvalidError(f"{shown} is a directory: only s3:// has older versions")
         return DirectoryObjectStore(Path(path), create=create)
     from backends.s3_objects import S3ObjectStore  # noqa: PLC0415
     from backends.s3_settings import settings_from_environment  # noqa: PLC0415
@@ -47,4 +55,9 @@ def open_object_store(
         raise InvalidError(f"{shown} names no bucket: use s3://bucket/prefix")
     if prefix:
         check_key(prefix)
-    return S3ObjectStore(parts.netloc, prefix, settings_from_environment(storage_class, bulk))
+    store = S3ObjectStore(parts.netloc, prefix, settings_from_environment(storage_class, bulk))
+    if at is None:
+        return store
+    from backends.s3_versions import S3ObjectsAt  # noqa: PLC0415
+
+    return S3ObjectsAt(store, at)

@@ -68,7 +68,10 @@ class ObjectStore(Protocol):
         """Remove the object; one that is not there is no error."""
 
     def stop_retrying(self) -> None:
-        """From now on let a call that fails fail at once: somebody wants to leave."""
+        """From now on let a call that fails fail at once, and one that waits for its turn fail.
+
+        Somebody wants to leave.
+        """
 
 
 def check_key(key: str) -> str:

@@ -23,19 +23,26 @@ Storage class and server-side encryption are told by :class:`backends.s3_setting
 answer to a PUT says how the object was encrypted; a server that ignored what it was told is
 refused.
 
+With :meth:`S3ObjectStore.hold` every object is put under Object Lock; S3 then wants an MD5 of the
+content, which nothing else does.
+
 Checksums are only computed "when_required": the newer default adds trailing checksums that older
 servers, radosgw 16 among them, do not understand. What is read is checked by the layers above.
 """
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import http.client
+import math
 import random
 import re
 import threading
 import time
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
 from urllib.parse import urlsplit
 
 import boto3
@@ -52,6 +59,7 @@ from backends.errors import (
     StorageError,
     UnavailableError,
 )
+from backends.locking import Retention
 from backends.objects import check_key, check_prefix
 from backends.s3_settings import CUSTOMER_KEY_FILE, S3Settings
 from backends.turns import Answer, Turns
@@ -116,6 +124,15 @@ _NO_ANSWER = (
 _GARBLED = (ResponseParserError, ValueError)
 
 
+class Version(NamedTuple):
+    """A version of an object; a deletion has no ``size``. ``modified`` is the server's clock."""
+
+    key: str
+    version: str
+    modified: float
+    size: int | None
+
+
 class _NoTurnError(Exception):
     """A call was never sent, see :class:`backends.turns.Turns`."""
 
@@ -127,6 +144,7 @@ class S3ObjectStore:
         self._bucket = bucket
         self._prefix = prefix + "/" if prefix else ""
         self._settings = settings or S3Settings()
+        self._retention: Retention | None = None
         self._answered = False
         self._stopping = threading.Event()
         self._turns = Turns(CONNECTIONS)
@@ -170,7 +188,7 @@ class S3ObjectStore:
                 Bucket=self._bucket,
                 Key=name,
                 Body=cast(bytes, data),
-                **self._settings.for_put(key),
+                **self._for_put(key, data),
             )
             self._settings.check_put(answer, self.name)
 
@@ -188,7 +206,7 @@ class S3ObjectStore:
                     Key=name,
                     Body=cast(bytes, data),
                     IfNoneMatch="*",
-                    **self._settings.for_put(key),
+                    **self._for_put(key, data),
                 )
             except aws.ClientError as error:
                 if _status(error) == http.client.PRECONDITION_FAILED:
@@ -209,9 +227,9 @@ class S3ObjectStore:
             raise
         return created or (unclear and self._holds(key, data))
 
-    def get(self, key: str, limit: int) -> bytes:
+    def get(self, key: str, limit: int, version: str | None = None) -> bytes:
         name = self._key(key)
-        given = self._settings.for_get()
+        given = self._for_get(version)
 
         def attempt() -> bytes:
             answer = self._client.get_object(Bucket=self._bucket, Key=name, **given)
@@ -225,9 +243,9 @@ class S3ObjectStore:
 
         return self._call("read", key, attempt)
 
-    def get_range(self, key: str, offset: int, length: int) -> bytes:
+    def get_range(self, key: str, offset: int, length: int, version: str | None = None) -> bytes:
         name = self._key(key)
-        given = self._settings.for_get()
+        given = self._for_get(version)
         if length == 0:
             return b""
         span = f"bytes={offset}-{offset + length - 1}"
@@ -290,6 +308,100 @@ class S3ObjectStore:
             self._client.delete_object(Bucket=self._bucket, Key=name)
 
         self._call("delete", key, attempt)
+
+    def list_versions(self) -> Iterator[Version]:
+        """Yield all versions and deletions of all objects; those of one key, newest first."""
+        markers: dict[str, Any] = {}
+        while True:
+            answer = self._call(
+                "list",
+                "versions",
+                lambda markers=markers: self._client.list_object_versions(  # type: ignore[misc]
+                    Bucket=self._bucket, Prefix=self._prefix, **markers
+                ),
+            )
+            for item in answer.get("Versions", []):
+                yield self._version(item, item["Size"])
+            for marker in answer.get("DeleteMarkers", []):
+                yield self._version(marker, None)
+            following = {
+                "KeyMarker": answer.get("NextKeyMarker"),
+                "VersionIdMarker": answer.get("NextVersionIdMarker"),
+            }
+            following = {name: value for name, value in following.items() if value}
+            if not answer.get("IsTruncated") or not following or following == markers:
+                return
+            markers = following
+
+    def _version(self, item: Any, size: int | None) -> Version:
+        key = item["Key"][len(self._prefix) :]
+        return Version(key, item["VersionId"], item["LastModified"].timestamp(), size)
+
+    # Object Lock: see backends/locking.py
+
+    def require_lock(self) -> None:
+        without = InvalidError(
+            f"{self.name} was made without Object Lock: make a bucket that has it, and no other "
+            "bucket gets it later"
+        )
+
+        def attempt() -> None:
+            try:
+                answer = self._client.get_object_lock_configuration(Bucket=self._bucket)
+            except aws.ClientError as error:
+                if _code(error) == "ObjectLockConfigurationNotFoundError":
+                    raise without from None
+                raise
+            if answer.get("ObjectLockConfiguration", {}).get("ObjectLockEnabled") != "Enabled":
+                raise without
+
+        self._call("look at", "the Object Lock", attempt)
+
+    def hold(self, retention: Retention) -> None:
+        self._retention = retention
+
+    def extend(self, key: str, until: float) -> None:
+        name = self._key(key)
+        assert self._retention is not None
+        wanted: Any = {"Mode": self._retention.mode, "RetainUntilDate": _date(until)}
+
+        def attempt() -> None:
+            try:
+                self._client.put_object_retention(Bucket=self._bucket, Key=name, Retention=wanted)
+            except aws.ClientError as error:
+                if _status(error) == http.client.METHOD_NOT_ALLOWED:  # a deletion is in front
+                    raise NotFoundError(f"object {key} of {self.name} was deleted") from None
+                if _status(error) != http.client.FORBIDDEN:
+                    raise
+                # It may be retained for longer already.
+                if self._retained(name) < _date(until):
+                    raise UnavailableError(
+                        f"cannot retain {key} in {self.name}: access was denied ({_code(error)});"
+                        " these credentials need s3:PutObjectRetention and s3:GetObjectRetention"
+                    ) from None
+
+        self._call("retain", key, attempt)
+
+    def _retained(self, name: str) -> datetime:
+        """Until when an object is retained, as far as one may know. Only within a turn."""
+        try:
+            answer = self._client.get_object_retention(Bucket=self._bucket, Key=name)
+        except aws.ClientError:
+            return _date(0)
+        return answer.get("Retention", {}).get("RetainUntilDate", _date(0))
+
+    def _for_put(self, key: str, data: bytes | bytearray) -> dict[str, Any]:
+        given = self._settings.for_put(key)
+        if self._retention is not None:
+            digest = hashlib.md5(data, usedforsecurity=False).digest()
+            given["ContentMD5"] = base64.b64encode(digest).decode("ascii")
+            given["ObjectLockMode"] = self._retention.mode
+            given["ObjectLockRetainUntilDate"] = _date(time.time() + self._retention.seconds)
+        return given
+
+    def _for_get(self, version: str | None) -> dict[str, Any]:
+        given = self._settings.for_get()
+        return given if version is None else {**given, "VersionId": version}
 
     def stop_retrying(self) -> None:
         self._stopping.set()
@@ -436,6 +548,11 @@ class S3ObjectStore:
             )
             return UnavailableError(f"{what}: the endpoint refused it ({status} {code}); {advice}")
         return UnavailableError(f"{what}: the endpoint refused it ({status} {code})")
+
+
+def _date(seconds: float) -> datetime:
+    """A date that is not before ``seconds`` since the epoch: servers cut off the fraction."""
+    return datetime.fromtimestamp(math.ceil(seconds), UTC)
 
 
 def _status(error: aws.ClientError) -> int:

@@ -12,7 +12,7 @@ from pathlib import Path
 import click
 
 from backends.errors import InvalidError, NoSpaceError, NotFoundError, StorageError, one_line
-from nbdserve.cli.keeping import storage_class_option
+from nbdserve.cli.keeping import at_option, storage_class_option
 from nbdserve.cli.limits import limit_options
 from nbdserve.cli.options import json_option, skip_damaged_option
 from nbdserve.cli.output import format_size, print_result
@@ -35,6 +35,7 @@ _FORMATS = click.Choice([image_format.value for image_format in Format])
 @click.argument("file", metavar="FILE|-")
 @click.option("--format", "given", type=_FORMATS, help="qcow2 if FILE ends in .qcow2, else raw.")
 @click.option("--force", is_flag=True, help="Replace FILE once the new one is whole.")
+@at_option
 @limit_options
 @skip_damaged_option
 @json_option

@@ -1,13 +1,14 @@
 """``nbdserve repo``."""
 
 import dataclasses
+from typing import Any
 
 import click
 
 from backends.errors import CorruptError
 from nbdserve.cli.comparing import diff
 from nbdserve.cli.images import export, import_
-from nbdserve.cli.keeping import storage_class_option
+from nbdserve.cli.keeping import at_option, refuse_time, storage_class_option
 from nbdserve.cli.keys import key
 from nbdserve.cli.limits import limit_options, refuse_limits
 from nbdserve.cli.options import (
@@ -50,6 +51,7 @@ from nbdserve.control.client import path
 from snapshots.names import check_name, parse_size, parse_snapshot_name
 from snapshots.repository import (
     DEFAULT_CHUNK_SIZE,
+    ObjectLock,
 )
 
 _COLUMNS = {
@@ -87,21 +89,45 @@ repo.add_command(key)
 @click.option(
     "--encrypt", is_flag=True, help="Encrypt it; a passphrase is asked for when no key is named."
 )
+@click.option(
+    "--object-lock",
+    metavar="TIME",
+    type=Duration(),
+    help="S3 Object Lock: for so long, such as 30d, no snapshot can be destroyed. The bucket must"
+    " have been made with Object Lock.",
+)
+@click.option(
+    "--object-lock-mode",
+    type=click.Choice(["compliance", "governance"]),
+    default="compliance",
+    show_default=True,
+    help="By nobody; or by nobody without the right to bypass it.",
+)
 @json_option
-def init(url: str, chunk_size: str, encrypt: bool, as_json: bool) -> None:
+def init(
+    url: str,
+    chunk_size: str,
+    encrypt: bool,
+    object_lock: float | None,
+    object_lock_mode: str,
+    as_json: bool,
+) -> None:
     """Make a repository at URL: the directory is created, a bucket must exist.
 
     With a passphrase or a key file it is encrypted. Keep that: nothing is restored without it.
     """
-    repository = init_repository(url, parse_size(chunk_size), encrypt)
+    lock = None if object_lock is None else ObjectLock(object_lock_mode.upper(), int(object_lock))
+    repository = init_repository(url, parse_size(chunk_size), encrypt, lock)
     print_notice(repository)
     config = repository.config
-    document = {
+    document: dict[str, Any] = {
         "url": url,
         "repository": config.repository_id,
         "chunk_size": config.chunk_size,
         "cipher": config.cipher,
     }
+    if lock is not None:
+        document["object_lock"] = lock._asdict()
     encrypted = "" if repository.keyring is None else "n encrypted"
     print_result(document, as_json, f"made a{encrypted} repository at {url}")
 
@@ -109,6 +135,7 @@ def init(url: str, chunk_size: str, encrypt: bool, as_json: bool) -> None:
 @repo.command("list")
 @click.argument("url")
 @click.argument("volume", required=False)
+@at_option
 @json_option
 def list_(url: str, volume: str | None, as_json: bool) -> None:
     """List the snapshots at URL, of VOLUME or of all volumes.
@@ -157,6 +184,7 @@ def push(snapshot: str, url: str, as_json: bool) -> None:
     " credentials.",
 )
 @rate_option
+@at_option
 @limit_options
 @skip_damaged_option
 @data_option
@@ -182,6 +210,7 @@ def restore(
             )
         refuse_key_options()
         refuse_limits()
+        refuse_time()
         body = {"volume": new, "url": url, "snapshot": snapshot, "rate": parse_rate(rate)}
         with Session(data, create=True) as session:
             made = session.client.post(path("restores"), body)
@@ -219,6 +248,7 @@ def delete(url: str, snapshot: str, as_json: bool) -> None:
 @click.argument("url")
 @click.argument("snapshot", metavar="[VOL@SNAP]", required=False)
 @click.option("--deep", is_flag=True, help="Read all data and check its SHA-256.")
+@at_option
 @limit_options
 @json_option
 def verify(url: str, snapshot: str | None, deep: bool, as_json: bool) -> None:

@@ -9,11 +9,11 @@ from typing import Any
 
 import click
 
-from nbdserve.cli.keeping import given_storage_class
+from nbdserve.cli.keeping import given_storage_class, given_time
 from nbdserve.cli.limits import limited
 from nbdserve.repository_keys import KeySource, source_from_environment
 from snapshots import repository as repositories
-from snapshots.repository import Key, Repository, Secret
+from snapshots.repository import Key, ObjectLock, Repository, Secret
 from snapshots.repository.secret import passphrase
 
 _SOURCE = "nbdserve.key"
@@ -57,7 +57,7 @@ def open_repository(url: str) -> Repository:
 
     Its bandwidth is limited when the command was told to.
     """
-    store = repositories.open_store(url, storage_class=given_storage_class())
+    store = repositories.open_store(url, storage_class=given_storage_class(), at=given_time())
     return repositories.open_in_store(limited(store), _given_key(url))
 
 
@@ -73,15 +73,19 @@ def refuse_key_options() -> None:
         )
 
 
-def init_repository(url: str, chunk_size: int, encrypt: bool) -> Repository:
+def init_repository(
+    url: str, chunk_size: int, encrypt: bool, object_lock: ObjectLock | None = None
+) -> Repository:
     """Make a repository: encrypted when asked for, or when a key is named."""
     repositories.check_chunk_size(chunk_size)
+    if object_lock is not None:
+        repositories.check_object_lock(object_lock)
     source = _source()
     if source == KeySource():
         secret = _ask_twice("new passphrase") if encrypt else None
     else:
         secret = _new_secret(source)
-    return repositories.init_repository(url, chunk_size, secret)
+    return repositories.init_repository(url, chunk_size, secret, object_lock)
 
 
 def new_secret(passphrase_file: str | None, key_file: str | None) -> Secret:

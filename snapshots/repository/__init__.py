@@ -10,10 +10,11 @@ from snapshots.repository.interfaces import Progress, Sink, Source
 from snapshots.repository.layout import DEFAULT_CHUNK_SIZE
 from snapshots.repository.losses import Hole
 from snapshots.repository.push import PushReport
-from snapshots.repository.records import Summary
+from snapshots.repository.records import ObjectLock, Summary
 from snapshots.repository.repository import (
     Repository,
     check_chunk_size,
+    check_object_lock,
     init_in_store,
     init_repository,
     open_in_store,
@@ -31,6 +32,7 @@ __all__ = [
     "Damage",
     "Hole",
     "Key",
+    "ObjectLock",
     "Progress",
     "PushReport",
     "Repository",
@@ -41,6 +43,7 @@ __all__ = [
     "Summary",
     "VerifyReport",
     "check_chunk_size",
+    "check_object_lock",
     "init_in_store",
     "init_repository",
     "open_in_store",

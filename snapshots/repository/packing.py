@@ -126,6 +126,7 @@ class SnapshotPacker:
         self.data = 0
         self.stored = 0
         self.uploaded = 0
+        self.retained = 0.0  # for the root; ``retaining`` says it
         self.resumed = 0
         self.repaired = 0
         self.segments = 0

@@ -11,7 +11,7 @@ import time
 from contextlib import closing
 from dataclasses import dataclass, field
 
-from backends.errors import ExistsError, InvalidError
+from backends.errors import CorruptError, ExistsError, InvalidError, NotFoundError
 from backends.objects import ObjectStore
 from snapshots.names import check_name, check_volume_size
 from snapshots.repository.holdings import in_order, list_snapshots, walk_snapshots
@@ -21,6 +21,8 @@ from snapshots.repository.notes import read_damage
 from snapshots.repository.packing import ParentUnusableError, SnapshotPacker
 from snapshots.repository.pushing import finding_unfinished, pointing, pushing
 from snapshots.repository.records import Config, Pointer, Summary
+from snapshots.repository.retaining import hold, retain_committed, retain_uploaded
+from snapshots.repository.roots import find_root
 from snapshots.repository.steps import Upload, perform
 
 _MAX_SNAPSHOT_ID = 256
@@ -63,6 +65,7 @@ def push_snapshot(
 ) -> PushReport:
     """Store ``source``; see the module's text. A failure leaves nothing committed."""
     started = time.monotonic()
+    hold(store, config)
     check_name("volume", source.volume)
     check_name("snapshot", source.snapshot)
     check_volume_size(source.size)
@@ -78,6 +81,8 @@ def push_snapshot(
             )
     if same_name:
         summary = same_name[-1]
+        if config.object_lock is not None:  # this is acknowledged now, too
+            retain_committed(store, config, find_root(store, config, summary.push))
         return PushReport(
             summary.volume,
             summary.snapshot,
@@ -98,7 +103,14 @@ def push_snapshot(
         packer = SnapshotPacker(store, config.chunk_size, source, push)
 
         def upload(step: Upload, packer: SnapshotPacker = packer) -> SnapshotPacker:
+            begun = time.time()
             packer.run(step.parent, step.donors, progress, damage)
+            try:
+                packer.retained = retain_uploaded(store, config, step, packer.table, begun)
+            except (NotFoundError, CorruptError) as error:
+                if step.parent is None:
+                    raise
+                raise ParentUnusableError(str(error)) from error
             return packer
 
         try:
@@ -112,6 +124,8 @@ def push_snapshot(
             tried.add(parent.push)
             live = list_snapshots(store, config, source.volume)
         else:
+            assert outcome.root is not None
+            retain_committed(store, config, outcome.root)
             return _report(outcome.summary, packer, started, warnings + packer.warnings + late)
 
 

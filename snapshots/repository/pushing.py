@@ -91,6 +91,7 @@ class Stored(Protocol):
     data: int
     stored: int
     uploaded: int
+    retained: float  # until when all of it is under Object Lock; 0 without
 
 
 def pushing(
@@ -235,6 +236,7 @@ def _commit(
             parent_push=parent.push if parent else None,
         ),
         stored.table,
+        stored.retained,
     )
     outcome = Outcome(push, root)
     key = outcome_key(push)

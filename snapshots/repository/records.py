@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from backends.errors import CorruptError, InvalidError
+from backends.locking import MODES, Retention
 from snapshots.names import MAX_VOLUME_SIZE, check_name
 from snapshots.repository.envelope import Fields, Kind, seal, unseal
 from snapshots.repository.layout import (
@@ -21,7 +22,25 @@ CIPHER = "aes-256-gcm"  # of an encrypted repository, in its config
 
 _COUNT = 2**63 - 1
 REPACKING = "repacking"
-_FEATURES = {REPACKING}  # that this program understands
+OBJECT_LOCK = "object-lock"
+_FEATURES = {REPACKING, OBJECT_LOCK}  # that this program understands
+MIN_LOCK_SECONDS = 86400
+MAX_LOCK_SECONDS = 24_000 * 86400  # one and a half times that is less than S3's hundred years
+
+
+class ObjectLock(NamedTuple):
+    """What a repository under Object Lock promises: ``retaining`` has the rules.
+
+    For ``seconds`` after a push was acknowledged its snapshot can be restored.
+    """
+
+    mode: str
+    seconds: int
+
+    @property
+    def retention(self) -> Retention:
+        """How objects are put: longer than promised, so that few have to be extended."""
+        return Retention(self.mode, self.seconds + self.seconds // 2)
 
 
 @dataclass(frozen=True)
@@ -34,8 +53,10 @@ class Config:
     created: float
     features: tuple[str, ...] = (REPACKING,)
     cipher: str = "none"
+    object_lock: ObjectLock | None = None
 
     def encode(self) -> bytes:
+        lock = self.object_lock
         return seal(
             Kind.CONFIG,
             {
@@ -47,6 +68,7 @@ class Config:
                 "conditional_put": self.conditional_put,
                 "created": self.created,
                 "features": list(self.features),
+                **({"lock_mode": lock.mode, "lock_seconds": lock.seconds} if lock else {}),
             },
         )
 
@@ -68,6 +90,14 @@ class Config:
         chunk_size = fields.integer("chunk_size", MIN_CHUNK_SIZE, MAX_CHUNK_SIZE)
         if chunk_size & (chunk_size - 1):
             raise CorruptError(f"{where}: the chunk size {chunk_size} is no power of two")
+        lock: ObjectLock | None = None
+        if OBJECT_LOCK in features:
+            lock = ObjectLock(
+                fields.text("lock_mode"),
+                fields.integer("lock_seconds", MIN_LOCK_SECONDS, MAX_LOCK_SECONDS),
+            )
+            if lock.mode not in MODES:
+                raise CorruptError(f"{where}: the Object Lock mode {lock.mode[:40]!r} is unknown")
         return cls(
             fields.push("repository"),
             chunk_size,
@@ -75,6 +105,7 @@ class Config:
             fields.number("created"),
             tuple(features),
             cipher,
+            lock,
         )
 
 
@@ -196,13 +227,18 @@ class Summary:
 
 @dataclass(frozen=True)
 class Root:
-    """The manifest of one snapshot. ``summary.uploaded`` leaves out the outcome itself."""
+    """The manifest of one snapshot. ``summary.uploaded`` leaves out the outcome itself.
+
+    ``retained``: until when, at least, all that it refers to is under Object Lock; 0 without.
+    """
 
     summary: Summary
     table: PageTable
+    retained: float = 0.0
 
     def fields(self, generation: int) -> dict[str, Any]:
-        return {**self.summary.fields(), **self.table.encode(), "generation": generation}
+        fields = {**self.summary.fields(), **self.table.encode(), "generation": generation}
+        return {**fields, "retained": self.retained} if self.retained else fields
 
     @classmethod
     def from_fields(cls, fields: Fields, push: str, generation: int, chunk_size: int) -> Root:
@@ -212,7 +248,8 @@ class Root:
         if summary.push != push:
             raise CorruptError(f"{fields.where}: its root belongs to another push")
         pages = -(-summary.size // (PAGE_ENTRIES * chunk_size))
-        return cls(summary, PageTable.decode(fields, pages))
+        retained = fields.number("retained") if fields.has("retained") else 0.0
+        return cls(summary, PageTable.decode(fields, pages), retained)
 
 
 @dataclass(frozen=True)

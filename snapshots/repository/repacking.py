@@ -19,13 +19,13 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from backends.errors import StorageError, UnavailableError
 from snapshots.repository.layout import intent_key, outcome_key, root_key, tombstone_key
 from snapshots.repository.pages import Entry, PageRef, PageTable
-from snapshots.repository.records import Intent, Outcome, Repacked, Root
+from snapshots.repository.records import Intent, Outcome, Repacked
 from snapshots.repository.roots import finding_root
 from snapshots.repository.steps import (
     Each,
@@ -171,7 +171,7 @@ def _new_roots(push: str, roots: dict[str, Repacked], moved: dict[Place, PageRef
         for ref in old.root.table:
             table.append(moved.get(_place(ref), ref))
         generation = old.generation + 1
-        root = Repacked(push, generation, Root(old.root.summary, table))
+        root = Repacked(push, generation, replace(old.root, table=table))
         yield Put(root_key(snapshot, generation, push), root)
 
 

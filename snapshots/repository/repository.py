@@ -5,9 +5,11 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from backends.errors import ExistsError, InvalidError, NotFoundError, StorageError
+from backends.locking import MODES, locking
 from backends.object_urls import open_object_store
 from backends.objects import ObjectStore
 from snapshots.names import check_name
@@ -44,8 +46,18 @@ from snapshots.repository.protection import (
 )
 from snapshots.repository.push import PushReport, push_snapshot
 from snapshots.repository.pushing import deleting
-from snapshots.repository.records import CIPHER, REPACKING, Config, Summary
+from snapshots.repository.records import (
+    CIPHER,
+    MAX_LOCK_SECONDS,
+    MIN_LOCK_SECONDS,
+    OBJECT_LOCK,
+    REPACKING,
+    Config,
+    ObjectLock,
+    Summary,
+)
 from snapshots.repository.restore import RestoreReport, restore_root
+from snapshots.repository.retaining import hold
 from snapshots.repository.roots import find_root
 from snapshots.repository.secret import Key, Secret
 from snapshots.repository.steps import Move, perform
@@ -204,25 +216,36 @@ class Repository:
 
 
 def init_repository(
-    url: str, chunk_size: int = DEFAULT_CHUNK_SIZE, secret: Secret | None = None
+    url: str,
+    chunk_size: int = DEFAULT_CHUNK_SIZE,
+    secret: Secret | None = None,
+    object_lock: ObjectLock | None = None,
 ) -> Repository:
     """Make a repository at ``url``; ``chunk_size`` in bytes, a power of two.
 
-    With a ``secret`` it is encrypted. Raises ExistsError when there is one. See
-    :attr:`Repository.notice` afterwards.
+    With a ``secret`` it is encrypted, with ``object_lock`` kept from being destroyed. Raises
+    ExistsError when there is one. See :attr:`Repository.notice` afterwards.
     """
     check_chunk_size(chunk_size)
-    return init_in_store(open_store(url, create=True), chunk_size, secret)
+    return init_in_store(open_store(url, create=True), chunk_size, secret, object_lock)
 
 
-def open_store(url: str, *, create: bool = False, storage_class: str | None = None) -> ObjectStore:
+def open_store(
+    url: str,
+    *,
+    create: bool = False,
+    storage_class: str | None = None,
+    at: float | None = None,
+) -> ObjectStore:
     """The object store of a repository at ``url``, whether there is one or not.
+
+    As it was ``at`` seconds since the epoch, to be read, where the bucket keeps versions.
 
     ``storage_class`` is for segments alone. Every push, listing and collection reads records and
     pages, so they stay where a request costs least; segments are nearly all of the bytes, and are
     read when something is restored, verified or repacked.
     """
-    return open_object_store(url, create=create, storage_class=storage_class, bulk=SEGMENTS)
+    return open_object_store(url, create=create, storage_class=storage_class, bulk=SEGMENTS, at=at)
 
 
 def open_repository(url: str, key: Key = None) -> Repository:
@@ -236,15 +259,26 @@ def open_repository(url: str, key: Key = None) -> Repository:
 
 
 def init_in_store(
-    store: ObjectStore, chunk_size: int = DEFAULT_CHUNK_SIZE, secret: Secret | None = None
+    store: ObjectStore,
+    chunk_size: int = DEFAULT_CHUNK_SIZE,
+    secret: Secret | None = None,
+    object_lock: ObjectLock | None = None,
 ) -> Repository:
     """Make a repository in an open store."""
     check_chunk_size(chunk_size)
+    if object_lock is not None:
+        check_object_lock(object_lock)
+        locking(store).require_lock()
     taken = ExistsError(f"{store.name} holds a repository: use it, or choose another place")
     if store.size(CONFIG_KEY) is not None:
         raise taken
     conditional = _refuses_second_put(store)
-    config = Config(new_push_id(), chunk_size, conditional, time.time())
+    # Repacking frees space by deleting, which here it only does when the lock has ended.
+    features = (REPACKING,) if object_lock is None else (OBJECT_LOCK,)
+    config = Config(
+        new_push_id(), chunk_size, conditional, time.time(), features, object_lock=object_lock
+    )
+    hold(store, config)
     repository, record = Repository(store, config), config.encode()
     if secret is not None:
         from snapshots.repository.keyring import encrypt  # noqa: PLC0415
@@ -275,13 +309,28 @@ def open_in_store(store: ObjectStore, key: Key = None) -> Repository:
         from snapshots.repository.keyring import unlock  # noqa: PLC0415
 
         unlocked = unlock(store, fields, key)
-        return Repository(unlocked.store, unlocked.config, unlocked.keyring)
+        return _opened(Repository(unlocked.store, unlocked.config, unlocked.keyring))
     if isinstance(key, Secret):
         raise InvalidError(
             f"the repository in {store.name} is not encrypted, but a {key.kind} was given: leave "
             "it out if that is right; if it was made encrypted, somebody has exchanged its config"
         )
-    return Repository(store, Config.decode(record, where))
+    return _opened(Repository(store, Config.decode(record, where)))
+
+
+def _opened(repository: Repository) -> Repository:
+    with suppress(InvalidError):  # a copy in another kind of store: it is read, and a push refuses
+        hold(repository.store, repository.config)
+    return repository
+
+
+def check_object_lock(lock: ObjectLock) -> ObjectLock:
+    """Return ``lock`` when a repository may have it, else InvalidError."""
+    if lock.mode not in MODES:
+        raise InvalidError(f"Object Lock mode {lock.mode!r} is unknown: use {' or '.join(MODES)}")
+    if not MIN_LOCK_SECONDS <= lock.seconds <= MAX_LOCK_SECONDS:
+        raise InvalidError("the period of an Object Lock is one day to 24000 days, such as 30d")
+    return lock
 
 
 def check_chunk_size(chunk_size: int) -> int:

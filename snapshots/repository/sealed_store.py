@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from backends.errors import CorruptError, NotFoundError
+from backends.locking import Retention, locking
 from backends.objects import ObjectStore
 from snapshots.repository.layout import OUTCOME_LIMIT, POINTERS
 from snapshots.repository.sealed_objects import (
@@ -93,6 +94,15 @@ class SealedObjectStore:
 
     def stop_retrying(self) -> None:
         self._inner.stop_retrying()
+
+    def require_lock(self) -> None:
+        locking(self._inner).require_lock()
+
+    def hold(self, retention: Retention) -> None:
+        locking(self._inner).hold(retention)
+
+    def extend(self, key: str, until: float) -> None:
+        locking(self._inner).extend(self._stored_key(key), until)
 
     def _stored_length(self, key: str) -> int:
         length = self._lengths.get(key)

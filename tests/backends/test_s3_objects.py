@@ -7,6 +7,7 @@ import socket
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime
 from typing import Any
 
 import botocore.exceptions as aws
@@ -23,6 +24,7 @@ from backends.errors import (
     StorageError,
     UnavailableError,
 )
+from backends.locking import Retention
 from backends.object_urls import open_object_store
 from backends.s3_objects import S3ObjectStore
 from backends.turns import Turns
@@ -388,3 +390,82 @@ def synchronized(function: Callable[..., Any]) -> Callable[..., Any]:
             return function(**request)
 
     return call
+
+
+class Locked(Scripted):
+    """A bucket with Object Lock, of which one object is retained until ``until``."""
+
+    def __init__(self, error: Exception, until: datetime | Exception) -> None:
+        super().__init__([])
+        self.error = error
+        self.until = until
+        self.requests: list[dict[str, Any]] = []
+
+    def put_object(self, **request: Any) -> None:
+        self.requests.append(request)
+
+    def put_object_retention(self, **request: Any) -> None:
+        self.requests.append(request)
+        raise self.error
+
+    def get_object_retention(self, **_request: Any) -> dict[str, Any]:
+        if isinstance(self.until, Exception):
+            raise self.until
+        return {"Retention": {"Mode": "COMPLIANCE", "RetainUntilDate": self.until}}
+
+    def get_object_lock_configuration(self, **_request: Any) -> dict[str, Any]:
+        raise self.error
+
+
+DENIED = answer(403, "AccessDenied")
+
+
+@pytest.mark.parametrize(
+    ("error", "until", "kind", "words"),
+    [
+        (DENIED, datetime.fromtimestamp(1000, UTC), None, ""),
+        (DENIED, datetime.fromtimestamp(999, UTC), UnavailableError, "s3:PutObjectRetention"),
+        (DENIED, DENIED, UnavailableError, "s3:GetObjectRetention"),
+        (DENIED, answer(404, "NoSuchKey"), UnavailableError, "s3:PutObjectRetention"),
+        (answer(405, "MethodNotAllowed"), DENIED, NotFoundError, "was deleted"),
+        (answer(404, "NoSuchKey"), DENIED, NotFoundError, "no object key"),
+        (answer(501, "NotImplemented"), DENIED, InvalidError, "does not support"),
+    ],
+)
+def test_extending_a_retention(
+    scripted: Make,
+    monkeypatch: pytest.MonkeyPatch,
+    error: Exception,
+    until: datetime | Exception,
+    kind: type[StorageError] | None,
+    words: str,
+) -> None:
+    store, _ = scripted([])
+    locked = Locked(error, until)
+    monkeypatch.setattr(store, "_client", locked)
+    store.hold(Retention("COMPLIANCE", 60.0))
+    if kind is None:
+        store.extend("key", 999.5)
+    else:
+        with pytest.raises(kind, match=words):
+            store.extend("key", 999.5)
+    wanted = {"Mode": "COMPLIANCE", "RetainUntilDate": datetime.fromtimestamp(1000, UTC)}
+    assert locked.requests == [{"Bucket": "bucket", "Key": "pre/fix/key", "Retention": wanted}]
+
+
+def test_what_is_put_under_object_lock(scripted: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    store, _ = scripted([])
+    locked = Locked(answer(404, "ObjectLockConfigurationNotFoundError"), DENIED)
+    monkeypatch.setattr(store, "_client", locked)
+    with pytest.raises(InvalidError, match="made without Object Lock"):
+        store.require_lock()
+    store.put("key", b"123")
+    assert "ObjectLockMode" not in locked.requests.pop()
+    monkeypatch.setattr(s3_module.time, "time", lambda: 5000.25)
+    store.hold(Retention("GOVERNANCE", 60.0))
+    for put in (store.put, store.put_if_absent):
+        put("key", b"123")
+        request = locked.requests.pop()
+        assert request["ContentMD5"] == "ICy5YqxZB1uWSwcVLSNLcA=="  # RFC 1864 has the form
+        assert request["ObjectLockMode"] == "GOVERNANCE"
+        assert request["ObjectLockRetainUntilDate"] == datetime.fromtimestamp(5061, UTC)

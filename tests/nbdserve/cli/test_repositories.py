@@ -391,3 +391,24 @@ def test_a_lazy_restore_has_a_rate_and_no_limits(cli: CommandLine, url: str) -> 
     assert outcome.status == 2
     assert "--limit-download" in outcome.line
     assert "--rate" in outcome.line
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "words"),
+    [
+        (["list", "URL", "--at", "yesterday"], 2, "'yesterday' is no time such as"),
+        (["list", "URL", "--at", "2026-11-21T18:30:00Z"], 1, "only s3:// has older versions"),
+        (["restore", "URL", "a@one", "b", "--lazy", "--at", "2026-11-21"], 2, "--at"),
+        (["import", "/dev/null", "URL", "a@b", "--storage-class", "GLACIER"], 2, "GLACIER_IR"),
+        (["gc", "URL", "--storage-class", "STANDARD_IA"], 1, "only s3:// has storage classes"),
+        (["init", "URL/new", "--object-lock", "30"], 2, "is no time such as"),
+        (["init", "URL/new", "--object-lock", "12h"], 1, "one day to 24000 days"),
+        (["init", "URL/new", "--object-lock", "30d"], 1, "only buckets in S3 can have it"),
+    ],
+)
+def test_what_only_a_bucket_can_do(
+    cli: CommandLine, url: str, arguments: list[str], status: int, words: str
+) -> None:
+    outcome = cli("repo", *(argument.replace("URL", url) for argument in arguments))
+    assert outcome.status == status
+    assert words in outcome.line

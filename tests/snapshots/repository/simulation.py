@@ -105,6 +105,7 @@ class Stored(NamedTuple):
     data: int = 0
     stored: int = 0
     uploaded: int = 0
+    retained: float = 0.0
 
 
 class World:
