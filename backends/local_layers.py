@@ -36,7 +36,7 @@ from backends.local_data import LocalDataFile, check_there, drop_cache, holds_da
 
 _NEW = ".new-"
 _CLEAN = b"clean\n"
-_LOGS = ("index", "journal", "merge", "lazy", "fetched")
+_LOGS = ("index", "journal", "merge", "lazy", "fetched", "restore")
 _DATA_OR_NEW = re.compile(r"data-[0-9]{5}$|\.new-")
 _ZEROES = memoryview(bytes(64 << 10))
 # What an empty file system or a killed process may have left.

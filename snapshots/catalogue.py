@@ -38,7 +38,7 @@ from snapshots.handle import Lease
 from snapshots.head import create_head
 from snapshots.host import HostLostError, ViewHost
 from snapshots.hydration import Hydration, HydrationInfo
-from snapshots.imports import Imports
+from snapshots.imports import Imports, KeptRestore
 from snapshots.lazy import LazyLayer, create_lazy
 from snapshots.listings import Listings, SnapshotInfo, VolumeInfo, WorkerInfo
 from snapshots.manifest import MAX_LAYERS, Manifest, Snapshot
@@ -48,7 +48,7 @@ from snapshots.names import check_name, check_volume_size
 from snapshots.open_views import OpenViews
 from snapshots.pins import Pins
 from snapshots.sealing import LOW_WATER, Sealing
-from snapshots.transfer import Import, Pin
+from snapshots.transfer import Import, Origin, Pin
 from snapshots.upkeep import Upkeep
 
 _log = logging.getLogger(__name__)
@@ -113,6 +113,7 @@ class Catalogue:
         catalogue = cls(store, hosts, fetcher)
         try:
             await catalogue._manifests.load()
+            await catalogue._imports.start()
             await catalogue._hydration.start()
             await catalogue._upkeep.start()
             await catalogue._views.start()
@@ -140,7 +141,7 @@ class Catalogue:
             try:
                 await self._views.close()
                 orderly = self._views.orderly
-                self._imports.discard_all()
+                await self._imports.leave_all()
                 await self._merging.drop_condemned()
             finally:
                 await self._store.unlock(orderly=orderly)
@@ -300,8 +301,11 @@ class Catalogue:
 
     @_to_its_end
     async def delete_volume(self, name: str, with_snapshots: bool = False) -> None:
-        """Remove a volume; with its snapshots only when asked to."""
+        """Remove a volume; with its snapshots only when asked to. Or a half restored one."""
         async with self._turn():
+            if self._imports.discard(name):
+                await self._merging.drop_condemned()
+                return
             manifest = self._manifests.get(name)
             self._check_unused(manifest)
             if manifest.snapshots and not with_snapshots:
@@ -564,12 +568,19 @@ class Catalogue:
         return pin
 
     @_to_its_end
-    async def begin_import(self, volume: str, size: int) -> Import:
-        """Make a layer for another process to fill, and keep the volume's name for it."""
+    async def begin_import(self, volume: str, size: int, origin: Origin | None = None) -> Import:
+        """Make a layer for another process to fill, and keep the volume's name for it.
+
+        One that was begun with the same ``origin`` and given up is gone on with.
+        """
         check_volume_size(size)
         async with self._turn():
-            self._check_free(volume)
-            return await self._imports.begin(volume, size)
+            self._check_name_free(volume)
+            return await self._imports.begin(volume, size, origin)
+
+    def half_restored(self) -> list[KeptRestore]:
+        """Restores that can be gone on with, by name."""
+        return [kept for _, kept in sorted(self._imports.kept.items())]
 
     @_to_its_end
     async def commit_import(self, imported: Import) -> VolumeInfo:
@@ -579,9 +590,9 @@ class Catalogue:
 
     @_to_its_end
     async def discard_import(self, imported: Import) -> None:
-        """Give up an import; nothing is left of it. One that was committed stays."""
+        """Give up an import; what can be gone on with is kept. One that was committed stays."""
         async with self._turn():
-            self._imports.discard(imported)
+            await self._imports.leave(imported)
             await self._merging.drop_condemned()
 
     # Steps; the caller holds ``_commits``
@@ -648,12 +659,14 @@ class Catalogue:
     # Checks
 
     def _check_free(self, name: str) -> None:
+        self._check_name_free(name)
+        self._imports.check_free(name)
+
+    def _check_name_free(self, name: str) -> None:
         check_name("volume", name)
         self._manifests.check_readable(name)
         if self._manifests.find(name) is not None:
             raise ExistsError(f"volume {name} exists already")
-        if name in self._imports:
-            raise ExistsError(f"volume {name} is being restored")
 
     def _check_layers(self, volume: str, stack: list[str]) -> None:
         if len(stack) >= MAX_LAYERS:

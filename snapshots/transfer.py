@@ -38,11 +38,24 @@ class SourceDescription:
 
 @dataclass(frozen=True)
 class SinkDescription:
-    """A layer to be filled for a volume of ``size`` bytes."""
+    """A layer to be filled for a volume of ``size`` bytes.
+
+    ``resumable``: what is filled is noted, so that another process can go on (imports.py).
+    """
 
     volume: str
     size: int
     layer: str
+    resumable: bool = False
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What a volume is restored from: ids of the repository and of the push; a name for people."""
+
+    repository: str
+    push: str
+    source: str
 
 
 @dataclass(eq=False)
@@ -65,3 +78,4 @@ class Import:
     sink: SinkDescription
     created: float
     id: str
+    origin: Origin | None = None

@@ -32,6 +32,7 @@ def main():
         "vm": machine,
         "snapshots": snapshots,
         "protocol": protocol,
+        "damage": damage,
     }
     parser = argparse.ArgumentParser(prog="python -m tests.torture", description=__doc__)
     parser.add_argument("--minutes", type=float, default=10, help="for fuzz and storm; 10")
@@ -138,6 +139,14 @@ def protocol(arguments):
         NBDSERVE_SCHEDULES=30,
         NBDSERVE_SCHEDULES_SEED=arguments.seed,
     )
+
+
+def damage(_):
+    """Many repositories damaged at random, and restores interrupted; whether all was right."""
+    tests = [f"tests/snapshots/repository/test_{name}.py"
+             for name in ("verify", "losses", "repairing")]  # fmt: skip
+    good = [run_test(test, NBDSERVE_VERIFY_ROUNDS=600) for test in tests]
+    return all([*good, run_test("tests/snapshots/test_restoring.py", NBDSERVE_RESTORE_ROUNDS=1000)])
 
 
 def run_test(test, **environment):

@@ -228,6 +228,8 @@ def restore(
         f"restored {snapshot} as volume {new}: {format_size(report.written)} of data,"
         f" {format_size(report.fetched)} fetched in {report.seconds:.1f} s"
     )
+    if report.resumed:
+        line += f"; an interrupted restore had brought {format_size(report.resumed)}"
     print_result({**dataclasses.asdict(report), "restored": restored}, as_json, line)
     if not as_json:
         print_holes(report.holes)

@@ -44,10 +44,17 @@ def restore(
 ) -> tuple[RestoreReport, Document]:
     """Make the volume ``new`` from a snapshot in the repository, and show the progress.
 
-    Returns the report and the new volume's document. The volume appears when it is whole.
+    Returns the report and the new volume's document. The volume appears when it is whole; what an
+    earlier restore of the same was given up at is gone on with.
     """
-    size = repository.find(volume, snapshot).size
-    with session.client.stream("POST", path("imports"), {"volume": new, "size": size}) as claim:
+    found = repository.find(volume, snapshot)
+    origin = {
+        "repository": repository.config.repository_id,
+        "push": found.push,
+        "source": f"{volume}@{snapshot} in {repository.store.name}",
+    }
+    body = {"volume": new, "size": found.size, "origin": origin}
+    with session.client.stream("POST", path("imports"), body) as claim:
         begun = claim.first()
         description = SinkDescription(**begun["sink"])
         sink = asyncio.run(open_sink(LocalLayerStore(session.data), description))

@@ -99,6 +99,12 @@ def list_(as_json: bool) -> None:
     print_listing("volumes", document["volumes"], as_json, _COLUMNS)
     for lost in document["unreadable"]:
         click.echo(f"nbdserve: warning: {describe_unreadable(lost)}", err=True)
+    for half in document["half_restored"]:
+        click.echo(
+            f"nbdserve: warning: volume {half['volume']} is half restored from {half['source']}:"
+            " the same 'repo restore' goes on with that, 'volume delete' discards it",
+            err=True,
+        )
 
 
 @volume.command()

@@ -6,7 +6,7 @@ claim stops, the stream ends with an error line: the claim holds no longer.
 
 * ``pin`` keeps the layers of a snapshot as they are while another process reads them.
 * ``imports`` reserves a volume's name while another process fills its layer; a commit, on another
-  connection, makes it a volume, anything else discards it.
+  connection, makes it a volume, anything else discards it, or keeps it to be gone on with.
 * ``backups`` keeps a second backup away from a volume.
 """
 
@@ -17,13 +17,13 @@ from collections.abc import Mapping
 
 from aiohttp import web
 
-from backends.errors import InUseError, NotFoundError, UnavailableError
+from backends.errors import InUseError, InvalidError, NotFoundError, UnavailableError
 from nbdserve.control import documents
 from nbdserve.control.bodies import Fields
 from nbdserve.control.state import State, state_of
 from nbdserve.control.streams import stream
 from snapshots.listings import VolumeInfo
-from snapshots.transfer import Import, Pin
+from snapshots.transfer import Import, Origin, Pin
 
 routes = web.RouteTableDef()
 
@@ -80,13 +80,18 @@ async def begin_backup(request: web.Request) -> web.StreamResponse:
 
 @routes.post("/v1/imports")
 async def begin_import(request: web.Request) -> web.StreamResponse:
-    """``{"volume", "size"}``; first line: ``{"import": id, "sink": where the layer is}``."""
+    """``{"volume", "size", "origin"}``; first line: ``{"import": id, "sink": where the layer is}``.
+
+    ``origin`` is ``{"repository", "push", "source"}`` or absent: with one, what is left of an
+    earlier import is gone on with, and what is left of this one is kept.
+    """
     state = state_of(request)
     fields = await Fields.of(request)
     volume, size = fields.text("volume"), fields.size("size")
+    origin = _origin(fields.labels("origin"))
     fields.end()
     identifier = secrets.token_hex(8)
-    begun = state.operations.start(_begin(state, identifier, volume, size))
+    begun = state.operations.start(_begin(state, identifier, volume, size, origin))
     try:
         imported = await asyncio.shield(begun)
         return await _hold(
@@ -96,8 +101,19 @@ async def begin_import(request: web.Request) -> web.StreamResponse:
         state.operations.start(_discard(state, identifier, begun))
 
 
-async def _begin(state: State, identifier: str, volume: str, size: int) -> Import:
-    imported = await state.catalogue.begin_import(volume, size)
+def _origin(values: dict[str, str]) -> Origin | None:
+    if not values:
+        return None
+    try:
+        return Origin(**values)
+    except TypeError:
+        raise InvalidError("'origin' must have 'repository', 'push' and 'source'") from None
+
+
+async def _begin(
+    state: State, identifier: str, volume: str, size: int, origin: Origin | None
+) -> Import:
+    imported = await state.catalogue.begin_import(volume, size, origin)
     state.imports[identifier] = imported
     return imported
 

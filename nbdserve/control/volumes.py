@@ -55,11 +55,16 @@ async def status(request: web.Request) -> web.Response:
 
 @routes.get("/v1/volumes")
 async def list_volumes(request: web.Request) -> web.Response:
-    volumes, unreadable = await state_of(request).catalogue.survey_volumes()
+    catalogue = state_of(request).catalogue
+    volumes, unreadable = await catalogue.survey_volumes()
     return web.json_response(
         {
             "volumes": [documents.volume(info) for info in volumes],
             "unreadable": [documents.unreadable(volume) for volume in unreadable],
+            "half_restored": [
+                {"volume": kept.volume, "size": kept.size, "source": kept.origin.source}
+                for kept in catalogue.half_restored()
+            ],
         }
     )
 

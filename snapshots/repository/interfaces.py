@@ -53,3 +53,9 @@ class Sink(Protocol):
 
     def write(self, offset: int, data: bytes) -> None:
         """Write ``data`` at ``offset`` (bytes); OSError when that fails."""
+
+    def holds(self, offset: int, length: int) -> bool:
+        """Whether all of that range (bytes) is there from an earlier, interrupted restore."""
+
+    def complete(self, offset: int, length: int) -> None:
+        """All of that range that is not zero was written; OSError when it cannot be kept."""

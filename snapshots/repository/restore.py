@@ -4,6 +4,8 @@ Pages are fetched ahead, a few at a time; the chunks of a group of pages are sor
 are and fetched in ranges by several threads, which verify, and write what is not zero. Memory:
 THREADS ranges of 4 MiB, a plain chunk for each, and the entries of PAGES_AHEAD groups of pages,
 about 60 MiB, plus 64 bytes for each page of the snapshot.
+
+What the sink has from an earlier restore of the same snapshot that was interrupted is not fetched.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from snapshots.repository.losses import Hole, Losses
 from snapshots.repository.pipeline import Crew, leaving_promptly
 from snapshots.repository.reading import Range, group_pages, plan_ranges
 from snapshots.repository.records import Config, Root
+from snapshots.repository.regions import chunk_length
 from snapshots.repository.snapshot_reader import SnapshotReader
 
 THREADS = 8
@@ -41,6 +44,7 @@ class RestoreReport:
     fetched: int  # read from the store's segments
     requests: int  # range requests for them
     seconds: float
+    resumed: int = 0  # of chunks that an interrupted restore had brought
     holes: list[Hole] = field(default_factory=list)  # what could not be had, when that was allowed
 
 
@@ -65,8 +69,21 @@ def restore_root(
     reader = SnapshotReader(store, config, root, losses)
 
     def fetch(planned: Range) -> tuple[Range, int]:
-        chunks = reader.fetch(planned)
-        return planned, sum(_write(sink, chunk * config.chunk_size, it) for chunk, it in chunks)
+        held = 0
+        for chunk, plain in reader.fetch(planned):
+            offset = chunk * config.chunk_size
+            held += _write(sink, offset, plain)
+            _complete(sink, offset, len(plain))
+        return planned, held
+
+    resumed = 0
+
+    def is_missing(chunk: int) -> bool:
+        nonlocal resumed
+        length = chunk_length(chunk, config.chunk_size, summary.size)
+        here = sink.holds(chunk * config.chunk_size, length)
+        resumed += length if here else 0
+        return not here
 
     total = sum(ref.chunks for ref in root.table) * config.chunk_size
     done = written = fetched = requests = 0
@@ -80,7 +97,10 @@ def restore_root(
             groups = group_pages(root.table, PAGES_PER_GROUP)
             for pages in readers.ordered(reader.load, groups, PAGES_AHEAD):
                 yield from plan_ranges(
-                    pair for ref, page in pages for pair in reader.chunks(ref, page)
+                    (chunk, entry)
+                    for ref, page in pages
+                    for chunk, entry in reader.chunks(ref, page)
+                    if is_missing(chunk)
                 )
 
         for planned, bytes_written in crew.ordered(fetch, ranges(), 2 * THREADS):
@@ -89,7 +109,7 @@ def restore_root(
             requests += 1
             done += len(planned.parts) * config.chunk_size
             if progress:
-                progress(done, total)
+                progress(done + resumed, max(total, done + resumed))
     return RestoreReport(
         summary.volume,
         summary.snapshot,
@@ -98,6 +118,7 @@ def restore_root(
         fetched,
         requests,
         time.monotonic() - started,
+        resumed,
         losses.holes(config.chunk_size, summary.size) if losses else [],
     )
 
@@ -124,6 +145,17 @@ def _write_piece(sink: Sink, offset: int, piece: bytes) -> None:
         sink.write(offset, piece)
     except OSError as error:
         what = f"cannot write {len(piece)} bytes at offset {offset} of the new volume"
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise NoSpaceError(f"{what}: no space left; free some and restore again") from error
-        raise StorageError(f"{what}: {error.strerror or error}; check the disk") from error
+        raise _explained(what, error) from error
+
+
+def _complete(sink: Sink, offset: int, length: int) -> None:
+    try:
+        sink.complete(offset, length)
+    except OSError as error:
+        raise _explained("cannot keep what was written to the new volume", error) from error
+
+
+def _explained(what: str, error: OSError) -> StorageError:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return NoSpaceError(f"{what}: no space left; free some and restore again")
+    return StorageError(f"{what}: {error.strerror or error}; check the disk")

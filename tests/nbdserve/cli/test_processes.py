@@ -1,5 +1,6 @@
 """Commands as processes: several at once, killed ones, and a progress that is seen."""
 
+import json
 import os
 import pty
 import signal
@@ -12,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.nbdserve.volume_content import write
+from snapshots.repository import packing
+from tests.nbdserve.volume_content import read, write
 
 from .conftest import CommandLine
 
@@ -146,6 +148,114 @@ def test_what_a_killed_backup_left_is_deleted_by_the_next(cli: CommandLine, url:
     name = cli.json("backup", "a", "--repo", url)["backups"][0]["snapshot"]
     assert name not in left
     assert [s["name"] for s in cli.json("snapshot", "list", "a")["snapshots"]] == ["one", name]
+
+
+# The command line, whose seventh segment is never stored; segments are small.
+STALLED = """
+import itertools, time
+from backends.directory_objects import DirectoryObjectStore
+from snapshots.repository import packing
+packing.SEGMENT_TARGET = 1 << 18
+put, count = DirectoryObjectStore.put, itertools.count(1)
+def stall(self, key, data):
+    if key.startswith("segments/") and next(count) > 6:
+        print("stuck", flush=True)
+        time.sleep(600)
+    put(self, key, data)
+DirectoryObjectStore.put = stall
+from nbdserve.cli import main
+main()
+"""
+
+
+def test_a_backup_goes_on_with_the_one_that_was_killed(
+    cli: CommandLine, url: str, tmp_path: Path
+) -> None:
+    objects = tmp_path / "repository" / "segments"
+    before = set(objects.rglob("0*"))
+    write(cli.data, "a", MIB, os.urandom(3 * MIB))
+    arguments = ["backup", "a", "--repo", url]
+    for _ in range(2):
+        process = subprocess.Popen(
+            [sys.executable, "-c", STALLED, *arguments],
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        assert process.stdout is not None
+        assert process.stdout.readline() == "stuck\n"
+        process.kill()
+        process.communicate()
+        write(cli.data, "a", 2 * MIB, os.urandom(65536))
+    stored = [path.stat().st_size for path in set(objects.rglob("0*")) - before]
+    assert len(stored) >= 6
+    report = cli.json(*arguments)["backups"][0]
+    # All but what was overwritten since, headers and indexes.
+    assert report["resumed"] >= sum(stored) - 2 * 65536 - len(stored) * 1000
+    assert report["uploaded"] <= 3 * MIB - report["resumed"] + 100_000
+    assert "had been uploaded" not in cli.done(*arguments)
+    cli.done("repo", "restore", url, f"a@{report['snapshot']}", "b")
+    assert read(cli.data, "b") == read(cli.data, "a")
+    left = [s["name"] for s in cli.json("snapshot", "list", "a")["snapshots"]]
+    assert len(left) == 2
+
+
+# The command line, which stands still when it has read so much; it notes what it has each 256 K.
+HALTED = """
+import itertools, time
+from backends.directory_objects import DirectoryObjectStore
+from snapshots import sink
+sink.STEP = 1 << 18
+read, count = DirectoryObjectStore.get_range, itertools.count(1)
+def halt(self, key, offset, length):
+    if key.startswith("segments/") and next(count) > 9:
+        time.sleep(2)
+        print("stuck", flush=True)
+        time.sleep(600)
+    return read(self, key, offset, length)
+DirectoryObjectStore.get_range = halt
+from nbdserve.cli import main
+main()
+"""
+
+
+@pytest.mark.parametrize("served", [True, False])
+def test_a_killed_restore_goes_on(
+    cli: CommandLine,
+    url: str,
+    request: pytest.FixtureRequest,
+    monkeypatch: pytest.MonkeyPatch,
+    served: bool,
+) -> None:
+    monkeypatch.setattr(packing, "SEGMENT_TARGET", 1 << 18)
+    write(cli.data, "a", MIB, os.urandom(3 * MIB))
+    cli.done("snapshot", "create", "a@two")
+    cli.done("repo", "push", "a@two", url)
+    daemon = request.getfixturevalue("daemon") if served else None
+    arguments = ["repo", "restore", url, "a@two", "b"]
+    process = subprocess.Popen(
+        [sys.executable, "-c", HALTED, *arguments], stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "stuck\n"
+    if daemon is not None:
+        # It is not dead, only its daemon: it must not write to what another fills and commits.
+        daemon.kill()
+        daemon.wait()
+        assert "still being restored by another" in cli(*arguments).line
+    process.kill()
+    process.communicate()
+    listed = cli("volume", "list", "--json")
+    assert [v["name"] for v in json.loads(listed.out)["volumes"]] == ["a"]
+    assert [v["volume"] for v in json.loads(listed.out)["half_restored"]] == ["b"]
+    assert "b is half restored from a@two" in cli("volume", "list").err
+    assert "volume delete b" in cli("volume", "create", "b", "--size", "1M").line
+    assert "volume delete b" in cli("repo", "restore", url, "a@one", "b").line
+    report = cli.json(*arguments)
+    assert report["resumed"] >= MIB
+    # The first MiB is of a@one.
+    assert report["resumed"] + report["written"] == 4 * MIB
+    assert read(cli.data, "b") == read(cli.data, "a@two")
+    assert cli.json("volume", "list")["half_restored"] == []
+    assert cli.json("check")["findings"] == []
 
 
 def test_a_restore_whose_daemon_dies_says_so(

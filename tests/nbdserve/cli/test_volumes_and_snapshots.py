@@ -29,14 +29,18 @@ def test_the_life_of_a_volume(cli: CommandLine) -> None:
     assert (created["name"], created["size"], created["snapshots"]) == ("a", 16 * MIB, 0)
     check_time(created["created"])
     assert cli.json("volume", "show", "a") == created
-    assert cli.json("volume", "list") == {"volumes": [created], "unreadable": []}
+    assert cli.json("volume", "list") == {
+        "volumes": [created],
+        "unreadable": [],
+        "half_restored": [],
+    }
 
     resized = cli.json("volume", "resize", "a", "--size", "1G")
     assert resized["size"] == 1 << 30
     renamed = cli.json("volume", "rename", "a", "b")
     assert (renamed["name"], renamed["id"]) == ("b", created["id"])
     assert cli.json("volume", "delete", "b") == {"deleted": "b"}
-    assert cli.json("volume", "list") == {"volumes": [], "unreadable": []}
+    assert cli.json("volume", "list") == {"volumes": [], "unreadable": [], "half_restored": []}
 
 
 def test_tables_are_for_people(cli: CommandLine) -> None:

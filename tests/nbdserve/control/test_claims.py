@@ -92,7 +92,7 @@ def layers(data: Path) -> list[str]:
 def test_an_import_becomes_a_volume_by_its_commit(client: Client, data: Path) -> None:
     with client.stream("POST", path("imports"), volume_b()) as claim:
         begun = claim.first()
-        assert client.get(path("volumes")) == {"volumes": [], "unreadable": []}
+        assert client.get(path("volumes")) == {"volumes": [], "unreadable": [], "half_restored": []}
         with pytest.raises(ExistsError, match="b"):
             client.post(path("volumes"), {"name": "b", "size": MIB})
 
@@ -127,7 +127,7 @@ def test_an_import_that_was_never_filled_cannot_be_committed(client: Client, dat
         with pytest.raises(StorageError, match=begun["sink"]["layer"]):
             client.post(path("imports", begun["import"], "commit"), {})
     wait_for(lambda: layers(data) == [])
-    assert client.get(path("volumes")) == {"volumes": [], "unreadable": []}
+    assert client.get(path("volumes")) == {"volumes": [], "unreadable": [], "half_restored": []}
 
 
 @pytest.mark.usefixtures("snapshot")

@@ -105,6 +105,12 @@ class ModelSink:
             self.data[place] = data
             self.written[place] = b"\1" * len(data)
 
+    def holds(self, offset: int, length: int) -> bool:
+        return False
+
+    def complete(self, offset: int, length: int) -> None:
+        assert offset + length <= len(self.data)
+
 
 class FaultyStore:
     """Counts PUTs; fails at one of them, before or after it took effect; runs hooks."""

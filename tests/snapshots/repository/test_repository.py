@@ -150,6 +150,12 @@ def test_a_huge_thin_volume_is_quick_and_small() -> None:
         def write(self, offset: int, data: bytes) -> None:
             written[offset] = data
 
+        def holds(self, offset: int, length: int) -> bool:
+            return False
+
+        def complete(self, offset: int, length: int) -> None:
+            pass
+
     repository.restore("disk", "one", Sink())
     assert written == source.blocks
 
