@@ -300,12 +300,19 @@ def test_a_source_or_sink_that_fails() -> None:
     with pytest.raises(StorageError, match=r"disk@two.*Input/output error"):
         repository.push(source)
 
-    class FullSink:
+    class FullSink(ModelSink):
         def write(self, offset: int, data: bytes) -> None:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with pytest.raises(NoSpaceError, match="no space left"):
-        repository.restore("disk", "one", FullSink())
+        repository.restore("disk", "one", FullSink(2 * PAGE))
+
+    class UnkeptSink(ModelSink):
+        def complete(self, offset: int, length: int) -> None:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with pytest.raises(StorageError, match=r"cannot keep what was written.*check the disk"):
+        repository.restore("disk", "one", UnkeptSink(2 * PAGE))
 
 
 def test_memory_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
