@@ -21,7 +21,7 @@ from tests.snapshots.stores import Crash, FaultyStore, run
 
 CHUNK = 8192
 SIZE = 120 * CHUNK
-ROUNDS = int(os.environ.get("NBDSERVE_RESTORE_ROUNDS", "12"))
+ROUNDS = int(os.environ.get("NBDSERVE_RESTORE_ROUNDS", "8"))
 ORIGIN = Origin("a repository", "a push", "disk@one")
 
 

@@ -247,6 +247,7 @@ def test_a_killed_restore_goes_on(
     assert [v["name"] for v in json.loads(listed.out)["volumes"]] == ["a"]
     assert [v["volume"] for v in json.loads(listed.out)["half_restored"]] == ["b"]
     assert "b is half restored from a@two" in cli("volume", "list").err
+    assert cli.json("check")["findings"] == []
     assert "volume delete b" in cli("volume", "create", "b", "--size", "1M").line
     assert "volume delete b" in cli("repo", "restore", url, "a@one", "b").line
     report = cli.json(*arguments)

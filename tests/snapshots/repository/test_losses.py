@@ -22,7 +22,7 @@ from tests.snapshots.repository.model import ModelSink
 from tests.snapshots.repository.test_repository import CHUNK
 from tests.snapshots.repository.test_verify import damage, fill, needs_of
 
-ROUNDS = int(os.environ.get("NBDSERVE_VERIFY_ROUNDS", "8"))
+ROUNDS = int(os.environ.get("NBDSERVE_VERIFY_ROUNDS", "5"))
 
 
 @pytest.mark.parametrize("seed", range(ROUNDS))

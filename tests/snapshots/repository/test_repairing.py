@@ -18,7 +18,7 @@ from tests.snapshots.repository.test_collecting import keys
 from tests.snapshots.repository.test_repository import CHUNK, PAGE, restored
 from tests.snapshots.repository.test_verify import damage, fill, needs_of
 
-ROUNDS = int(os.environ.get("NBDSERVE_VERIFY_ROUNDS", "8"))
+ROUNDS = int(os.environ.get("NBDSERVE_VERIFY_ROUNDS", "5"))
 
 
 def next_push(repository: Repository, disk: ModelVolume, name: str) -> tuple[int, list[str]]:

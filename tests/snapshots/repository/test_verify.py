@@ -16,7 +16,7 @@ from snapshots.repository.roots import find_root
 from tests.snapshots.repository.model import ModelVolume
 from tests.snapshots.repository.test_repository import CHUNK, PAGE, restored
 
-ROUNDS = int(os.environ.get("NBDSERVE_VERIFY_ROUNDS", "9"))
+ROUNDS = int(os.environ.get("NBDSERVE_VERIFY_ROUNDS", "6"))
 
 Place = tuple[str, int]  # of a chunk or a page: key and offset
 
