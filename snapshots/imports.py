@@ -78,7 +78,8 @@ class Imports:
                 found = await self._read(layer)
             except (CorruptError, OSError):
                 continue  # it goes as any other
-            self._keep(found)
+            if await self._has_begun(layer, found.size):
+                self._keep(found)
 
     async def _read(self, layer: str) -> KeptRestore:
         where = self._store.describe(layer, RESTORE)
@@ -171,19 +172,19 @@ class Imports:
         if self._under_way.get(sink.volume) is not imported:
             return
         del self._under_way[sink.volume]
-        if origin is not None and await self._has_begun(sink):
+        if origin is not None and await self._has_begun(sink.layer, sink.size):
             self._keep(KeptRestore(sink.volume, sink.size, sink.layer, origin))
         else:
             self._manifests.provisional.discard(sink.layer)
 
-    async def _has_begun(self, sink: SinkDescription) -> bool:
-        holds = OwnerMap(sink.size >> BLOCK_SHIFT)
+    async def _has_begun(self, layer: str, size: int) -> bool:
+        """Whether anything of a layer is noted as durable."""
+        holds = OwnerMap(size >> BLOCK_SHIFT)
         try:
-            content = await self._store.read_log(sink.layer, FETCHED)
+            content = await self._store.read_log(layer, FETCHED)
             if content is None:
                 return False
-            where = self._store.describe(sink.layer, FETCHED)
-            read_log(content, sink.layer, FETCHED, holds, where)
+            read_log(content, layer, FETCHED, holds, self._store.describe(layer, FETCHED))
             return next(iter(holds.runs(0, holds.blocks)), None) is not None
         except (CorruptError, OSError):
             return False

@@ -128,6 +128,14 @@ def test_given_up_and_gone_on_with() -> None:
         # Nothing had come: nothing is left.
         assert (catalogue.half_restored(), await store.list_layers()) == ([], [])
 
+        await catalogue.begin_import("v", SIZE, ORIGIN)
+        again = await Catalogue.open(store.after_crash("kill"))
+        assert (again.half_restored(), await again._store.list_layers()) == ([], [])
+        await again.close()
+        store.dead = False
+        await catalogue.close()
+
+        catalogue = await Catalogue.open(store)
         begun = await catalogue.begin_import("v", SIZE, ORIGIN)
         sink = await open_sink(store, begun.sink)
         for chunk in range(20):
