@@ -96,8 +96,8 @@ def _repositories(contestants: list[Entry], turn: int) -> Iterator[None]:
     """A new repository for each, removed afterwards."""
     with ExitStack() as stack:
         for number, (contestant, where) in enumerate(contestants):
-            stack.callback(contestant.end)
             contestant.begin(where.place(f"repository-{turn}-{number}"))
+            stack.callback(contestant.end)
         yield
 
 

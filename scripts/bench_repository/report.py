@@ -49,11 +49,11 @@ _PROBES = {
 def format_report(results: Results) -> str:
     """All tables of a run."""
     parts = [_format_run(results), "### Targets", _format_targets(with_targets(results))]
-    for metric, title in ((SECONDS, "seconds"), (CPU, "CPU time")):
+    for metric, title in ((SECONDS, "Seconds"), (CPU, "CPU time")):
         rows = _ratio_rows(results, metric)
         if rows:
             head = ("step", *(f"{ours} ÷ {theirs}" for ours, theirs in _PAIRS))
-            parts += [f"### {title} ÷ a peer's".capitalize(), format_table(head, rows)]
+            parts += [f"### {title} ÷ a peer's", format_table(head, rows)]
     for metric, (title, unit) in _METRICS.items():
         names = [name for name in CONTESTANTS if any(s.contestant == name for s in results.samples)]
         rows = [

@@ -6,6 +6,8 @@ from dataclasses import dataclass, replace
 
 from scripts.bench.scale import GIB, MIB
 
+_PUSHED_A_SECOND = 400 * MIB  # at most, beside the guest
+
 
 @dataclass(frozen=True)
 class Scale:
@@ -46,13 +48,13 @@ class Scale:
     def disk_bytes(self) -> int:
         """Room that is needed in the directory."""
         volumes = (self.rounds + 2) * self.image + 2 * self.scattered_data + self.lazy_data
-        repositories = 4 * self.image
+        repositories = 4 * self.image + self.seconds * _PUSHED_A_SECOND
         return volumes + repositories + GIB
 
     @property
     def memory_gib(self) -> int:
-        """Room that the S3 server needs, in memory, in GiB."""
-        return 2 + (5 * self.image + 3 * self.scattered_data + self.lazy_data) // GIB
+        """Room that the S3 server needs, in memory, in GiB; what was deleted stays for a while."""
+        return 6 + (5 * self.image + 3 * self.scattered_data + self.lazy_data) // GIB
 
 
 FULL = Scale(
