@@ -170,6 +170,7 @@ class Marks:
     live: dict[str, str] = field(default_factory=dict)  # snapshots, with their volumes
     repacks: set[str] = field(default_factory=set)  # pushes of collectors, committed
     roots: set[str] = field(default_factory=set)  # keys of those needed
+    newest: set[tuple[str, int, int]] = field(default_factory=set)  # pages of newest roots
     pages: dict[tuple[str, int, int], PageRef] = field(default_factory=dict)
     volumes: dict[str, str] = field(default_factory=dict)  # by push of a page
     segments: dict[tuple[str, int], int] = field(default_factory=dict)  # see below
@@ -321,7 +322,11 @@ def mark(view: View) -> Steps[Marks]:
 
     def take_segments(step: SegmentsOf, result: Any) -> None:
         if isinstance(result, StorageError):
-            marks.note(result)
+            # What only an older root refers to was collected before the snapshot was pinned, or
+            # else it would be there; so whoever pinned it has read a newer root.
+            newest = any(_place(ref) in marks.newest for ref in step.refs)
+            if newest or not isinstance(result, NotFoundError):
+                marks.note(result)
             return
         for segment, length in result.items():
             marks.segments[segment] = max(length, marks.segments.get(segment, 0))
@@ -340,10 +345,12 @@ def _mark_roots(view: View, marks: Marks) -> Steps[None]:
     parsed = {key: parse_root_key(key) for key in view.roots | view.newer_roots}
     listed = {key: names for key, names in parsed.items() if names is not None}
 
-    def take_root(root: Root) -> None:
+    def take_root(root: Root, is_newest: bool) -> None:
+        if is_newest:
+            marks.newest.update(map(_place, root.table))
         marks.volumes.setdefault(root.summary.push, root.summary.volume)
         for ref in root.table:
-            marks.pages.setdefault((ref.push, ref.number, ref.offset), ref)
+            marks.pages.setdefault(_place(ref), ref)
             marks.volumes.setdefault(ref.push, root.summary.volume)
 
     def take_outcome(_: Get, result: Any) -> None:
@@ -360,14 +367,15 @@ def _mark_roots(view: View, marks: Marks) -> Steps[None]:
             ):
                 marks.busy.add(volume)
             if result.push not in newest or result.push in marks.pinned:
-                take_root(result.root)
+                take_root(result.root, result.push not in newest)
 
     def take_newer(step: Get, result: Any) -> None:
         if isinstance(result, StorageError):
             marks.note(result)
         else:
             marks.roots.add(step.key)
-            take_root(result.root)
+            snapshot, generation, repack = listed[step.key]
+            take_root(result.root, (generation, repack) >= newest.get(snapshot, (0, "")))
 
     # First which of the newer roots are committed; then who needs an older one.
     newest: dict[str, tuple[int, str]] = {}
@@ -466,6 +474,10 @@ def _carry_out(dead: Sizes, progress: Progress | None) -> Steps[None]:
         yield Put(plan_key(plan.plan), plan)
         yield Each((Delete(key) for key in keys), take)
         yield Delete(plan_key(plan.plan))
+
+
+def _place(ref: PageRef) -> tuple[str, int, int]:
+    return ref.push, ref.number, ref.offset
 
 
 def _pieces(keys: list[str], most: int) -> Iterator[tuple[str, ...]]:

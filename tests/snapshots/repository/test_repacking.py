@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import time
 from collections.abc import Callable
 from contextlib import suppress
 
@@ -11,7 +12,8 @@ import pytest
 from backends.errors import CorruptError, UnavailableError
 from backends.memory_objects import MemoryObjectStore
 from snapshots.repository import Repository, init_in_store, packing
-from snapshots.repository.records import Config
+from snapshots.repository.layout import intent_key, new_push_id, tombstone_key
+from snapshots.repository.records import Config, Intent
 from tests.snapshots.repository.model import FaultyStore, ModelVolume
 from tests.snapshots.repository.test_collecting import all_restore, keys
 from tests.snapshots.repository.test_repository import CHUNK, PAGE, restored
@@ -88,6 +90,26 @@ def test_it_is_not_done_for_little(volume: ModelVolume) -> None:
     assert repository.collect().repacked == 0
     assert keys(repository, "segments/") < before
     all_restore(repository, volume, {"s0"})
+
+
+def test_a_push_under_way_whose_parent_was_repacked_lets_others_collect(
+    volume: ModelVolume,
+) -> None:
+    """The pages of the parent's old root are gone, for a good reason."""
+    repository, _ = sparse(volume)
+    assert repository.collect().repacked == 1
+    repository.collect()
+    parent = repository.find("disk", "s2").push
+    intent = Intent(new_push_id(), (parent,), "disk", "s9", "id", time.time())
+    repository.store.put(intent_key(intent.push), intent.encode())
+    assert repository.collect().under_way == 1
+    repository.delete("disk", "s3")
+    repository.delete("disk", "s2")
+    assert repository.collect().freed > 0
+    all_restore(repository, volume, {"s1"})
+    # What the push has pinned is all there, though it is deleted.
+    repository.store.delete(tombstone_key(parent))
+    all_restore(repository, volume, {"s1", "s2"})
 
 
 def test_a_repository_of_an_older_program_is_not_repacked(volume: ModelVolume) -> None:
