@@ -10,12 +10,11 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from contextlib import suppress
-from typing import TypeVar
 
 from backends.errors import CorruptError, NotFoundError
 from backends.objects import ObjectStore
 from snapshots.repository.holdings import describe_object
+from snapshots.repository.insisting import insist
 from snapshots.repository.layout import PAGE_ENTRIES, segment_key
 from snapshots.repository.pages import Entry, Page, PageRef
 from snapshots.repository.reading import Part, Range, group_pages, read_page, read_pages
@@ -24,10 +23,7 @@ from snapshots.repository.regions import chunk_length
 from snapshots.repository.roots import find_root
 from snapshots.repository.segments import PackedChunk, unpack_chunk
 
-Result = TypeVar("Result")
-
 _PAGES_KEPT = 64  # of 0.2 MiB each
-_TRIES = 3  # what is damaged may have been on its way only
 _LOOK_AGAIN = 1.0  # seconds between two looks for a newer root
 
 
@@ -67,7 +63,7 @@ class ChunkReader:
         ref = self._root.table.find(number)
         if ref is None:
             return [None] * PAGE_ENTRIES
-        return _insist(lambda: read_page(self.store, self.chunk_size, ref))
+        return read_page(self.store, self.chunk_size, ref)
 
     def _look_again(self) -> None:
         """Take the newest root, unless we have just looked."""
@@ -87,7 +83,7 @@ class ChunkReader:
 
     def load(self, refs: list[PageRef]) -> list[tuple[int, Page]]:
         """The pages of one group, with their numbers. StorageError."""
-        pages = _insist(lambda: read_pages(self.store, self.chunk_size, refs))
+        pages = read_pages(self.store, self.chunk_size, refs)
         for ref, page in pages:
             self._check(ref.page, page)
         return [(ref.page, page) for ref, page in pages]
@@ -129,7 +125,7 @@ class ChunkReader:
             data = self.store.get_range(key, entry.offset, entry.length)
             return self.unpack(alone, data, alone.parts[0])
 
-        return _insist(attempt)
+        return insist(attempt)
 
     def _missing(self, key: str) -> CorruptError:
         where = describe_object(self.store, key)
@@ -147,11 +143,3 @@ class ChunkReader:
 def entries(number: int, page: Page) -> Iterator[tuple[int, Entry | None]]:
     """(chunk, its entry) of a page, holes included."""
     return enumerate(page, number * PAGE_ENTRIES)
-
-
-def _insist(attempt: Callable[[], Result]) -> Result:
-    """Try what finds damage a few times. StorageError."""
-    for _ in range(_TRIES - 1):
-        with suppress(CorruptError):
-            return attempt()
-    return attempt()

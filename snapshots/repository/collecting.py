@@ -42,7 +42,10 @@ Only a push that is given up asks the clock, and all it can cost is that push: i
 outcome ABORTED, put if absent, so it cannot commit afterwards.
 
 Where something cannot be read nothing is deleted. What is gone while we look was collected by
-somebody else, or superseded: look again.
+somebody else, or superseded: look again. So do we when a listing of what saves may have been
+garbled on its way, for over plain HTTP nothing protects it: when a key in it is none of ours (if it
+is there the next time, too, it is a stranger's), an outcome is not in the second listing any more,
+or a live snapshot has no root. An id that became another one is missing when it is read.
 
 Memory: some 400 bytes for each different page of the live snapshots, 200 for each object listed.
 """
@@ -144,6 +147,7 @@ class View:
     intents: dict[str, int]
     outcomes: dict[str, int]  # after the intents
     roots: Sizes  # after the intents
+    strange: set[str]  # what was listed among what saves, and is none of our keys
 
     @property
     def under_way(self) -> list[str]:
@@ -204,9 +208,12 @@ def collecting(
     started = time.monotonic()
     finished = 0 if dry_run else (yield from _finish_plans())
     given_up = 0 if dry_run else (yield from _give_up(give_up_after))
+    strangers: set[str] = set()
     for _ in range(LOOKS):
         view = yield from look()
         marks = yield from mark(view)
+        marks.missing += sorted(f"what is {key}?" for key in view.strange - strangers)
+        strangers |= view.strange
         if not marks.missing:
             break
     problems = marks.unreadable + marks.missing
@@ -300,10 +307,13 @@ def look() -> Steps[View]:
     newer_roots = dict((yield List(ROOTS)))
     ended = _by_push(OUTCOMES, (yield List(OUTCOMES)))
     # What saves.
-    intents = _by_push(INTENTS, (yield List(INTENTS)))
-    outcomes = _by_push(OUTCOMES, (yield List(OUTCOMES)))
+    listed = (yield List(INTENTS)), (yield List(OUTCOMES))
+    intents, outcomes = _by_push(INTENTS, listed[0]), _by_push(OUTCOMES, listed[1])
     roots = dict((yield List(ROOTS)))
-    return View(data, pointers, deleted, ended, newer_roots, intents, outcomes, roots)
+    strange = {key for key, _ in (*listed[0], *listed[1], *roots.items())}
+    strange -= {intent_key(push) for push in intents} | {outcome_key(push) for push in outcomes}
+    strange = {key for key in strange if parse_root_key(key) is None}
+    return View(data, pointers, deleted, ended, newer_roots, intents, outcomes, roots, strange)
 
 
 def mark(view: View) -> Steps[Marks]:
@@ -342,11 +352,16 @@ def mark(view: View) -> Steps[Marks]:
 
 def _mark_roots(view: View, marks: Marks) -> Steps[None]:
     """Read the roots of what is live or pinned: the newest, and of what is pinned all."""
+    gone = view.ended.keys() - view.outcomes.keys() - view.deleted.keys()
+    marks.missing += sorted(f"{outcome_key(push)} is gone" for push in gone)
     parsed = {key: parse_root_key(key) for key in view.roots | view.newer_roots}
     listed = {key: names for key, names in parsed.items() if names is not None}
 
+    rooted: set[str] = set()
+
     def take_root(root: Root, is_newest: bool) -> None:
         if is_newest:
+            rooted.add(root.summary.push)
             marks.newest.update(map(_place, root.table))
         marks.volumes.setdefault(root.summary.push, root.summary.volume)
         for ref in root.table:
@@ -395,6 +410,9 @@ def _mark_roots(view: View, marks: Marks) -> Steps[None]:
         if repack in marks.repacks and (is_new or snapshot in marks.pinned):
             newer.append(Get(key, Repacked))
     yield Each(newer, take_newer)
+    if not marks.unreadable:
+        rootless = marks.live.keys() - rooted
+        marks.missing += sorted(f"no root of the snapshot {push} was found" for push in rootless)
 
 
 def list_candidates(view: View, marks: Marks) -> list[Candidates]:

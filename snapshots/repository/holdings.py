@@ -13,6 +13,7 @@ from itertools import chain
 
 from backends.errors import CorruptError, NotFoundError
 from backends.objects import ObjectStore
+from snapshots.repository.insisting import insist
 from snapshots.repository.layout import (
     OUTCOME_LIMIT,
     OUTCOMES,
@@ -24,6 +25,7 @@ from snapshots.repository.layout import (
     parse_pointer_key,
     parse_push_key,
     parse_root_key,
+    tombstone_key,
 )
 from snapshots.repository.pipeline import Crew
 from snapshots.repository.records import Config, Outcome, Summary
@@ -41,9 +43,19 @@ def describe_object(store: ObjectStore, key: str) -> str:
 def read_outcome(store: ObjectStore, config: Config, push: str) -> tuple[Outcome, int]:
     """Return the outcome and its length in bytes; NotFoundError or CorruptError otherwise."""
     key = outcome_key(push)
-    record = store.get(key, OUTCOME_LIMIT)
     where = describe_object(store, key)
-    return Outcome.decode(record, push, config.chunk_size, where), len(record)
+
+    def attempt() -> tuple[Outcome, int]:
+        record = store.get(key, OUTCOME_LIMIT)
+        return Outcome.decode(record, push, config.chunk_size, where), len(record)
+
+    return insist(attempt)
+
+
+def read_pointer(store: ObjectStore, key: str) -> Summary:
+    """What a pointer says; NotFoundError or CorruptError otherwise."""
+    where = describe_object(store, key)
+    return insist(lambda: Summary.decode_pointer(store.get(key, RECORD_LIMIT), where))
 
 
 def list_pushes(store: ObjectStore, prefix: str) -> set[str]:
@@ -92,8 +104,12 @@ def walk_snapshots(
     # Outcomes before tombstones: a snapshot deleted meanwhile is then never shown as live.
     outcomes = list_pushes(store, OUTCOMES)
     pointers = list_pointers(store)
-    live = outcomes - list_pushes(store, TOMBSTONES) - _list_repacks(store)
-    unknown = sorted(live - pointers.keys())  # only their outcomes tell what they are
+    tombstones = list_pushes(store, TOMBSTONES)
+    live = outcomes - tombstones - _list_repacks(store)
+    # Only their outcomes tell what they are. A pointer comes after the outcome: where that was not
+    # listed, it was put meanwhile, or the listing was garbled on its way.
+    unlisted = pointers.keys() - outcomes - tombstones
+    unknown = sorted((live - pointers.keys()) | unlisted)
     called: list[str] = []
     others: list[str] = []
     for push in sorted(live & pointers.keys(), key=pointers.__getitem__, reverse=True):
@@ -102,7 +118,7 @@ def walk_snapshots(
             (called if parsed[1] == snapshot else others).append(push)
 
     def load(push: str) -> Summary | None:
-        return _load_summary(store, config, push, pointers.get(push))
+        return _load_summary(store, config, push, pointers.get(push) if push in live else None)
 
     with Crew(THREADS, "list") as crew:
         first = [item for item in crew.ordered(load, [*unknown, *called], 4 * THREADS) if item]
@@ -124,8 +140,7 @@ def _load_summary(
 ) -> Summary | None:
     if pointer is not None:
         try:
-            record = store.get(pointer, RECORD_LIMIT)
-            summary = Summary.decode_pointer(record, describe_object(store, pointer))
+            summary = read_pointer(store, pointer)
             if parse_pointer_key(pointer) == (summary.volume, summary.snapshot, summary.push):
                 return summary
         except (CorruptError, NotFoundError):
@@ -137,7 +152,10 @@ def _load_summary(
     except CorruptError as error:
         logger.warning("a snapshot is left out of the list: %s", error)
         return None
-    return committed_summary(outcome, length)
+    found = committed_summary(outcome, length)
+    if found is not None and store.size(tombstone_key(push)) is not None:
+        return None  # deleted meanwhile, or the listing of tombstones was garbled
+    return found
 
 
 def committed_summary(outcome: Outcome, length: int) -> Summary | None:

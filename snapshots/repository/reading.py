@@ -1,6 +1,7 @@
 """Reading pages and chunks back: few requests, each object checked.
 
-What lies close together in one object is fetched with one range request of a few MiB.
+What lies close together in one object is fetched with one range request of a few MiB. What arrives
+damaged is asked for again, for it may be damaged on its way only.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from typing import NamedTuple
 
 from backends.objects import ObjectStore
 from snapshots.repository.holdings import describe_object
+from snapshots.repository.insisting import insist
 from snapshots.repository.layout import pages_key, segment_key
 from snapshots.repository.pages import Entry, Page, PageRef, decode_page, segments_of_page
 
@@ -36,28 +38,34 @@ class Range(NamedTuple):
 
 def read_page(store: ObjectStore, chunk_size: int, ref: PageRef) -> Page:
     """Fetch and check one page; CorruptError or NotFoundError name the object."""
-    key = pages_key(ref.push, ref.number)
-    record = store.get_range(key, ref.offset, ref.length)
-    return decode_page(record, ref, chunk_size, f"{describe_object(store, key)} at {ref.offset}")
+    return read_pages(store, chunk_size, [ref])[0][1]
 
 
 def read_pages(
     store: ObjectStore, chunk_size: int, refs: list[PageRef]
 ) -> list[tuple[PageRef, Page]]:
     """Fetch pages that :func:`group_pages` put together, with one request."""
-    return [
-        (ref, decode_page(record, ref, chunk_size, where))
-        for ref, record, where in _fetch_pages(store, refs)
-    ]
+
+    def attempt() -> list[tuple[PageRef, Page]]:
+        return [
+            (ref, decode_page(record, ref, chunk_size, where))
+            for ref, record, where in _fetch_pages(store, refs)
+        ]
+
+    return insist(attempt)
 
 
 def read_segments_of(store: ObjectStore, refs: list[PageRef]) -> dict[tuple[str, int], int]:
     """The segments, as (push, number), that pages that belong together need; bytes of each."""
-    found: dict[tuple[str, int], int] = {}
-    for ref, record, where in _fetch_pages(store, refs):
-        for segment, length in segments_of_page(record, ref, where).items():
-            found[segment] = found.get(segment, 0) + length
-    return found
+
+    def attempt() -> dict[tuple[str, int], int]:
+        found: dict[tuple[str, int], int] = {}
+        for ref, record, where in _fetch_pages(store, refs):
+            for segment, length in segments_of_page(record, ref, where).items():
+                found[segment] = found.get(segment, 0) + length
+        return found
+
+    return insist(attempt)
 
 
 def _fetch_pages(store: ObjectStore, refs: list[PageRef]) -> Iterator[tuple[PageRef, bytes, str]]:

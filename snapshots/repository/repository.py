@@ -15,7 +15,7 @@ from backends.objects import ObjectStore
 from snapshots.names import check_name
 from snapshots.repository.collecting import DEFAULT_GIVE_UP_AFTER, CollectReport, collecting
 from snapshots.repository.damage import Damage
-from snapshots.repository.envelope import Kind, unseal
+from snapshots.repository.envelope import Fields, Kind, unseal
 from snapshots.repository.holdings import (
     THREADS,
     describe_object,
@@ -23,6 +23,7 @@ from snapshots.repository.holdings import (
     list_snapshots,
     walk_snapshots,
 )
+from snapshots.repository.insisting import insist
 from snapshots.repository.interfaces import Progress, Sink, Source
 from snapshots.repository.layout import (
     CONFIG_KEY,
@@ -295,15 +296,19 @@ def init_in_store(
 
 def open_in_store(store: ObjectStore, key: Key = None) -> Repository:
     """Open the repository in an open store; see :func:`open_repository`."""
-    try:
+    where = describe_object(store, CONFIG_KEY)
+
+    def attempt() -> tuple[bytes, Fields]:
         record = store.get(CONFIG_KEY, RECORD_LIMIT)
+        return record, unseal(Kind.CONFIG, record, where)
+
+    try:
+        record, fields = insist(attempt)
     except NotFoundError:
         next(store.list(CONFIG_KEY), None)  # says so when there is no such bucket
         raise NotFoundError(
             f"there is no repository in {store.name}: make one with 'nbdserve repo init'"
         ) from None
-    where = describe_object(store, CONFIG_KEY)
-    fields = unseal(Kind.CONFIG, record, where)
     if fields.text("cipher") == CIPHER:
         # Only an encrypted repository needs cryptography, which takes a while to import.
         from snapshots.repository.keyring import unlock  # noqa: PLC0415

@@ -12,6 +12,7 @@ from contextlib import suppress
 from backends.errors import CorruptError, NotFoundError
 from backends.objects import ObjectStore
 from snapshots.repository.holdings import describe_object
+from snapshots.repository.insisting import insist
 from snapshots.repository.layout import PAGE_ENTRIES, segment_key
 from snapshots.repository.losses import Losses
 from snapshots.repository.pages import Entry, Page, PageRef
@@ -91,37 +92,36 @@ class SnapshotReader:
                 yield from self.fetch(again)
             return
         except CorruptError:
-            if self._losses is None:
-                raise
-            for _, entry, chunk in planned.parts:
-                yield from self._fetch_alone(chunk, entry, where)
-            return
+            data = b""  # too short, or damaged on its way: each chunk by itself
         for start, entry, chunk in planned.parts:
             try:
-                plain = self._unpack(chunk, entry, data[start : start + entry.length], where)
-            except CorruptError:
+                plain = self._read_chunk(chunk, entry, data[start : start + entry.length], where)
+            except CorruptError as error:
                 if self._losses is None:
                     raise
-                yield from self._fetch_alone(chunk, entry, where)
+                self._losses.add(chunk, chunk + 1, str(error))
             else:
                 yield chunk, plain
+
+    def _read_chunk(self, chunk: int, entry: Entry, stored: bytes, where: str) -> bytes:
+        """The chunk of which ``stored`` came; asked for again, by itself, when that is damaged."""
+        with suppress(CorruptError):
+            return self._unpack(chunk, entry, stored, where)
+        key = segment_key(entry.push, entry.segment)
+
+        def attempt() -> bytes:
+            alone = self._store.get_range(key, entry.offset, entry.length)
+            return self._unpack(chunk, entry, alone, where)
+
+        try:
+            return insist(attempt)
+        except NotFoundError:
+            raise CorruptError(f"{where} is missing; {self._label} needs it") from None
 
     def _unpack(self, chunk: int, entry: Entry, stored: bytes, where: str) -> bytes:
         packed = PackedChunk(entry.codec, stored, entry.digest)
         length = chunk_length(chunk, self._chunk_size, self._size)
         return unpack_chunk(packed, length, f"{where} at {entry.offset}")
-
-    def _fetch_alone(self, chunk: int, entry: Entry, where: str) -> Iterator[tuple[int, bytes]]:
-        """A chunk once more, by itself, which may have been damaged on its way; or its loss."""
-        assert self._losses is not None
-        key = segment_key(entry.push, entry.segment)
-        try:
-            stored = self._store.get_range(key, entry.offset, entry.length)
-            plain = self._unpack(chunk, entry, stored, where)
-        except (NotFoundError, CorruptError) as error:
-            self._losses.add(chunk, chunk + 1, str(error))
-        else:
-            yield chunk, plain
 
     def _moved(self, planned: Range, where: str) -> list[tuple[int, Entry]]:
         """Where the chunks of a range are now, whose segment is gone."""

@@ -29,6 +29,7 @@ from typing import Any, NamedTuple, Protocol, TypeAlias, TypeVar
 from backends.errors import CorruptError, InvalidError, NotFoundError
 from backends.objects import ObjectStore
 from snapshots.repository.holdings import THREADS, describe_object
+from snapshots.repository.insisting import insist
 from snapshots.repository.layout import OUTCOME_LIMIT, PLAN_LIMIT, RECORD_LIMIT
 from snapshots.repository.pages import Entry, PageRef
 from snapshots.repository.pipeline import Crew, leaving_promptly
@@ -153,7 +154,7 @@ class _Performer:
         if isinstance(step, PutOnce):
             return put_once(store, self._config, step.key, step.record.encode())
         if isinstance(step, Get):
-            return self._get(step)
+            return insist(lambda: self._get(step))
         if isinstance(step, Exists):
             return store.size(step.key) is not None
         if isinstance(step, List):

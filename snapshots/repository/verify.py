@@ -22,13 +22,12 @@ import time
 from array import array
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from backends.errors import CorruptError, InvalidError, NotFoundError, StorageError
 from backends.objects import ObjectStore
 from snapshots.repository.damage import Damage, Findings
 from snapshots.repository.donors import read_index
-from snapshots.repository.envelope import Kind
 from snapshots.repository.holdings import (
     THREADS,
     describe_object,
@@ -37,11 +36,13 @@ from snapshots.repository.holdings import (
     list_pushes,
     read_outcome,
 )
+from snapshots.repository.insisting import TRIES, insist
 from snapshots.repository.interfaces import Progress
 from snapshots.repository.layout import (
     INTENTS,
     OUTCOMES,
     PAGE_ENTRIES,
+    RECORD_LIMIT,
     ROOTS,
     SEGMENTS,
     TOMBSTONES,
@@ -68,6 +69,8 @@ from snapshots.repository.segments import (
     unpack_chunk,
 )
 from snapshots.repository.steps import perform
+
+Result = TypeVar("Result")
 
 _LOOKS = 3  # at snapshots whose roots change meanwhile
 
@@ -225,6 +228,11 @@ class _Verifier:
             return noted, [f"the next push does not learn of all damage: {error}"]
         return noted, []
 
+    def _read(self, key: str, decode: Callable[[bytes, str], Result]) -> Result:
+        """A record, read again when it is damaged: perhaps it was on its way only."""
+        where = describe_object(self._store, key)
+        return insist(lambda: decode(self._store.get(key, RECORD_LIMIT), where))
+
     def _check_records(
         self, prefix: str, key_of: Callable[[str], str], decode: Callable[[bytes, str], object]
     ) -> None:
@@ -234,7 +242,7 @@ class _Verifier:
             key = key_of(push)
             where = describe_object(self._store, key)
             try:
-                decoded = decode(self._store.get(key, Kind.INTENT.limit), where)
+                decoded = self._read(key, decode)
             except NotFoundError:
                 return None  # deleted meanwhile
             except CorruptError as error:
@@ -272,8 +280,7 @@ class _Verifier:
             if key is not None:
                 where = describe_object(self._store, key)
                 try:
-                    record = self._store.get(key, Kind.POINTER.limit)
-                    summary = Summary.decode_pointer(record, where)
+                    summary = self._read(key, Summary.decode_pointer)
                     if (summary.volume, summary.snapshot, summary.push) == names[push]:
                         return push, summary, "", ""
                     problem = f"{where} does not belong to {key}"
@@ -504,6 +511,11 @@ class _Verifier:
             return True
         key = segment_key(entry.push, entry.segment)
         where = describe_object(self._store, key)
+        found = self._store.size(key)  # in case it was the listing that was damaged
+        if found is not None:
+            sizes[entry.segment] = found
+            if found >= entry.offset + entry.length:
+                return True
         if found is None:
             self._harm(ref, key, None, f"{where} is missing", target)
         else:
@@ -539,6 +551,16 @@ class _Verifier:
             return []
 
         def fetch(task: _Task) -> _Result:
+            for _ in range(TRIES - 1):
+                result = look(task)
+                if not result.damaged:
+                    return result
+                # Perhaps it was damaged on its way only: look at the header again, too.
+                assert task.planned is not None
+                self._headers_seen.discard(task.planned.parts[0].entry[:2])
+            return look(task)
+
+        def look(task: _Task) -> _Result:
             planned = task.planned
             if planned is None:
                 return _Result(task, 0, [])
