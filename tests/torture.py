@@ -33,11 +33,13 @@ def main():
         "snapshots": snapshots,
         "protocol": protocol,
         "damage": damage,
+        "store": store,
     }
     parser = argparse.ArgumentParser(prog="python -m tests.torture", description=__doc__)
     parser.add_argument("--minutes", type=float, default=10, help="for fuzz and storm; 10")
     parser.add_argument("--states", type=int, default=1_000_000, help="of power cuts; a million")
     parser.add_argument("--rounds", type=int, default=20, help="of real power cuts; 20")
+    parser.add_argument("--store-rounds", type=int, default=500, help="of store faults; 500")
     parser.add_argument("--seed", type=int, default=secrets.randbelow(1 << 31))
     parser.add_argument("--only", action="append", choices=parts, help="only this part")
     arguments = parser.parse_args()
@@ -147,6 +149,15 @@ def damage(_):
              for name in ("verify", "losses", "repairing")]  # fmt: skip
     good = [run_test(test, NBDSERVE_VERIFY_ROUNDS=600) for test in tests]
     return all([*good, run_test("tests/snapshots/test_restoring.py", NBDSERVE_RESTORE_ROUNDS=1000)])
+
+
+def store(arguments):
+    """Back up to a store that misbehaves, and restore; whether all was right."""
+    return run_test(
+        "tests/integration/test_faulty_store.py",
+        NBDSERVE_STORE_ROUNDS=arguments.store_rounds,
+        NBDSERVE_STORE_SEED=arguments.seed,
+    )
 
 
 def run_test(test, **environment):
