@@ -34,6 +34,7 @@ def main():
         "protocol": protocol,
         "damage": damage,
         "store": store,
+        "many-snapshots-in-a-repository": backups,
     }
     parser = argparse.ArgumentParser(prog="python -m tests.torture", description=__doc__)
     parser.add_argument("--minutes", type=float, default=10, help="for fuzz and storm; 10")
@@ -157,6 +158,15 @@ def store(arguments):
         "tests/integration/test_faulty_store.py",
         NBDSERVE_STORE_ROUNDS=arguments.store_rounds,
         NBDSERVE_STORE_SEED=arguments.seed,
+    )
+
+
+def backups(arguments):
+    """A thousand snapshots of a volume in a repository; whether all was right."""
+    return run_test(
+        "tests/integration/test_many_backups.py",
+        NBDSERVE_BACKUPS=1000,
+        NBDSERVE_BACKUPS_SEED=arguments.seed,
     )
 
 
