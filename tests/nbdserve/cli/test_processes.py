@@ -22,10 +22,10 @@ PROGRAM = [sys.executable, "-m", "nbdserve"]
 MIB = 1 << 20
 # The command line, with a repository that says so when it is reached and then does not go on.
 STUCK = """
-import sys, time
+import os, sys, time
 import snapshots.repository.repository as repository
 def stuck(*arguments, **more):
-    print("stuck", flush=True)
+    os.write(1, b"stuck\\n")
     time.sleep(600)
 repository.Repository.{method} = stuck
 from nbdserve.cli import main
@@ -152,14 +152,14 @@ def test_what_a_killed_backup_left_is_deleted_by_the_next(cli: CommandLine, url:
 
 # The command line, whose seventh segment is never stored; segments are small.
 STALLED = """
-import itertools, time
+import itertools, os, time
 from backends.directory_objects import DirectoryObjectStore
 from snapshots.repository import packing
 packing.SEGMENT_TARGET = 1 << 18
 put, count = DirectoryObjectStore.put, itertools.count(1)
 def stall(self, key, data):
     if key.startswith("segments/") and next(count) > 6:
-        print("stuck", flush=True)
+        os.write(1, b"stuck\\n")
         time.sleep(600)
     put(self, key, data)
 DirectoryObjectStore.put = stall
@@ -200,7 +200,7 @@ def test_a_backup_goes_on_with_the_one_that_was_killed(
 
 # The command line, which stands still when it has read so much; it notes what it has each 256 K.
 HALTED = """
-import itertools, time
+import itertools, os, time
 from backends.directory_objects import DirectoryObjectStore
 from snapshots import sink
 sink.STEP = 1 << 18
@@ -208,7 +208,7 @@ read, count = DirectoryObjectStore.get_range, itertools.count(1)
 def halt(self, key, offset, length):
     if key.startswith("segments/") and next(count) > 9:
         time.sleep(2)
-        print("stuck", flush=True)
+        os.write(1, b"stuck\\n")
         time.sleep(600)
     return read(self, key, offset, length)
 DirectoryObjectStore.get_range = halt
