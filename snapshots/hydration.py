@@ -293,6 +293,8 @@ class Hydration:
         try:
             await self._write_index(layer)
         except (OSError, StorageError) as error:
+            if layer not in self._records:
+                return  # its volume was deleted meanwhile
             self._problems[layer] = one_line(error)
             _log.warning("%s: %s", self._store.describe(layer, INDEX), one_line(error))
             await self._pause(_TRY_AGAIN)
@@ -303,7 +305,9 @@ class Hydration:
             await self._release(layer)
 
     async def _write_index(self, layer: str) -> None:
-        record = self._records[layer]
+        record = self._records.get(layer)
+        if record is None:
+            return  # its volume was deleted meanwhile
         holds = OwnerMap(record.blocks)
         try:
             await self._read_log(layer, holds)

@@ -18,6 +18,7 @@ from backends.errors import UnavailableError
 from snapshots import lazy_data
 from snapshots import volume as volume_module
 from snapshots.catalogue import Catalogue
+from snapshots.handle import Handle
 from snapshots.repository import hydrating
 from snapshots.repository.local_fetcher import LocalFetcher
 from tests.snapshots.lazy_parts import BLOCK, URL, make_content, make_repository, push
@@ -47,6 +48,11 @@ class LazyModel(VolumeModel):
         catalogue = await Catalogue.open(self.store, fetcher=self.fetcher)
         catalogue.hydrate()
         return catalogue
+
+    def check_own_layer(self, name: str, handle: Handle) -> None:
+        manifests = self.catalogue._manifests
+        if manifests.own_layer(manifests.get(name)) not in self.catalogue._hydration._names:
+            super().check_own_layer(name, handle)
 
     def abandon(self) -> None:
         for fetching in self.fetcher._layers.values():
