@@ -23,7 +23,7 @@ TORTURE ?=
 # Python without the suffix that tools find it by.
 SCRIPTS := scripts/kernel-vm scripts/s3-test-server scripts/nbd-conformance scripts/conformance-table
 
-.PHONY: run test fast-tests integration-tests check lint torture bench bench-repo conformance
+.PHONY: run test fast-tests integration-tests s3-tests check lint torture bench bench-repo conformance
 .DELETE_ON_ERROR:
 
 $(VENV)/installed: pyproject.toml
@@ -43,16 +43,19 @@ $(VENV)/installed: pyproject.toml
 run: $(VENV)/installed
 	@scripts/demo $(PORT)
 
-# The two halves run side by side: the second waits for other programs most of the time.
+# Three parts side by side: all but the first wait for other programs most of the time.
 test: lint
 	@scripts/install-test-dependencies
-	@$(MAKE) --no-print-directory --jobs=2 fast-tests integration-tests
+	@$(MAKE) --no-print-directory --jobs=3 fast-tests integration-tests s3-tests
 
 fast-tests: $(VENV)/installed
 	$(BIN)/python -m pytest -m 'not integration' --durations=10
 
 integration-tests: $(VENV)/installed
-	$(BIN)/python -m pytest -m integration --durations=10
+	$(BIN)/python -m pytest -m 'integration and not s3' --durations=10
+
+s3-tests: $(VENV)/installed
+	$(BIN)/python -m pytest -m s3 --durations=10
 
 lint: $(VENV)/installed
 	$(BIN)/ruff format --check . $(SCRIPTS)

@@ -26,10 +26,13 @@ HERE = Path(__file__).parent
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark every test of this directory as an integration test."""
+    """Mark every test of this directory as an integration test, and those that use S3."""
     for item in items:
         if item.path.is_relative_to(HERE):
             item.add_marker(pytest.mark.integration)
+            assert isinstance(item, pytest.Function)
+            if "s3_server" in item.fixturenames:
+                item.add_marker(pytest.mark.s3)
 
 
 @pytest.hookimpl(hookwrapper=True)
