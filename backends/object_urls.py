@@ -35,7 +35,7 @@ def open_object_store(
         raise InvalidError(
             f"{shown} is not a repository: it may hold no user, query or fragment; {usage}"
         )
-    # Each store brings imports that the other has no use for; boto3 alone takes half a second.
+    # Each store brings imports that the other has no use for; botocore takes a quarter of a second.
     if parts.scheme == "file":
         from backends.directory_objects import DirectoryObjectStore  # noqa: PLC0415
 

@@ -1,6 +1,5 @@
 """The top of the command line, and what becomes of errors."""
 
-import importlib
 import logging
 import os
 import signal
@@ -14,38 +13,24 @@ from typing import NoReturn
 import click
 
 from backends.errors import StorageError, one_line
+from nbdserve.cli.lazy_group import LazyGroup
 from nbdserve.cli.options import data_option
 
 _COMMANDS = {
-    "serve": "nbdserve.cli.serve",
-    "volume": "nbdserve.cli.volume",
-    "snapshot": "nbdserve.cli.snapshot",
-    "repo": "nbdserve.cli.repo",
-    "backup": "nbdserve.cli.backup",
-    "status": "nbdserve.cli.status",
-    "check": "nbdserve.cli.check",
+    "serve": "nbdserve.cli.serve:serve",
+    "volume": "nbdserve.cli.volume:volume",
+    "snapshot": "nbdserve.cli.snapshot:snapshot",
+    "repo": "nbdserve.cli.repo:repo",
+    "backup": "nbdserve.cli.backup:backup",
+    "status": "nbdserve.cli.status:status",
+    "check": "nbdserve.cli.check:check",
 }
 
 INTERRUPTED = 128 + signal.SIGINT
 TERMINATED = 128 + signal.SIGTERM
 
 
-class LazyGroup(click.Group):
-    """Imports a command's module when it is used: a listing does not wait for the S3 client."""
-
-    def list_commands(self, ctx: click.Context) -> list[str]:
-        return list(_COMMANDS)
-
-    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        module = _COMMANDS.get(cmd_name)
-        if module is None:
-            return None
-        command = getattr(importlib.import_module(module), cmd_name)
-        assert isinstance(command, click.Command)
-        return command
-
-
-@click.group(cls=LazyGroup, name="nbdserve")
+@click.group(cls=LazyGroup, lazy=_COMMANDS, name="nbdserve")
 @click.version_option(package_name="nbdserve", message="%(prog)s %(version)s")
 @data_option
 def application() -> None:

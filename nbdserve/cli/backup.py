@@ -22,6 +22,7 @@ import click
 
 from backends.errors import StorageError, one_line
 from nbdserve.cli.keeping import storage_class_option
+from nbdserve.cli.key_options import add_key_options
 from nbdserve.cli.limits import limit_options
 from nbdserve.cli.options import data_directory, data_option, json_option
 from nbdserve.cli.output import print_json
@@ -36,7 +37,7 @@ from nbdserve.cli.reports import print_notice, print_warnings, push_line
 from nbdserve.cli.session import Session
 from nbdserve.cli.snapshot import delete_snapshot
 from nbdserve.cli.transfer import push
-from nbdserve.cli.unlocking import add_key_options, open_repository
+from nbdserve.cli.unlocking import open_repository
 from nbdserve.control.client import path
 from snapshots.names import check_name
 from snapshots.repository import PushReport, Repository

@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from backends.errors import InvalidError
+from nbdserve.cli.key_options import RepositoryGroup
 from nbdserve.cli.options import json_option
 from nbdserve.cli.output import print_listing, print_result, seconds_of
-from nbdserve.cli.unlocking import RepositoryGroup, new_secret, open_repository
+from nbdserve.cli.unlocking import new_secret, open_repository
 from nbdserve.control.documents import timestamp
 
 if TYPE_CHECKING:  # it imports cryptography, which a repository without encryption does not need

@@ -1,55 +1,20 @@
 """Opening repositories from the command line, encrypted ones included.
 
-The key's options are taken by every command of a :class:`RepositoryGroup`, and win over the
-environment. Where nothing is named and the repository is encrypted, a terminal is asked.
+The key's options win over the environment. Where nothing is named and the repository is encrypted,
+a terminal is asked.
 """
 
 import sys
-from typing import Any
 
 import click
 
 from nbdserve.cli.keeping import given_storage_class, given_time
+from nbdserve.cli.key_options import given_key_options
 from nbdserve.cli.limits import limited
 from nbdserve.repository_keys import KeySource, source_from_environment
 from snapshots import repository as repositories
 from snapshots.repository import Key, ObjectLock, Repository, Secret
 from snapshots.repository.secret import passphrase
-
-_SOURCE = "nbdserve.key"
-
-_OPTIONS = {
-    "passphrase_file": ("FILE", "Encrypted: the passphrase is the one line of FILE."),
-    "passphrase_command": ("COMMAND", "Encrypted: the passphrase is what COMMAND prints."),
-    "repo_key_file": ("FILE", "Encrypted: the key file."),
-}
-
-
-def _keep(context: click.Context, parameter: click.Parameter, value: str | None) -> None:
-    if value == "":
-        raise click.BadParameter("it is empty", context, parameter)
-    if value is not None and parameter.name is not None:
-        context.meta.setdefault(_SOURCE, {})[parameter.name] = value
-
-
-def add_key_options(command: click.Command) -> None:
-    """Let a command take the options that say where the repository's key is."""
-    for name, (metavar, text) in _OPTIONS.items():
-        option = "--" + name.replace("_", "-")
-        command.params.append(
-            click.Option(
-                [option, name], metavar=metavar, help=text, expose_value=False, callback=_keep
-            )
-        )
-
-
-class RepositoryGroup(click.Group):
-    """A group whose commands open a repository: each takes the key's options."""
-
-    def add_command(self, cmd: click.Command, name: str | None = None) -> None:
-        if not isinstance(cmd, click.Group):
-            add_key_options(cmd)
-        super().add_command(cmd, name)
 
 
 def open_repository(url: str) -> Repository:
@@ -59,18 +24,6 @@ def open_repository(url: str) -> Repository:
     """
     store = repositories.open_store(url, storage_class=given_storage_class(), at=given_time())
     return repositories.open_in_store(limited(store), _given_key(url))
-
-
-def refuse_key_options() -> None:
-    """UsageError when an option names a key that the daemon, who opens the repository, has not."""
-    for name in click.get_current_context().meta.get(_SOURCE, {}):
-        option = "--" + name.replace("_", "-")
-        variable = "NBDSERVE_" + name.upper()
-        raise click.UsageError(
-            f"{option}: the daemon fetches what is restored lazily, so the key has to be named in"
-            f" its environment: {variable}",
-            click.get_current_context(),
-        )
 
 
 def init_repository(
@@ -106,7 +59,7 @@ def _new_secret(source: KeySource) -> Secret:
 
 
 def _source() -> KeySource:
-    given: dict[str, Any] = click.get_current_context().meta.get(_SOURCE, {})
+    given = given_key_options()
     return KeySource(**given) if given else source_from_environment()
 
 

@@ -135,12 +135,11 @@ class Commands:
 
 def main():
     """Fork commands until standard input ends."""
-    import boto3  # noqa: F401, PLC0415
     import botocore.auth  # noqa: F401, PLC0415
 
     import backends.s3_objects  # noqa: F401, PLC0415
     import nbdserve.cli.backup  # noqa: PLC0415
-    import nbdserve.cli.repo  # noqa: PLC0415
+    import nbdserve.cli.repositories  # noqa: PLC0415
     import nbdserve.cli.volume  # noqa: F401, PLC0415
 
     for line in sys.stdin:

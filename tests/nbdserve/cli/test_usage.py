@@ -166,8 +166,16 @@ def test_a_signal_ends_a_command_without_a_traceback(
 
 
 def test_a_command_imports_no_server_before_it_has_to_be_one() -> None:
-    program = "import nbdserve.cli.backup, nbdserve.cli.repo, sys; print(*sys.modules)"
+    program = "import nbdserve.cli.backup, nbdserve.cli.repositories, sys; print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, check=True)
     loaded = {name.partition(".")[0] for name in done.stdout.decode().split()}
     assert "snapshots" in loaded
     assert not loaded & {"aiohttp", "boto3", "botocore"}
+
+
+def test_a_lazy_restore_imports_nothing_that_reads_repositories() -> None:
+    program = "import nbdserve.cli.repo, nbdserve.cli.restoring, sys; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, check=True)
+    loaded = set(done.stdout.decode().split())
+    assert "nbdserve.control.client" in loaded
+    assert not loaded & {"snapshots.repository", "nbdserve.control.documents", "asyncio"}

@@ -509,7 +509,7 @@ def test_a_crash_during_init_can_be_followed_by_another_init() -> None:
 
 def test_cryptography_is_only_imported_when_it_is_needed() -> None:
     script = (
-        "import sys, nbdserve.cli.repo, nbdserve.cli.backup, nbdserve.cli.keys;"
+        "import sys, nbdserve.cli.repositories, nbdserve.cli.backup, nbdserve.cli.keys;"
         "assert not [name for name in sys.modules if name.split('.')[0] == 'cryptography']"
     )
     subprocess.run([sys.executable, "-c", script], check=True)
