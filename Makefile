@@ -23,7 +23,7 @@ TORTURE ?=
 # Python without the suffix that tools find it by.
 SCRIPTS := scripts/kernel-vm scripts/s3-test-server scripts/nbd-conformance scripts/conformance-table
 
-.PHONY: run test fast-tests integration-tests s3-tests check lint torture bench bench-repo conformance
+.PHONY: run test fast-tests durability-tests integration-tests s3-tests check lint torture bench bench-repo conformance
 .DELETE_ON_ERROR:
 
 $(VENV)/installed: pyproject.toml
@@ -43,13 +43,16 @@ $(VENV)/installed: pyproject.toml
 run: $(VENV)/installed
 	@scripts/demo $(PORT)
 
-# Three parts side by side: all but the first wait for other programs most of the time.
+# Four parts side by side: the last two wait for other programs most of the time.
 test: lint
 	@scripts/install-test-dependencies
-	@$(MAKE) --no-print-directory --jobs=3 fast-tests integration-tests s3-tests
+	@$(MAKE) --no-print-directory --jobs=4 fast-tests durability-tests integration-tests s3-tests
 
 fast-tests: $(VENV)/installed
-	$(BIN)/python -m pytest -m 'not integration' --durations=10
+	$(BIN)/python -m pytest -m 'not integration' --durations=10 --ignore=tests/durability
+
+durability-tests: $(VENV)/installed
+	$(BIN)/python -m pytest --durations=10 tests/durability
 
 integration-tests: $(VENV)/installed
 	$(BIN)/python -m pytest -m 'integration and not s3' --durations=10
@@ -63,7 +66,7 @@ lint: $(VENV)/installed
 	$(BIN)/mypy
 	$(BIN)/mypy --scripts-are-modules $(SCRIPTS)
 
-check: lint fast-tests
+check: lint fast-tests durability-tests
 
 torture: $(VENV)/installed
 	@scripts/install-test-dependencies
