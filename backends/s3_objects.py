@@ -62,6 +62,7 @@ from backends.errors import (
 )
 from backends.locking import Retention
 from backends.objects import check_key, check_prefix
+from backends.s3_connections import use_prompt_connections
 from backends.s3_settings import CUSTOMER_KEY_FILE, S3Settings
 from backends.turns import Answer, Turns
 
@@ -162,6 +163,7 @@ class S3ObjectStore:
                 tcp_keepalive=True,
             )
             self._client = cast("S3Client", Session().create_client("s3", config=config))
+            use_prompt_connections(self._client)
         except ValueError:
             raise InvalidError(
                 f"cannot open {where}: the endpoint in AWS_ENDPOINT_URL or the AWS configuration "

@@ -9,6 +9,7 @@ import sys
 import click
 
 from nbdserve.cli.keeping import given_storage_class, given_time
+from nbdserve.cli.background import let_guests_go_first
 from nbdserve.cli.key_options import given_key_options
 from nbdserve.cli.limits import limited
 from nbdserve.repository_keys import KeySource, source_from_environment
@@ -20,8 +21,9 @@ from snapshots.repository.secret import passphrase
 def open_repository(url: str) -> Repository:
     """Open the repository at ``url`` with the key that options, environment or terminal give.
 
-    Its bandwidth is limited when the command was told to.
+    Its bandwidth is limited when the command was told to, and from here on guests go first.
     """
+    let_guests_go_first()
     store = repositories.open_store(url, storage_class=given_storage_class(), at=given_time())
     return repositories.open_in_store(limited(store), _given_key(url))
 
