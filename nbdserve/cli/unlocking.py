@@ -8,8 +8,8 @@ import sys
 
 import click
 
-from nbdserve.cli.keeping import given_storage_class, given_time
 from nbdserve.cli.background import let_guests_go_first
+from nbdserve.cli.keeping import given_storage_class, given_time
 from nbdserve.cli.key_options import given_key_options
 from nbdserve.cli.limits import limited
 from nbdserve.repository_keys import KeySource, source_from_environment
