@@ -17,11 +17,21 @@ from snapshots.repository.holdings import describe_object
 from snapshots.repository.insisting import insist
 from snapshots.repository.layout import PAGE_ENTRIES, segment_key
 from snapshots.repository.pages import Entry, Page, PageRef
-from snapshots.repository.reading import Part, Range, group_pages, read_page, read_pages
+from snapshots.repository.reading import (
+    Fetched,
+    Part,
+    Range,
+    fetch_entry,
+    fetch_patches,
+    group_pages,
+    missing_segment,
+    read_page,
+    read_pages,
+    unpack_entry,
+)
 from snapshots.repository.records import Config, Root
 from snapshots.repository.regions import chunk_length
 from snapshots.repository.roots import find_root
-from snapshots.repository.segments import PackedChunk, unpack_chunk
 
 _PAGES_KEPT = 64  # of 0.2 MiB each
 _LOOK_AGAIN = 1.0  # seconds between two looks for a newer root
@@ -88,22 +98,23 @@ class ChunkReader:
             self._check(ref.page, page)
         return [(ref.page, page) for ref, page in pages]
 
-    def fetch(self, planned: Range) -> bytes:
-        """The bytes of a range. StorageError."""
+    def fetch(self, planned: Range) -> Fetched:
+        """The bytes of a range, and patches. StorageError."""
         try:
-            return self.store.get_range(planned.key, planned.offset, planned.length)
+            data = self.store.get_range(planned.key, planned.offset, planned.length)
         except NotFoundError:
             self._look_again()  # for whoever plans the next range
             raise self._missing(planned.key) from None
+        return Fetched(data, fetch_patches(self.store, planned.parts))
 
-    def unpack(self, planned: Range, data: bytes, part: Part) -> bytes:
+    def unpack(self, planned: Range, fetched: Fetched, part: Part) -> bytes:
         """A plain chunk of a range, verified. CorruptError."""
-        entry = part.entry
-        packed = PackedChunk(
-            entry.codec, data[part.start : part.start + entry.length], entry.digest
-        )
-        where = f"{describe_object(self.store, planned.key)} at {entry.offset}"
-        return unpack_chunk(packed, chunk_length(part.chunk, self.chunk_size, self._size), where)
+        return self._unpack(part.chunk, part.entry, *fetched.pieces(part))
+
+    def _unpack(self, chunk: int, entry: Entry, stored: bytes, patch: bytes | None) -> bytes:
+        where = describe_object(self.store, segment_key(entry.push, entry.segment))
+        sizes = self.chunk_size, chunk_length(chunk, self.chunk_size, self._size)
+        return unpack_entry(entry, stored, patch, sizes, where)
 
     def fetch_alone(self, part: Part) -> bytes:
         """One chunk of a range, by a request of its own, as often as it makes sense."""
@@ -114,18 +125,11 @@ class ChunkReader:
         number, place = divmod(part.chunk, PAGE_ENTRIES)
         entry = self.page(number)[place]
         if entry is None or entry == part.entry:
-            raise self._missing(segment_key(part.entry.push, part.entry.segment))
+            raise self._missing(missing_segment(self.store, part.entry))
         return self._fetch_alone(part.chunk, entry)
 
     def _fetch_alone(self, chunk: int, entry: Entry) -> bytes:
-        key = segment_key(entry.push, entry.segment)
-        alone = Range(key, entry.offset, entry.length, [Part(0, entry, chunk)])
-
-        def attempt() -> bytes:
-            data = self.store.get_range(key, entry.offset, entry.length)
-            return self.unpack(alone, data, alone.parts[0])
-
-        return insist(attempt)
+        return insist(lambda: self._unpack(chunk, entry, *fetch_entry(self.store, entry)))
 
     def _missing(self, key: str) -> CorruptError:
         where = describe_object(self.store, key)

@@ -81,12 +81,12 @@ class Findings:
         finding = self._found.get(key)
         return finding is not None and (finding.whole or offset in finding.offsets)
 
-    def find_bad(self, entry: Entry) -> str | None:
-        """The key of the segment when the chunk of ``entry`` is known to be damaged."""
+    def find_bad(self, entry: Entry) -> list[tuple[str, int]]:
+        """The places (segment's key, offset) of what ``entry`` needs that are known damaged."""
         if not self._found:
-            return None
-        key = segment_key(entry.push, entry.segment)
-        return key if self.is_bad(key, entry.offset) else None
+            return []
+        places = ((segment_key(*piece[:2]), piece.offset) for piece in entry.pieces())
+        return [place for place in places if self.is_bad(*place)]
 
     def harmed(self) -> int:
         """A bit for each snapshot that is harmed."""

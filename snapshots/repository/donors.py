@@ -42,7 +42,10 @@ class Donors:
         self._donors = [_Donor(store, push, chunk_size) for push in pushes]
 
     def find(self, first: int, end: int) -> dict[int, list[Entry]]:
-        """Entries for some of the chunks from ``first`` to before ``end``; compare the digests."""
+        """Entries for some of the chunks from ``first`` to before ``end``; compare the digests.
+
+        One that is a patch has :data:`segments.PATCHED` in its codec.
+        """
         found: dict[int, list[Entry]] = {}
         for donor in self._donors:
             for chunk, entry in donor.find(first, end).items():

@@ -37,7 +37,7 @@ from snapshots.lazy import LazyLayer
 from snapshots.repository.chunk_reader import ChunkReader, entries
 from snapshots.repository.layout import PAGE_ENTRIES
 from snapshots.repository.pages import Entry, Page
-from snapshots.repository.reading import MAX_READ, Part, Range, plan_ranges
+from snapshots.repository.reading import MAX_READ, Fetched, Part, Range, plan_ranges
 
 DEMAND = 4
 BACKGROUND = 3
@@ -294,7 +294,7 @@ class Hydrator:
             if brought:
                 self._watcher.fetched(brought)
 
-    def _fetch(self, reader: ChunkReader, planned: Range) -> bytes | None:
+    def _fetch(self, reader: ChunkReader, planned: Range) -> Fetched | None:
         """The bytes of a range; None when they are missing, or not all there."""
         try:
             data = reader.fetch(planned)
@@ -304,12 +304,13 @@ class Hydrator:
             self._problem = None
             if self._rate:
                 now = time.monotonic()
-                earliest = max(now, self._allowed) + planned.length / self._rate
+                length = planned.length + sum(map(len, data.patches.values()))
+                earliest = max(now, self._allowed) + length / self._rate
                 self._allowed = min(earliest, now + _LONGEST_DEBT)
         return data
 
     def _unpack(
-        self, reader: ChunkReader, planned: Range, data: bytes | None, part: Part, *, insist: bool
+        self, reader: ChunkReader, planned: Range, data: Fetched | None, part: Part, *, insist: bool
     ) -> bytes | None:
         """A verified chunk; None when there is none."""
         try:

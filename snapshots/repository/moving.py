@@ -6,7 +6,6 @@ damaged stays where it is, and so does the segment it is in: nothing gets worse.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable
 
 import lz4.block
@@ -18,7 +17,13 @@ from snapshots.repository.layout import PAGES_TARGET, SEGMENT_TARGET, pages_key,
 from snapshots.repository.pages import Entry, PageRef, encode_page
 from snapshots.repository.pipeline import Crew, leaving_promptly
 from snapshots.repository.reading import Range, plan_ranges, read_page
-from snapshots.repository.segments import SEGMENT_HEADER_SIZE, segment_header
+from snapshots.repository.segments import (
+    PATCHED,
+    SEGMENT_HEADER_SIZE,
+    digest_chunk,
+    digest_patch,
+    segment_header,
+)
 from snapshots.repository.steps import Move
 
 THREADS = 4
@@ -65,7 +70,7 @@ def _move_pages(
 ) -> dict[tuple[str, int, int], PageRef]:
     def rewrite(ref: PageRef) -> tuple[PageRef, bytes]:
         page = read_page(store, chunk_size, ref)
-        return ref, encode_page(ref.page, [entry and moved.get(entry, entry) for entry in page])
+        return ref, encode_page(ref.page, [entry and entry.moved(moved) for entry in page])
 
     refs: dict[tuple[str, int, int], PageRef] = {}
     number, pages = 0, bytearray()
@@ -90,11 +95,14 @@ def _by_place(refs: list[PageRef]) -> Iterable[PageRef]:
     return sorted(refs, key=lambda ref: ref[:4])
 
 
-def _is_sound(entry: Entry, stored: bytes, chunk_size: int) -> bool:
+def _is_sound(piece: Entry, stored: bytes, chunk_size: int) -> bool:
     plain = stored
-    if entry.codec == CODEC_LZ4:
+    if piece.codec & ~PATCHED == CODEC_LZ4:
         try:
             plain = lz4.block.decompress(stored, uncompressed_size=chunk_size)
         except lz4.block.LZ4BlockError:
             return False
-    return hashlib.sha256(plain).digest() == entry.digest
+    if piece.codec & PATCHED:
+        assert piece.patch is not None
+        return digest_patch(piece.patch.mask, plain) == piece.digest
+    return digest_chunk(plain) == piece.digest

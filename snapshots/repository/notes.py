@@ -81,12 +81,15 @@ class KnownDamage:
     regions: set[int] = field(default_factory=set)
 
     def hits(self, entry: Entry) -> bool:
-        """Whether the chunk of ``entry`` is noted."""
-        place = entry[:2]
+        """Whether the chunk of ``entry`` is noted, or its patch."""
+        return any(self._hits(piece) for piece in entry.pieces())
+
+    def _hits(self, piece: Entry) -> bool:
+        place = piece[:2]
         if place not in self.segments:
             return False
         offsets = self.segments[place]
-        return offsets is None or entry.offset in offsets
+        return offsets is None or piece.offset in offsets
 
 
 def list_notes(store: ObjectStore) -> dict[str, int]:

@@ -3,6 +3,8 @@
 The data's way: pages that may have changed are cut into units of at most 1 MiB; workers read a
 unit, drop zero chunks, hash, drop what the parent has too, and compress; the calling thread takes
 the units in order, appends to the segment and completes pages; uploaders put what is full.
+Of a chunk of which at most half is unlike what the parent's base has, only these blocks are stored,
+as a patch of that base.
 Memory: READ_WINDOW of plain bytes and as much compressed, IN_FLIGHT + 1 segments, about 120 MiB at
 most (and what the store's client copies), plus 64 bytes for each page of the snapshot.
 """
@@ -26,11 +28,12 @@ from snapshots.repository.layout import (
     segment_key,
 )
 from snapshots.repository.notes import KnownDamage
-from snapshots.repository.pages import Entry, Page, PageRef, PageTable, encode_page
+from snapshots.repository.pages import Entry, Page, PageRef, PageTable, Patch, encode_page
 from snapshots.repository.pipeline import Crew, Uploader, leaving_promptly
 from snapshots.repository.reading import read_page
 from snapshots.repository.records import Root
 from snapshots.repository.regions import (
+    ChangedBlocks,
     Run,
     by_page,
     chunk_length,
@@ -41,10 +44,12 @@ from snapshots.repository.regions import (
 )
 from snapshots.repository.segments import (
     INDEXED_CHUNK_SIZE,
+    PATCHED,
     PackedChunk,
     digest_chunk,
     index_entry,
     pack_chunk,
+    pack_patch,
     segment_header,
     segment_index,
 )
@@ -73,6 +78,7 @@ class _TouchedPage(NamedTuple):
 class _PageWork:
     """A page that is being built; ``entries`` begins as the parent's and is changed in place.
 
+    ``changed`` counts the plain bytes of what is unlike the parent's.
     ``lost`` has what is not taken over because it is damaged, with the digest that it should have
     when it was not written since.
     """
@@ -80,7 +86,7 @@ class _PageWork:
     touched: _TouchedPage
     inherited: PageRef | None
     entries: Page
-    changed_chunks: int = 0
+    changed: int = 0
     lost: dict[int, bytes | None] = field(default_factory=dict)
 
 
@@ -94,21 +100,37 @@ class _Unit(NamedTuple):
     donated: dict[int, list[Entry]]  # chunks that pushes gone on with have stored
 
 
+class _PackedPatch(NamedTuple):
+    """A patch of ``base``; ``piece`` is what to store, or where a push gone on with has it.
+
+    ``mask`` has the blocks in it, ``digest`` is that of the plain chunk.
+    """
+
+    base: Entry
+    piece: PackedChunk | Entry
+    mask: int
+    digest: bytes
+
+
+_Content = PackedChunk | _PackedPatch | Entry | None
+
+
 class _Packed(NamedTuple):
     """A unit, and for each chunk: packed, None for a hole, or an equal entry of another push."""
 
     unit: _Unit
-    chunks: list[PackedChunk | Entry | None]
+    chunks: list[_Content]
 
 
 class SnapshotPacker:
     """Stores the segments and pages of one push. ``_load`` and ``_pack`` run on threads.
 
     Afterwards ``table`` refers to every page of the snapshot. Sizes are in bytes: ``read`` from the
-    source, ``changed`` (plain) of chunks unlike the parent's, ``data`` (plain) and ``stored`` of
-    all chunks that are no holes, ``uploaded`` of the ``segments`` and ``pages`` objects,
-    ``resumed`` of chunks that earlier pushes of the snapshot had stored, ``repaired`` (plain) of
-    chunks of which the parent's are damaged. ``warnings`` are lines about that.
+    source, ``changed`` (plain) of chunks unlike the parent's, or of the blocks in patches, ``data``
+    (plain) and ``stored`` of all chunks that are no holes, ``uploaded`` of the ``segments`` and
+    ``pages`` objects, ``resumed`` of chunks that earlier pushes of the snapshot had stored,
+    ``repaired`` (plain) of chunks of which the parent's are damaged. ``warnings`` are lines about
+    that.
     """
 
     def __init__(self, store: ObjectStore, chunk_size: int, source: Source, push: str) -> None:
@@ -133,6 +155,8 @@ class SnapshotPacker:
         self.pages = 0
         self.warnings: list[str] = []
         self._holding: list[Run] = []
+        self._blocks = ChangedBlocks([], chunk_size)
+        self._parent_size = 0
         self._damage = KnownDamage()
         self._unlike: list[int] = []  # chunks
         self._rebuilt: list[str] = []  # why, for each page
@@ -217,7 +241,7 @@ class SnapshotPacker:
             changed = holding
         else:
             differing = list(source.changed_extents(parent.summary.snapshot_id))
-            old_size = parent.summary.size
+            old_size = self._parent_size = parent.summary.size
             if old_size != size:
                 # The chunk at the smaller end may have another length, its page entries beyond the
                 # end; and what was added is new, whatever the source says of it.
@@ -227,6 +251,7 @@ class SnapshotPacker:
                     if start < offset + length:
                         differing.append((start, offset + length - start))
             changed = chunk_runs(differing, self._chunk_size, size)
+            self._blocks = ChangedBlocks(differing, self._chunk_size)
         self._holding = holding
         reads = dict(by_page(intersect(changed, holding)))
         touched = dict(by_page(changed))
@@ -252,7 +277,7 @@ class SnapshotPacker:
         for chunk in gone:
             if chunk not in reads and entries[chunk - base] is not None:
                 entries[chunk - base] = None
-                work.changed_chunks += 1
+                work.changed += self._chunk_size
         return work
 
     def _rebuild(self, number: int, error: StorageError) -> _PageWork:
@@ -301,24 +326,47 @@ class SnapshotPacker:
             ) from error
         base = unit.work.touched.number * PAGE_ENTRIES
         parents = unit.work.entries[unit.first - base : unit.end - base]
-        chunks: list[PackedChunk | Entry | None] = []
+        chunks: list[_Content] = []
         for number, known in enumerate(parents):
             start = number * self._chunk_size
             plain = bytes(view[start : start + self._chunk_size])
             if plain == self._zero_chunk[: len(plain)]:
                 chunks.append(None)
                 continue
-            digest = digest_chunk(plain)
-            if known is not None and known.digest == digest:
-                chunks.append(known)
-                continue
-            donated = self._donated(unit, unit.first + number, digest)
-            chunks.append(donated or pack_chunk(plain, digest))
+            chunks.append(self._pack_chunk(unit, unit.first + number, plain, known))
         return _Packed(unit, chunks)
 
-    def _donated(self, unit: _Unit, chunk: int, digest: bytes) -> Entry | None:
+    def _pack_chunk(self, unit: _Unit, chunk: int, plain: bytes, known: Entry | None) -> _Content:
+        """What to store of a chunk that is no hole; ``known`` is what the parent has."""
+        digest = digest_chunk(plain)
+        if known is None:
+            return self._donated(unit, chunk, digest) or pack_chunk(plain, digest)
+        if digest == known.digest:
+            return known
+        if digest == known.base.digest:
+            return known.base
+        mask = self._mask(chunk, len(plain), known)
+        if mask is None:
+            return self._donated(unit, chunk, digest) or pack_chunk(plain, digest)
+        packed = pack_patch(plain, mask, self._blocks.size)
+        donated = self._donated(unit, chunk, packed.digest, PATCHED)
+        return _PackedPatch(known.base, donated or packed, mask, digest)
+
+    def _mask(self, chunk: int, length: int, known: Entry) -> int | None:
+        """The blocks that a patch of ``known.base`` must have; None: it is not worth it."""
+        changed = self._blocks.mask(chunk)
+        mask = changed | (known.patch.mask if known.patch else 0)
+        if not changed or 2 * mask.bit_count() > self._blocks.in_chunk:
+            return None
+        return mask if chunk_length(chunk, self._chunk_size, self._parent_size) == length else None
+
+    def _donated(self, unit: _Unit, chunk: int, digest: bytes, patched: int = 0) -> Entry | None:
         for entry in unit.donated.get(chunk, ()):
-            if entry.digest == digest and not self._damage.hits(entry):
+            if (
+                entry.digest == digest
+                and entry.codec & PATCHED == patched
+                and not self._damage.hits(entry)
+            ):
                 return entry
         return None
 
@@ -329,13 +377,11 @@ class SnapshotPacker:
         for chunk, content in enumerate(packed.chunks, unit.first):
             length = chunk_length(chunk, self._chunk_size, self._source.size)
             self.read += length
-            if isinstance(content, PackedChunk):
-                entry: Entry | None = self._append(chunk, content, uploader)
-            else:
-                entry = content
-            if any(entry is donated for donated in unit.donated.get(chunk, ())):
-                assert entry is not None
-                self.resumed += entry.length
+            entry = self._store_content(chunk, content, uploader)
+            donated = content.piece if isinstance(content, _PackedPatch) else content
+            if any(donated is given for given in unit.donated.get(chunk, ())):
+                assert isinstance(donated, Entry)
+                self.resumed += donated.length
             if chunk in work.lost:
                 self.repaired += length if entry is not None else 0
                 should = work.lost[chunk]
@@ -343,9 +389,25 @@ class SnapshotPacker:
                     self._unlike.append(chunk)
             if entry != work.entries[chunk - base]:
                 work.entries[chunk - base] = entry
-                work.changed_chunks += 1
+                if isinstance(content, _PackedPatch):
+                    length = min(length, content.mask.bit_count() * self._blocks.size)
+                work.changed += length
         if unit.last:
             self._complete(work, uploader)
+
+    def _store_content(self, chunk: int, content: _Content, uploader: Uploader) -> Entry | None:
+        """The entry of a chunk, what it needs being in a segment."""
+        if isinstance(content, PackedChunk):
+            return self._append(chunk, content, uploader)
+        if not isinstance(content, _PackedPatch):
+            return content
+        piece = content.piece
+        if isinstance(piece, PackedChunk):
+            piece = self._append(chunk, piece, uploader)
+        patch = Patch(
+            *piece[:4], piece.codec & ~PATCHED, piece.digest, content.mask, content.base.digest
+        )
+        return content.base._replace(digest=content.digest, patch=patch)
 
     def _append(self, number: int, chunk: PackedChunk, uploader: Uploader) -> Entry:
         longer = len(self._segment) + len(self._index) + len(chunk.data) + INDEXED_CHUNK_SIZE
@@ -374,8 +436,8 @@ class SnapshotPacker:
 
     def _complete(self, work: _PageWork, uploader: Uploader) -> None:
         """Store the page and refer to it; the parent's is shared when nothing is new in it."""
-        self.changed += work.changed_chunks * self._chunk_size
-        if not work.changed_chunks and not work.lost:
+        self.changed += work.changed
+        if not work.changed and not work.lost:
             if work.inherited is not None:
                 self._refer(work.inherited)
             return
@@ -394,7 +456,7 @@ class SnapshotPacker:
                 len(self._pages),
                 len(record),
                 len(entries),
-                sum(entry.length for entry in entries),
+                sum(entry.stored for entry in entries),
                 digest_of(record),
             )
         )

@@ -34,10 +34,10 @@ class PushReport:
 
     ``already_there``: the snapshot had been pushed before, and nothing was done. ``read`` is what
     was read from the source, ``changed`` the plain size of the chunks that differ from the
-    parent's, ``uploaded`` everything put into the store but for the intent and the pointer,
-    ``segments`` and ``pages`` how many objects of these kinds, ``resumed`` what pushes that
-    were killed had stored and need not be uploaded again, ``repaired`` the plain size
-    of chunks that were stored anew because those in the repository are damaged.
+    parent's, or of the blocks in patches, ``uploaded`` everything put into the store but for the
+    intent and the pointer, ``segments`` and ``pages`` how many objects of these kinds, ``resumed``
+    what pushes that were killed had stored and need not be uploaded again, ``repaired`` the plain
+    size of chunks that were stored anew because those in the repository are damaged.
     """
 
     volume: str

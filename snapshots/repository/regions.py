@@ -6,9 +6,11 @@ are sorted, without overlaps or neighbours that touch.
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterable, Iterator
 
 from snapshots.repository.layout import PAGE_ENTRIES
+from snapshots.repository.segments import patch_block
 
 Run = tuple[int, int]
 
@@ -78,3 +80,26 @@ def count_chunks(runs: Iterable[Run]) -> int:
 def chunk_length(chunk: int, chunk_size: int, size: int) -> int:
     """Bytes of the chunk: the last of a volume may be shorter. 0 or less: beyond the end."""
     return min(chunk_size, size - chunk * chunk_size)
+
+
+class ChangedBlocks:
+    """Which blocks of chunks some extents touch. ``size`` is that of a block, in bytes."""
+
+    def __init__(self, extents: Iterable[tuple[int, int]], chunk_size: int) -> None:
+        self.size = patch_block(chunk_size)
+        self.in_chunk = chunk_size // self.size
+        blocks = chunk_runs(extents, self.size, 1 << 63)
+        self._firsts = [first for first, _ in blocks]
+        self._ends = [end for _, end in blocks]
+
+    def mask(self, chunk: int) -> int:
+        """A bit for each block of a chunk, the lowest for the first."""
+        begin, stop = chunk * self.in_chunk, (chunk + 1) * self.in_chunk
+        mask = 0
+        for run in range(bisect_right(self._ends, begin), len(self._firsts)):
+            if self._firsts[run] >= stop:
+                break
+            first = max(self._firsts[run], begin) - begin
+            end = min(self._ends[run], stop) - begin
+            mask |= (1 << end) - (1 << first)
+        return mask

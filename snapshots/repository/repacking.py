@@ -20,6 +20,7 @@ import time
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from operator import itemgetter
 from typing import Any
 
 from backends.errors import StorageError, UnavailableError
@@ -116,10 +117,10 @@ def _choose(
             failed = True
             return
         for ref, page in result:
-            for entry in page:
-                if entry is not None and entry[:2] in candidates.segments:
-                    needed[entry] = None
-                    using.setdefault(_place(ref), (ref, set()))[1].add(entry[:2])
+            for piece in (piece for entry in page if entry for piece in entry.pieces()):
+                if piece[:2] in candidates.segments:
+                    needed[piece] = None
+                    using.setdefault(_place(ref), (ref, set()))[1].add(piece[:2])
 
     few = (group[start : start + MOST_PAGES] for group in candidates.groups
            for start in range(0, len(group), MOST_PAGES))  # fmt: skip
@@ -142,7 +143,7 @@ def _choose(
     freed = sum(candidates.segments[segment] for segment in chosen)
     if not chosen or freed < WORTH * written:
         return None
-    entries = sorted(entry for entry in needed if entry[:2] in chosen)
+    entries = sorted((piece for piece in needed if piece[:2] in chosen), key=itemgetter(0, 1, 2))
     return entries, refs, RepackReport(len(chosen), freed, written)
 
 

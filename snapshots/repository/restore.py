@@ -105,7 +105,8 @@ def restore_root(
 
         for planned, bytes_written in crew.ordered(fetch, ranges(), 2 * THREADS):
             written += bytes_written
-            fetched += planned.length
+            patches = (part.entry.stored - part.entry.length for part in planned.parts)
+            fetched += planned.length + sum(patches)
             requests += 1
             done += len(planned.parts) * config.chunk_size
             if progress:

@@ -13,12 +13,18 @@ that goes on where another was killed; whoever reads a snapshot needs none. The 
 
 The header follows from the segment's key, and every stored chunk is pinned by the digest in its
 entry, so no byte of it that a snapshot needs goes unchecked.
+
+Where little of a chunk changed, a **patch** is stored in its place: the blocks that are not as in
+the chunk that was stored before, its base, one after another. A mask has a bit for each block
+of the chunk, the lowest for the first, and the digest covers mask and blocks. In an index a patch
+has the codec's highest bit set.
 """
 
 from __future__ import annotations
 
 import hashlib
 import struct
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import lz4.block
@@ -39,6 +45,9 @@ SEGMENT_HEADER_SIZE = _HEADER.size
 # number of the chunk in the volume, stored length, codec, SHA-256 when plain
 _INDEXED = struct.Struct(">QIB32s")
 INDEXED_CHUNK_SIZE = _INDEXED.size
+PATCHED = 128  # bit of a codec
+_MOST_BLOCKS = 64  # of a chunk: bits of a mask
+_SMALLEST_BLOCK = 4 << 10
 _FOOTER = struct.Struct(">I8s")
 INDEX_FOOTER_SIZE = _FOOTER.size
 _INDEX_MAGIC = b"NBDINDEX"
@@ -102,7 +111,7 @@ def segment_header(push: str, number: int, *, indexed: bool = True) -> bytes:
     return _HEADER.pack(b"NBDSEGMT", 1, 255 if indexed else 0, number, bytes.fromhex(push))
 
 
-def digest_chunk(plain: bytes) -> bytes:
+def digest_chunk(plain: bytes | bytearray) -> bytes:
     return hashlib.sha256(plain).digest()
 
 
@@ -116,12 +125,80 @@ def pack_chunk(plain: bytes, digest: bytes) -> PackedChunk:
 
 def unpack_chunk(chunk: PackedChunk, plain_length: int, where: str) -> bytes:
     """Return the plain chunk, verified; CorruptError names ``where``."""
-    plain = chunk.data
-    if chunk.codec == CODEC_LZ4:
-        try:
-            plain = lz4.block.decompress(chunk.data, uncompressed_size=plain_length)
-        except lz4.block.LZ4BlockError:
-            raise CorruptError(f"{where}: the chunk does not decompress") from None
+    plain = _decompress(chunk.codec, chunk.data, plain_length)
+    if plain is None:
+        raise CorruptError(f"{where}: the chunk does not decompress")
     if len(plain) != plain_length or digest_chunk(plain) != chunk.digest:
         raise CorruptError(f"{where}: the chunk does not match its SHA-256")
     return plain
+
+
+def _decompress(codec: int, data: bytes, plain_length: int) -> bytes | None:
+    if codec != CODEC_LZ4:
+        return data
+    try:
+        plain: bytes = lz4.block.decompress(data, uncompressed_size=plain_length)
+    except lz4.block.LZ4BlockError:
+        return None
+    return plain
+
+
+def patch_block(chunk_size: int) -> int:
+    """Bytes of the blocks of which a patch has some."""
+    return max(_SMALLEST_BLOCK, chunk_size // _MOST_BLOCKS)
+
+
+def pack_patch(plain: bytes, mask: int, block: int) -> PackedChunk:
+    """The blocks in ``mask`` of a chunk."""
+    blocks = b"".join([plain[start:end] for start, end in _runs(mask, block, len(plain))])
+    packed = pack_chunk(blocks, digest_patch(mask, blocks))
+    return packed._replace(codec=packed.codec | PATCHED)
+
+
+def digest_patch(mask: int, blocks: bytes) -> bytes:
+    """The SHA-256 that pins down a patch."""
+    digest = hashlib.sha256(mask.to_bytes(8, "big"))
+    digest.update(blocks)
+    return digest.digest()
+
+
+def unpack_patch(
+    patch: PackedChunk, mask: int, block: int, plain_length: int, where: str
+) -> list[tuple[int, bytes]]:
+    """The runs of blocks (offset in the chunk, content) of a patch, verified. CorruptError.
+
+    Its codec has no :data:`PATCHED`. ``plain_length`` is that of the chunk.
+    """
+    runs = list(_runs(mask, block, plain_length))
+    length = sum(end - start for start, end in runs)
+    blocks = _decompress(patch.codec, patch.data, length)
+    if blocks is None or len(blocks) != length or digest_patch(mask, blocks) != patch.digest:
+        raise CorruptError(f"{where}: the patch does not match its SHA-256")
+    found, position = [], 0
+    for start, end in runs:
+        found.append((start, blocks[position : position + end - start]))
+        position += end - start
+    return found
+
+
+def apply_patch(base: bytes, runs: list[tuple[int, bytes]], digest: bytes, where: str) -> bytes:
+    """The plain chunk that a patch makes of its base, verified. CorruptError."""
+    plain = bytearray(base)
+    for start, content in runs:
+        plain[start : start + len(content)] = content
+    if digest_chunk(plain) != digest:
+        raise CorruptError(f"{where}: the patch does not belong to the chunk below it")
+    return bytes(plain)
+
+
+def _runs(mask: int, block: int, length: int) -> Iterator[tuple[int, int]]:
+    """The (start, end) in a chunk of ``length`` bytes of the runs of blocks in ``mask``."""
+    position = 0
+    while mask:
+        skipped = (mask & -mask).bit_length() - 1
+        mask >>= skipped
+        ones = (~mask & (mask + 1)).bit_length() - 1
+        mask >>= ones
+        start = position + skipped
+        position = start + ones
+        yield min(start * block, length), min(position * block, length)

@@ -13,14 +13,23 @@ from backends.errors import CorruptError, NotFoundError
 from backends.objects import ObjectStore
 from snapshots.repository.holdings import describe_object
 from snapshots.repository.insisting import insist
-from snapshots.repository.layout import PAGE_ENTRIES, segment_key
+from snapshots.repository.layout import PAGE_ENTRIES
 from snapshots.repository.losses import Losses
 from snapshots.repository.pages import Entry, Page, PageRef
-from snapshots.repository.reading import Range, plan_ranges, read_pages
+from snapshots.repository.reading import (
+    Fetched,
+    Part,
+    Range,
+    fetch_entry,
+    fetch_patches,
+    missing_segment,
+    plan_ranges,
+    read_pages,
+    unpack_entry,
+)
 from snapshots.repository.records import Config, Root
 from snapshots.repository.regions import chunk_length
 from snapshots.repository.roots import Newest
-from snapshots.repository.segments import PackedChunk, unpack_chunk
 
 
 class SnapshotReader:
@@ -88,40 +97,36 @@ class SnapshotReader:
         try:
             data = self._store.get_range(planned.key, planned.offset, planned.length)
         except NotFoundError:
-            for again in plan_ranges(self._moved(planned, where)):
-                yield from self.fetch(again)
+            yield from self._fetch_moved(planned, where)
             return
         except CorruptError:
             data = b""  # too short, or damaged on its way: each chunk by itself
-        for start, entry, chunk in planned.parts:
+        fetched = Fetched(data, fetch_patches(self._store, planned.parts))
+        for part in planned.parts:
             try:
-                plain = self._read_chunk(chunk, entry, data[start : start + entry.length], where)
+                plain = self._read_chunk(part, fetched, where)
+            except NotFoundError:
+                key = missing_segment(self._store, part.entry)
+                alone = planned._replace(key=key, parts=[part])
+                yield from self._fetch_moved(alone, describe_object(self._store, key))
             except CorruptError as error:
                 if self._losses is None:
                     raise
-                self._losses.add(chunk, chunk + 1, str(error))
+                self._losses.add(part.chunk, part.chunk + 1, str(error))
             else:
-                yield chunk, plain
+                yield part.chunk, plain
 
-    def _read_chunk(self, chunk: int, entry: Entry, stored: bytes, where: str) -> bytes:
-        """The chunk of which ``stored`` came; asked for again, by itself, when that is damaged."""
+    def _fetch_moved(self, planned: Range, where: str) -> Iterator[tuple[int, bytes]]:
+        for again in plan_ranges(self._moved(planned, where)):
+            yield from self.fetch(again)
+
+    def _read_chunk(self, part: Part, fetched: Fetched, where: str) -> bytes:
+        """A chunk of a range; asked for again, by itself, when that is damaged. NotFoundError."""
+        _, entry, chunk = part
+        sizes = self._chunk_size, chunk_length(chunk, self._chunk_size, self._size)
         with suppress(CorruptError):
-            return self._unpack(chunk, entry, stored, where)
-        key = segment_key(entry.push, entry.segment)
-
-        def attempt() -> bytes:
-            alone = self._store.get_range(key, entry.offset, entry.length)
-            return self._unpack(chunk, entry, alone, where)
-
-        try:
-            return insist(attempt)
-        except NotFoundError:
-            raise CorruptError(f"{where} is missing; {self._label} needs it") from None
-
-    def _unpack(self, chunk: int, entry: Entry, stored: bytes, where: str) -> bytes:
-        packed = PackedChunk(entry.codec, stored, entry.digest)
-        length = chunk_length(chunk, self._chunk_size, self._size)
-        return unpack_chunk(packed, length, f"{where} at {entry.offset}")
+            return unpack_entry(entry, *fetched.pieces(part), sizes, where)
+        return insist(lambda: unpack_entry(entry, *fetch_entry(self._store, entry), sizes, where))
 
     def _moved(self, planned: Range, where: str) -> list[tuple[int, Entry]]:
         """Where the chunks of a range are now, whose segment is gone."""

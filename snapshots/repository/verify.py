@@ -58,15 +58,21 @@ from snapshots.repository.layout import (
 from snapshots.repository.notes import drop_notes, note_damage
 from snapshots.repository.pages import Entry, Page, PageRef, PageTable, pair_up
 from snapshots.repository.pipeline import Crew, leaving_promptly
-from snapshots.repository.reading import Range, plan_ranges, read_page
+from snapshots.repository.reading import (
+    Fetched,
+    Part,
+    Range,
+    fetch_patches,
+    plan_ranges,
+    read_page,
+    unpack_entry,
+)
 from snapshots.repository.records import Config, Intent, Repacked, Summary, Tombstone
 from snapshots.repository.regions import chunk_length
 from snapshots.repository.roots import finding_root
 from snapshots.repository.segments import (
     SEGMENT_HEADER_SIZE,
-    PackedChunk,
     segment_header,
-    unpack_chunk,
 )
 from snapshots.repository.steps import perform
 
@@ -479,9 +485,8 @@ class _Verifier:
                 if entry is None:
                     continue
                 if self._tracing or (check.before is not None and check.before[number] == entry):
-                    segment = self._findings.find_bad(entry)
-                    if segment is not None:
-                        self._harm(ref, segment, entry.offset, "", target)
+                    for segment, offset in self._findings.find_bad(entry):
+                        self._harm(ref, segment, offset, "", target)
                     continue
                 chunk = ref.page * PAGE_ENTRIES + number
                 if chunk_length(chunk, self._config.chunk_size, target.size) <= 0:
@@ -489,7 +494,8 @@ class _Verifier:
                     self._harm(ref, key, ref.offset, problem, target)
                     continue
                 self._chunks += 1
-                if self._check_extent(ref, entry, target):
+                extents = [self._check_extent(ref, piece, target) for piece in entry.pieces()]
+                if all(extents):
                     wanted.append((chunk, entry))
         if self._deep and not self._tracing:
             for planned in plan_ranges(wanted):
@@ -535,20 +541,36 @@ class _Verifier:
         """The work of a thread: fetch a range and check all that is in it."""
         chunk_size = self._config.chunk_size
 
-        def check(entry: Entry, chunk: int, stored: bytes, where: str) -> None:
-            packed = PackedChunk(entry.codec, stored, entry.digest)
-            length = chunk_length(chunk, chunk_size, size)
-            unpack_chunk(packed, length, f"{where} at {entry.offset}")
-
-        def check_alone(planned: Range, entry: Entry, chunk: int, where: str) -> list[_Trouble]:
+        def check_alone(part: Part) -> list[_Trouble]:
             """Once more, by itself: it may have been damaged on its way, or not itself."""
+            sizes = chunk_size, chunk_length(part.chunk, chunk_size, size)
+            stored: list[bytes] = []
+            troubles: list[_Trouble] = []
+            for piece in part.entry.pieces():
+                key = segment_key(*piece[:2])
+                where = describe_object(self._store, key)
+                try:
+                    stored.append(self._store.get_range(key, piece.offset, piece.length))
+                    unpack_entry(piece, stored[-1], None, sizes, where)
+                    if len(stored) > 1 and not troubles:
+                        unpack_entry(part.entry, stored[0], stored[1], sizes, where)
+                except (NotFoundError, CorruptError) as error:
+                    missing = isinstance(error, NotFoundError)
+                    troubles.append(_Trouble(key, str(error), piece, missing))
+            return troubles
+
+        def check_patched(segment: tuple[str, int]) -> list[_Trouble]:
+            """The header of a segment that has patches, and maybe nothing else."""
+            if segment in self._headers_seen:
+                return []
+            self._headers_seen.add(segment)
+            key = segment_key(*segment)
             try:
-                stored = self._store.get_range(planned.key, entry.offset, entry.length)
-                check(entry, chunk, stored, where)
-            except (NotFoundError, CorruptError) as error:
-                missing = isinstance(error, NotFoundError)
-                return [_Trouble(planned.key, str(error), entry, missing)]
-            return []
+                return self._check_header(segment, b"", describe_object(self._store, key))
+            except NotFoundError:
+                return []  # each patch is missing
+            except CorruptError as error:
+                return [_Trouble(key, str(error), None)]
 
         def fetch(task: _Task) -> _Result:
             for _ in range(TRIES - 1):
@@ -557,7 +579,8 @@ class _Verifier:
                     return result
                 # Perhaps it was damaged on its way only: look at the header again, too.
                 assert task.planned is not None
-                self._headers_seen.discard(task.planned.parts[0].entry[:2])
+                for part in task.planned.parts:
+                    self._headers_seen -= {piece[:2] for piece in part.entry.pieces()}
             return look(task)
 
         def look(task: _Task) -> _Result:
@@ -577,16 +600,22 @@ class _Verifier:
                 if first:
                     damaged += self._check_header(segment, b"" if begin else data, where)
             except (NotFoundError, CorruptError):
-                for _, entry, chunk in planned.parts:
-                    damaged += check_alone(planned, entry, chunk, where)
+                for part in planned.parts:
+                    damaged += check_alone(part)
                 return _Result(task, 0, damaged)
-            for start, entry, chunk in planned.parts:
-                start += planned.offset - begin  # noqa: PLW2901
+            for part in planned.parts:
+                for piece in part.entry.pieces()[1:]:
+                    damaged += check_patched(piece[:2])
+            fetched = Fetched(
+                data[planned.offset - begin :], fetch_patches(self._store, planned.parts)
+            )
+            for part in planned.parts:
+                sizes = chunk_size, chunk_length(part.chunk, chunk_size, size)
                 try:
-                    check(entry, chunk, data[start : start + entry.length], where)
+                    unpack_entry(part.entry, *fetched.pieces(part), sizes, where)
                 except CorruptError:
-                    damaged += check_alone(planned, entry, chunk, where)
-            return _Result(task, end - begin, damaged)
+                    damaged += check_alone(part)
+            return _Result(task, end - begin + sum(map(len, fetched.patches.values())), damaged)
 
         return fetch
 

@@ -121,7 +121,7 @@ def test_an_unchanged_snapshot_costs_next_to_nothing() -> None:
     assert second.uploaded < 1500
     volume.data[5] ^= 1
     third = repository.push(volume.snapshot("three"))
-    assert (third.read, third.changed, third.segments, third.pages) == (CHUNK, CHUNK, 1, 1)
+    assert (third.read, third.changed, third.segments, third.pages) == (CHUNK, BLOCK, 1, 1)
     assert third.parent == "two"
 
 

@@ -51,9 +51,8 @@ def needs_of(repository: Repository) -> dict[str, dict[Place, int]]:
         for ref in find_root(repository.store, repository.config, summary.push).table:
             found[pages_key(ref.push, ref.number), ref.offset] = ref.length
             for entry in read_page(repository.store, CHUNK, ref):
-                if entry is not None:
-                    key = segment_key(entry.push, entry.segment)
-                    found[key, entry.offset] = entry.length
+                for piece in entry.pieces() if entry is not None else ():
+                    found[segment_key(piece.push, piece.segment), piece.offset] = piece.length
     return needs
 
 

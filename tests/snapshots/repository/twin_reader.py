@@ -15,6 +15,7 @@ import msgpack
 
 RECORD = struct.Struct(">4sBBBBQQ32s")
 ENTRY = struct.Struct(">HIIIBB32s")
+PATCH = struct.Struct(">HHIIIBBQ32s32s")
 REFERENCE = struct.Struct(">IIIIIIQ32s")
 
 
@@ -184,19 +185,37 @@ class TwinReader:
             record = get(key)[offset : offset + length]
             assert record[24:56] == digest
             page = read_record(record, 6)
-            for chunk, entry in enumerate(ENTRY.iter_unpack(page["entries"]), 1024 * index):
+            patches = {patch[0]: patch[1:] for patch in PATCH.iter_unpack(page.get("patches", b""))}
+
+            def piece(pushes, place, number, offset, length, codec, size):
+                push = pushes[16 * place : 16 * place + 16].hex()
+                plain = get(f"segments/{push}/{number:08x}")[offset : offset + length]
+                return lz4.block.decompress(plain, uncompressed_size=size) if codec == 2 else plain
+
+            for chunk, entry in enumerate(ENTRY.iter_unpack(page["entries"])):
                 place, number, offset, length, codec, cipher, digest = entry
                 if length == 0:
                     continue
                 assert cipher == 0
-                at = chunk * chunk_size
+                at = (1024 * index + chunk) * chunk_size
                 size = min(chunk_size, root["size"] - at)
-                segment = (
-                    f"segments/{page['pushes'][16 * place : 16 * place + 16].hex()}/{number:08x}"
-                )
-                plain = get(segment)[offset : offset + length]
-                if codec == 2:
-                    plain = lz4.block.decompress(plain, uncompressed_size=size)
+                stored = place, number, offset, length, codec & 127, size
+                plain = bytearray(piece(page["pushes"], *stored))
+                if codec & 128:
+                    *stored, cipher, mask, patch_digest, below = patches.pop(chunk)
+                    assert cipher == 0
+                    assert hashlib.sha256(plain).digest() == below
+                    blocks = piece(page["pushes"], *stored, size)
+                    hashed = struct.pack(">Q", mask) + blocks
+                    assert hashlib.sha256(hashed).digest() == patch_digest
+                    block = max(4096, chunk_size // 64)
+                    for number in range(64):
+                        if mask >> number & 1:
+                            start = number * block
+                            end = min(start + block, size)
+                            plain[start:end], blocks = blocks[: end - start], blocks[end - start :]
+                    assert not blocks
                 assert hashlib.sha256(plain).digest() == digest
                 volume[at : at + size] = plain
+            assert not patches
         return bytes(volume)
