@@ -11,8 +11,10 @@ most (and what the store's client copies), plus 64 bytes for each page of the sn
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import NamedTuple
 
 from backends.errors import CorruptError, NotFoundError, StorageError, one_line
@@ -54,7 +56,7 @@ from snapshots.repository.segments import (
     segment_index,
 )
 
-WORKERS = 4
+WORKERS = min(4, len(os.sched_getaffinity(0)))  # more of them only wait for each other
 PAGE_READERS = 4
 UPLOAD_THREADS = 4
 IN_FLIGHT = 4  # objects being uploaded
@@ -94,8 +96,7 @@ class _Unit(NamedTuple):
     """Some chunks of a page, of at most UNIT bytes. The last one of a page completes it."""
 
     work: _PageWork
-    first: int
-    end: int
+    runs: list[Run]
     last: bool
     donated: dict[int, list[Entry]]  # chunks that pushes gone on with have stored
 
@@ -203,7 +204,7 @@ class SnapshotPacker:
                     self._refer(shared)
                     shared = next(untouched, None)
                 self._take(packed, uploader)
-                done += (packed.unit.end - packed.unit.first) * self._chunk_size
+                done += len(packed.chunks) * self._chunk_size
                 if progress:
                     progress(min(done, total), total)
             while shared is not None:
@@ -312,29 +313,31 @@ class SnapshotPacker:
 
     def _pack(self, unit: _Unit) -> _Packed:
         """Read, hash and compress a unit."""
-        if unit.first == unit.end:
-            return _Packed(unit, [])
-        offset = unit.first * self._chunk_size
-        buffer = bytearray(min(unit.end * self._chunk_size, self._source.size) - offset)
-        view = memoryview(buffer)
+        base = unit.work.touched.number * PAGE_ENTRIES
+        chunks: list[_Content] = []
+        for first, end in unit.runs:
+            view = self._read(first, end)
+            for chunk in range(first, end):
+                start = (chunk - first) * self._chunk_size
+                plain = bytes(view[start : start + self._chunk_size])
+                if plain == self._zero_chunk[: len(plain)]:
+                    chunks.append(None)
+                else:
+                    known = unit.work.entries[chunk - base]
+                    chunks.append(self._pack_chunk(unit, chunk, plain, known))
+        return _Packed(unit, chunks)
+
+    def _read(self, first: int, end: int) -> memoryview:
+        offset = first * self._chunk_size
+        view = memoryview(bytearray(min(end * self._chunk_size, self._source.size) - offset))
         try:
             self._source.read_into(offset, view)
         except OSError as error:
             raise StorageError(
-                f"cannot read {len(buffer)} bytes at offset {offset} of {self._source.volume}@"
+                f"cannot read {len(view)} bytes at offset {offset} of {self._source.volume}@"
                 f"{self._source.snapshot}: {error.strerror or error}; check the disk"
             ) from error
-        base = unit.work.touched.number * PAGE_ENTRIES
-        parents = unit.work.entries[unit.first - base : unit.end - base]
-        chunks: list[_Content] = []
-        for number, known in enumerate(parents):
-            start = number * self._chunk_size
-            plain = bytes(view[start : start + self._chunk_size])
-            if plain == self._zero_chunk[: len(plain)]:
-                chunks.append(None)
-                continue
-            chunks.append(self._pack_chunk(unit, unit.first + number, plain, known))
-        return _Packed(unit, chunks)
+        return view
 
     def _pack_chunk(self, unit: _Unit, chunk: int, plain: bytes, known: Entry | None) -> _Content:
         """What to store of a chunk that is no hole; ``known`` is what the parent has."""
@@ -374,7 +377,8 @@ class SnapshotPacker:
         """Put a unit's chunks into the segment and the page; complete the page with its last."""
         unit, work = packed.unit, packed.unit.work
         base = work.touched.number * PAGE_ENTRIES
-        for chunk, content in enumerate(packed.chunks, unit.first):
+        numbers = chain.from_iterable(range(*run) for run in unit.runs)
+        for chunk, content in zip(numbers, packed.chunks, strict=True):
             length = chunk_length(chunk, self._chunk_size, self._source.size)
             self.read += length
             entry = self._store_content(chunk, content, uploader)
@@ -477,11 +481,20 @@ class SnapshotPacker:
 def _cut(works: Iterable[_PageWork], most: int, donors: Donors) -> Iterator[_Unit]:
     """Cut the pages into units of at most ``most`` chunks, at least one for each page."""
     for work in works:
-        pieces = [
-            (start, min(start + most, end))
-            for first, end in work.touched.reads
-            for start in range(first, end, most)
-        ]
-        for number, (first, end) in enumerate(pieces or [(0, 0)]):
-            donated = donors.find(first, end) if first < end else {}
-            yield _Unit(work, first, end, number >= len(pieces) - 1, donated)
+        groups: list[list[Run]] = [[]]
+        room = most
+        for first, end in work.touched.reads:
+            start = first
+            while start < end:
+                if not room:
+                    groups.append([])
+                    room = most
+                stop = min(end, start + room)
+                groups[-1].append((start, stop))
+                room -= stop - start
+                start = stop
+        for number, runs in enumerate(groups, 1):
+            donated: dict[int, list[Entry]] = {}
+            for run in runs:
+                donated |= donors.find(*run)
+            yield _Unit(work, runs, number == len(groups), donated)
