@@ -44,6 +44,7 @@ def measure_guest(
     latencies: dict[str, list[float]] = {"idle": [], **{name: [] for name in places}}
 
     def run(seed: int) -> float:
+        os.sync()
         load = run_fio(_JOB, uri, scale.image, scale.seconds * 1000, seed, rate=RATE)
         return load.p99_microseconds / 1e3
 
@@ -82,7 +83,6 @@ class _Pushing(threading.Thread):
         self._failure: str | None = None
 
     def __enter__(self) -> None:
-        os.sync()
         self.start()
 
     def __exit__(self, *_: object) -> None:

@@ -56,7 +56,8 @@ from snapshots.repository.segments import (
     segment_index,
 )
 
-WORKERS = min(4, len(os.sched_getaffinity(0)))  # more of them only wait for each other
+# One processor is left: to the thread that packs, and to guests. More only wait for each other.
+WORKERS = max(1, min(4, len(os.sched_getaffinity(0)) - 1))
 PAGE_READERS = 4
 UPLOAD_THREADS = 4
 IN_FLIGHT = 4  # objects being uploaded
