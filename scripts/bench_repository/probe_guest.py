@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 import subprocess
 import threading
+import time
 from pathlib import Path
 
 from scripts.bench.jobs import KIB, Job, run_fio
@@ -29,6 +30,7 @@ _JOB = Job("randrw", 4 * KIB, 4)
 _VOLUME = "guest"
 _SNAPSHOT = "s"
 _SEED = 15
+_SETTLE = 3.0  # seconds, until the disk has what was written before
 
 
 def measure_guest(
@@ -44,12 +46,13 @@ def measure_guest(
     latencies: dict[str, list[float]] = {"idle": [], **{name: [] for name in places}}
 
     def run(seed: int) -> float:
-        os.sync()
         load = run_fio(_JOB, uri, scale.image, scale.seconds * 1000, seed, rate=RATE)
         return load.p99_microseconds / 1e3
 
     bucket.let_others_go_first()
     for turn in range(scale.rounds):
+        os.sync()
+        time.sleep(_SETTLE)
         latencies["idle"].append(run(3 * turn + 1))
         for number, (name, where) in enumerate(places.items()):
             # More than there is time for, made before: making one is not what is measured.
