@@ -1,10 +1,10 @@
-"""Few changes all over a large disk, then a backup, to S3.
+"""Few changes all over a large disk, then a backup, to a directory.
 
 The disk is 10 GiB, of which pieces of 1 MiB at random places hold data, half random and half text;
 the rest is holes, in the volume and in restic's image alike. After a first backup, in each round,
 10,000 blocks of 4 KiB chosen at random, in holes too, get random content, and both programs back it
 up again. The bytes are those by which the repository grows; “before compression” are the chunks in
-full, and the pages that name them as they are stored.
+full, or the blocks of them that are in patches, and the pages that name them as they are stored.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from scripts.bench_repository.disk import Disk, scattered_pieces
 from scripts.bench_repository.measuring import Cost, measure
 from scripts.bench_repository.results import Measurement, Results
 from scripts.bench_repository.scale import Scale
-from scripts.bench_repository.stores import Bucket, Place
+from scripts.bench_repository.stores import Bucket, Directory, Place
 from snapshots.repository import init_repository
 
 _VOLUME = "scattered"
@@ -31,13 +31,14 @@ LEAST_RATE = 30
 
 
 def measure_scattered(
-    scale: Scale, directory: Path, ours: Nbdserve, bucket: Bucket, results: Results
+    scale: Scale, directory: Path, ours: Nbdserve, _bucket: Bucket, results: Results
 ) -> None:
-    """Into ``results``: a value of each round."""
+    """Into ``results``: a value of each round. Two full disks have no room in an S3 server here."""
     disk = Disk(ours, directory / "scattered.raw", scale.scattered)
     disk.fill(scattered_pieces(scale.scattered, scale.scattered_data, _SEED))
     disk.new_volume(_VOLUME)
-    place = bucket.place("scattered")
+    root = Directory(directory)
+    place = root.place("scattered")
     init_repository(place.url)
     with_restic = "restic" not in results.absent
     restic = Restic("restic", disk, directory)
@@ -47,7 +48,7 @@ def measure_scattered(
         found.setdefault((what, unit), []).append(value)
 
     if with_restic:
-        restic.begin(bucket.place("scattered-restic"))
+        restic.begin(root.place("scattered-restic"))
         first = restic.push("first")
         tell(f"  first backup, restic: {first.seconds:.2f} s")
     first, _ = back_up(ours, _VOLUME, place)

@@ -48,13 +48,15 @@ class Scale:
     def disk_bytes(self) -> int:
         """Room that is needed in the directory."""
         volumes = (self.rounds + 2) * self.image + 2 * self.scattered_data + self.lazy_data
-        repositories = 4 * self.image + self.seconds * _PUSHED_A_SECOND
+        repositories = 4 * self.image + self.seconds * _PUSHED_A_SECOND + 2 * self.scattered_data
+        # A peer stores a mebibyte around each write.
+        repositories += self.rounds * min(self.writes << 20, self.scattered_data)
         return volumes + repositories + GIB
 
     @property
     def memory_gib(self) -> int:
         """Room that the S3 server needs, in memory, in GiB; what was deleted stays for a while."""
-        return 6 + (5 * self.image + 3 * self.scattered_data + self.lazy_data) // GIB
+        return 6 + (5 * self.image + self.lazy_data) // GIB
 
 
 FULL = Scale(
