@@ -27,7 +27,6 @@ from typing import NamedTuple, TypeVar
 from backends.errors import CorruptError, InvalidError, NotFoundError, StorageError
 from backends.objects import ObjectStore
 from snapshots.repository.damage import Damage, Findings
-from snapshots.repository.donors import read_index
 from snapshots.repository.holdings import (
     THREADS,
     describe_object,
@@ -36,7 +35,7 @@ from snapshots.repository.holdings import (
     list_pushes,
     read_outcome,
 )
-from snapshots.repository.insisting import TRIES, insist
+from snapshots.repository.insisting import insist
 from snapshots.repository.interfaces import Progress
 from snapshots.repository.layout import (
     INTENTS,
@@ -44,36 +43,22 @@ from snapshots.repository.layout import (
     PAGE_ENTRIES,
     RECORD_LIMIT,
     ROOTS,
-    SEGMENTS,
     TOMBSTONES,
     intent_key,
     outcome_key,
     pages_key,
-    parse_numbered_key,
     parse_pointer_key,
     parse_root_key,
-    segment_key,
     tombstone_key,
 )
 from snapshots.repository.notes import drop_notes, note_damage
 from snapshots.repository.pages import Entry, Page, PageRef, PageTable, pair_up
 from snapshots.repository.pipeline import Crew, leaving_promptly
-from snapshots.repository.reading import (
-    Fetched,
-    Part,
-    Range,
-    fetch_patches,
-    plan_ranges,
-    read_page,
-    unpack_entry,
-)
+from snapshots.repository.reading import Range, plan_ranges, read_page
 from snapshots.repository.records import Config, Intent, Repacked, Summary, Tombstone
 from snapshots.repository.regions import chunk_length
 from snapshots.repository.roots import finding_root
-from snapshots.repository.segments import (
-    SEGMENT_HEADER_SIZE,
-    segment_header,
-)
+from snapshots.repository.segment_checks import SegmentChecks, Trouble
 from snapshots.repository.steps import perform
 
 Result = TypeVar("Result")
@@ -132,19 +117,10 @@ class _Task(NamedTuple):
     planned: Range | None
 
 
-class _Trouble(NamedTuple):
-    """A chunk that is damaged, or the header or index of its segment, which restores do without."""
-
-    key: str
-    problem: str
-    entry: Entry | None
-    missing: bool = False
-
-
 class _Result(NamedTuple):
     task: _Task
     fetched: int
-    damaged: list[_Trouble]
+    damaged: list[Trouble]
 
 
 def verify_snapshots(
@@ -175,8 +151,7 @@ class _Verifier:
         self._findings = Findings()
         self._met: dict[tuple[str, int], array[int]] = {}  # offsets of pages, by their object
         self._page_harm: dict[tuple[str, int, int], set[str]] = {}  # damaged keys, by page
-        self._headers_seen: set[tuple[str, int]] = set()
-        self._segment_sizes: dict[str, dict[int, int]] = {}
+        self._segments = SegmentChecks(store, config.chunk_size)
         self._verified: dict[int, tuple[_Known, int, str]] = {}  # by number: generation, repack
         self._tracing = False  # only looking who needs what is known to be damaged
         self._snapshots = self._pages = self._chunks = self._fetched = 0
@@ -417,11 +392,7 @@ class _Verifier:
             self._fetched += result.fetched
             ref = result.task.ref
             for trouble in result.damaged:
-                if trouble.entry is None:
-                    self._findings.add(trouble.key, trouble.problem)
-                else:
-                    offset = None if trouble.missing else trouble.entry.offset
-                    self._harm(ref, trouble.key, offset, trouble.problem, target)
+                self._blame(ref, trouble, target)
             if result.task.planned is None:
                 self._advance(ref)
         for ref in shared:
@@ -494,140 +465,37 @@ class _Verifier:
                     self._harm(ref, key, ref.offset, problem, target)
                     continue
                 self._chunks += 1
-                extents = [self._check_extent(ref, piece, target) for piece in entry.pieces()]
-                if all(extents):
+                if self._check_extents(ref, entry, target):
                     wanted.append((chunk, entry))
         if self._deep and not self._tracing:
             for planned in plan_ranges(wanted):
                 yield _Task(ref, planned)
         yield _Task(ref, None)
 
-    def _check_extent(self, ref: PageRef, entry: Entry, target: _Target) -> bool:
-        """Tell whether the entry's segment is there and long enough; blames it otherwise."""
-        sizes = self._segment_sizes.get(entry.push)
-        if sizes is None:
-            sizes = {}
-            for key, size in self._store.list(f"{SEGMENTS}{entry.push}/"):
-                number = parse_numbered_key(key)
-                if number is not None:
-                    sizes[number] = size
-            self._segment_sizes[entry.push] = sizes
-        found = sizes.get(entry.segment)
-        if found is not None and found >= entry.offset + entry.length:
-            return True
-        key = segment_key(entry.push, entry.segment)
-        where = describe_object(self._store, key)
-        found = self._store.size(key)  # in case it was the listing that was damaged
-        if found is not None:
-            sizes[entry.segment] = found
-            if found >= entry.offset + entry.length:
-                return True
-        if found is None:
-            self._harm(ref, key, None, f"{where} is missing", target)
-        else:
-            problem = f"{where} is too short: it ends at {found}"
-            self._harm(ref, key, entry.offset, problem, target)
-        return False
+    def _check_extents(self, ref: PageRef, entry: Entry, target: _Target) -> bool:
+        """Tell whether all that a chunk needs is there; blames the segments otherwise."""
+        troubles = [self._segments.check_extent(piece) for piece in entry.pieces()]
+        for trouble in troubles:
+            if trouble is not None:
+                self._blame(ref, trouble, target)
+        return not any(troubles)
 
-    def _check_index(self, key: str, segment: tuple[str, int]) -> list[_Trouble]:
-        """The index of a segment, which only a push that goes on with another one reads."""
-        try:
-            read_index(self._store, key, self._segment_sizes[segment[0]][segment[1]])
-        except CorruptError as error:
-            return [_Trouble(key, str(error), None)]
-        return []
+    def _blame(self, ref: PageRef, trouble: Trouble, target: _Target) -> None:
+        if trouble.piece is None:
+            self._findings.add(trouble.key, trouble.problem)
+        else:
+            offset = None if trouble.missing else trouble.piece.offset
+            self._harm(ref, trouble.key, offset, trouble.problem, target)
 
     def _fetch(self, size: int) -> Callable[[_Task], _Result]:
-        """The work of a thread: fetch a range and check all that is in it."""
-        chunk_size = self._config.chunk_size
-
-        def check_alone(part: Part) -> list[_Trouble]:
-            """Once more, by itself: it may have been damaged on its way, or not itself."""
-            sizes = chunk_size, chunk_length(part.chunk, chunk_size, size)
-            stored: list[bytes] = []
-            troubles: list[_Trouble] = []
-            for piece in part.entry.pieces():
-                key = segment_key(*piece[:2])
-                where = describe_object(self._store, key)
-                try:
-                    stored.append(self._store.get_range(key, piece.offset, piece.length))
-                    unpack_entry(piece, stored[-1], None, sizes, where)
-                    if len(stored) > 1 and not troubles:
-                        unpack_entry(part.entry, stored[0], stored[1], sizes, where)
-                except (NotFoundError, CorruptError) as error:
-                    missing = isinstance(error, NotFoundError)
-                    troubles.append(_Trouble(key, str(error), piece, missing))
-            return troubles
-
-        def check_patched(segment: tuple[str, int]) -> list[_Trouble]:
-            """The header of a segment that has patches, and maybe nothing else."""
-            if segment in self._headers_seen:
-                return []
-            self._headers_seen.add(segment)
-            key = segment_key(*segment)
-            try:
-                return self._check_header(segment, b"", describe_object(self._store, key))
-            except NotFoundError:
-                return []  # each patch is missing
-            except CorruptError as error:
-                return [_Trouble(key, str(error), None)]
+        """The work of a thread on a volume of ``size`` bytes."""
 
         def fetch(task: _Task) -> _Result:
-            for _ in range(TRIES - 1):
-                result = look(task)
-                if not result.damaged:
-                    return result
-                # Perhaps it was damaged on its way only: look at the header again, too.
-                assert task.planned is not None
-                for part in task.planned.parts:
-                    self._headers_seen -= {piece[:2] for piece in part.entry.pieces()}
-            return look(task)
-
-        def look(task: _Task) -> _Result:
-            planned = task.planned
-            if planned is None:
+            if task.planned is None:
                 return _Result(task, 0, [])
-            where = describe_object(self._store, planned.key)
-            damaged: list[_Trouble] = []
-            segment = planned.parts[0].entry[:2]
-            begin, end = planned.offset, planned.offset + planned.length
-            first = segment not in self._headers_seen
-            if first:
-                self._headers_seen.add(segment)
-                begin = begin if begin > 2 * SEGMENT_HEADER_SIZE else 0
-            try:
-                data = self._store.get_range(planned.key, begin, end - begin)
-                if first:
-                    damaged += self._check_header(segment, b"" if begin else data, where)
-            except (NotFoundError, CorruptError):
-                for part in planned.parts:
-                    damaged += check_alone(part)
-                return _Result(task, 0, damaged)
-            for part in planned.parts:
-                for piece in part.entry.pieces()[1:]:
-                    damaged += check_patched(piece[:2])
-            fetched = Fetched(
-                data[planned.offset - begin :], fetch_patches(self._store, planned.parts)
-            )
-            for part in planned.parts:
-                sizes = chunk_size, chunk_length(part.chunk, chunk_size, size)
-                try:
-                    unpack_entry(part.entry, *fetched.pieces(part), sizes, where)
-                except CorruptError:
-                    damaged += check_alone(part)
-            return _Result(task, end - begin + sum(map(len, fetched.patches.values())), damaged)
+            return _Result(task, *self._segments.check_range(task.planned, size))
 
         return fetch
-
-    def _check_header(self, segment: tuple[str, int], data: bytes, where: str) -> list[_Trouble]:
-        """The header of a segment, which begins with ``data``, and its index."""
-        key = segment_key(*segment)
-        found = data[:SEGMENT_HEADER_SIZE] or self._store.get_range(key, 0, SEGMENT_HEADER_SIZE)
-        if found == segment_header(*segment):
-            return self._check_index(key, segment)
-        if found != segment_header(*segment, indexed=False):
-            return [_Trouble(key, f"{where}: its header is wrong", None)]
-        return []
 
 
 def _place(ref: PageRef) -> tuple[str, int, int]:
