@@ -83,6 +83,8 @@ class Commands:
         started = time.monotonic()
         with tempfile.TemporaryDirectory(prefix="nbdserve-command-") as directory:
             output, errors = Path(directory) / "output", Path(directory) / "errors"
+            for path in (output, errors):
+                path.touch()  # the command may be killed before it gets there
             run = self._start if afresh else self._fork
             status = run(words, output, errors, kill_after)
             texts = [path.read_text(errors="replace") for path in (output, errors)]
