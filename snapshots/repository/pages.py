@@ -62,7 +62,8 @@ class Patch(NamedTuple):
 class Entry(NamedTuple):
     """Where one chunk is. ``offset`` and ``length`` are bytes of its segment.
 
-    ``digest`` is that of the plain chunk, with the ``patch`` if there is one.
+    ``digest`` is that of the plain chunk, with the ``patch`` if there is one. What has
+    :data:`PATCHED` in its codec is not a chunk, but the piece that is its patch.
     """
 
     push: str
@@ -74,6 +75,10 @@ class Entry(NamedTuple):
     patch: Patch | None = None
 
     @property
+    def is_patched(self) -> bool:
+        return self.patch is not None and not self.codec & PATCHED
+
+    @property
     def base(self) -> Entry:
         """The chunk as it was stored, without the patch."""
         if self.patch is None:
@@ -83,11 +88,11 @@ class Entry(NamedTuple):
     @property
     def stored(self) -> int:
         """Bytes in segments."""
-        return self.length + (self.patch.length if self.patch is not None else 0)
+        return sum(piece.length for piece in self.pieces())
 
     def pieces(self) -> tuple[Entry, ...]:
-        """What it needs of segments: its base, and the patch, which has a codec of its own."""
-        if self.patch is None:
+        """What it needs of segments: its base, and the patch."""
+        if self.patch is None or not self.is_patched:
             return (self,)
         return self.base, patch_piece(self.patch)
 
@@ -103,7 +108,7 @@ class Entry(NamedTuple):
 
 
 def patch_piece(patch: Patch) -> Entry:
-    """Where a patch is; only what has :data:`PATCHED` in its codec is one."""
+    """Where a patch is, as a piece."""
     return Entry(*patch[:4], patch.codec | PATCHED, patch.digest, patch)
 
 

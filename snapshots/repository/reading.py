@@ -22,7 +22,6 @@ from snapshots.repository.pages import (
     PageRef,
     Patch,
     decode_page,
-    patch_piece,
     segments_of_page,
 )
 from snapshots.repository.segments import (
@@ -136,7 +135,7 @@ def plan_ranges(chunks: Iterable[tuple[int, Entry]], most: int = MAX_READ) -> li
     patched = 0
     for chunk, entry in sorted(chunks, key=_place):
         end = entry.offset + entry.length
-        patch = 0 if entry.codec & PATCHED else entry.stored - entry.length
+        patch = entry.stored - entry.length
         if ranges and previous == entry[:2]:
             last = ranges[-1]
             gap = entry.offset - last.offset - last.length
@@ -156,11 +155,7 @@ def plan_ranges(chunks: Iterable[tuple[int, Entry]], most: int = MAX_READ) -> li
 def fetch_patches(store: ObjectStore, parts: Iterable[Part]) -> dict[int, bytes]:
     """The stored patches of some parts, by chunk; what is missing or cut short is left out."""
     found: dict[int, bytes] = {}
-    patches = [
-        (part.chunk, patch_piece(part.entry.patch))
-        for part in parts
-        if part.entry.patch is not None
-    ]
+    patches = [(part.chunk, piece) for part in parts for piece in part.entry.pieces()[1:]]
     for planned in plan_ranges(patches) if patches else []:
         with suppress(NotFoundError, CorruptError):
             data = store.get_range(planned.key, planned.offset, planned.length)

@@ -40,8 +40,8 @@ from snapshots.repository.steps import (
     raise_error,
 )
 
-SPARSE = 0.25  # part of a segment's bytes that is needed, at most
-WORTH = 2.0  # bytes to be freed for each byte to be written, at least
+SPARSE = 0.5  # part of a segment's bytes that is needed, at most
+WORTH = 1.5  # bytes to be freed for each byte to be written, at least
 MOST_SNAPSHOTS = 2000  # of one volume, that an intent has room for
 MOST_PAGES = 4  # decoded at once by a thread: some 200 KiB each
 MOST_BYTES = 256 << 20  # to be copied at once

@@ -465,20 +465,23 @@ class _Verifier:
                     self._harm(ref, key, ref.offset, problem, target)
                     continue
                 self._chunks += 1
-                if self._check_extents(ref, entry, target):
-                    wanted.append((chunk, entry))
+                wanted += [(chunk, one) for one in self._check_extents(ref, entry, target)]
         if self._deep and not self._tracing:
             for planned in plan_ranges(wanted):
                 yield _Task(ref, planned)
         yield _Task(ref, None)
 
-    def _check_extents(self, ref: PageRef, entry: Entry, target: _Target) -> bool:
-        """Tell whether all that a chunk needs is there; blames the segments otherwise."""
-        troubles = [self._segments.check_extent(piece) for piece in entry.pieces()]
-        for trouble in troubles:
-            if trouble is not None:
+    def _check_extents(self, ref: PageRef, entry: Entry, target: _Target) -> list[Entry]:
+        """What is there to be checked of a chunk: it, or some pieces; blames the other segments."""
+        there = []
+        pieces = entry.pieces()
+        for piece in pieces:
+            trouble = self._segments.check_extent(piece)
+            if trouble is None:
+                there.append(piece)
+            else:
                 self._blame(ref, trouble, target)
-        return not any(troubles)
+        return [entry] if len(there) == len(pieces) else there
 
     def _blame(self, ref: PageRef, trouble: Trouble, target: _Target) -> None:
         if trouble.piece is None:

@@ -66,6 +66,8 @@ class Rounds:
         self.ages = {}  # label -> number, ascending with the time of the snapshot
         self.stored = {}  # label -> content, of snapshots that must be in the repository
         self.tally = Counter()
+        self.lazies = 0
+        self.late = []  # lazy volumes of commands that were killed, or failed
         self.names = 0
         with mock.patch.dict(os.environ, server.env):
             self.direct = open_repository(url)
@@ -257,24 +259,32 @@ class Rounds:
         """Restore lazily, read through the faults, then fetch the rest without."""
         label = self.dice.choice(list(self.stored))
         rate = self.dice.choice(("0", "1M", "unlimited"))
-        ended = self.run("repo", "restore", self.url, label, "lazy", "--lazy", "--rate", rate)
-        if not self._exists("lazy"):
+        # The daemon goes on when the command is killed: what it makes then is met later.
+        for volume in self.late:
+            if self._exists(volume):
+                self.tally["volumes made after the command was killed"] += 1
+                self._delete_volume(volume)
+        self.lazies += 1
+        lazy = f"lazy-{self.lazies}"
+        ended = self.run("repo", "restore", self.url, label, lazy, "--lazy", "--rate", rate)
+        if not self._exists(lazy):
             if ended.done:
                 raise WrongError(f"{ended}\nthere is no new volume")
+            self.late.append(lazy)
             self.settle(ended)
             return
-        content, expected = self.read("lazy", may_fail=True), self.stored[label]
+        content, expected = self.read(lazy, may_fail=True), self.stored[label]
         for at, piece in content.items():
             if piece is None:
                 self.tally["lazy reads that failed"] += 1
             elif piece != expected[at : at + len(piece)]:
                 raise WrongError(f"{label} at {at} is read wrongly from a lazy volume")
         self.proxy.calm()
-        hydrated = self.commands.run("volume", "hydrate", "lazy", "--rate", "unlimited", "--wait")
+        hydrated = self.commands.run("volume", "hydrate", lazy, "--rate", "unlimited", "--wait")
         if not hydrated.done:
             raise WrongError(f"after the faults: {hydrated}")
-        self._compare_volume("lazy", label)
-        self._delete_volume("lazy")
+        self._compare_volume(lazy, label)
+        self._delete_volume(lazy)
         self.settle(ended)
 
     # What the plays are made of

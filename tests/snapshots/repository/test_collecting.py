@@ -8,7 +8,7 @@ import pytest
 
 from backends.errors import CorruptError, NotFoundError, StorageError, UnavailableError
 from backends.memory_objects import MemoryObjectStore
-from snapshots.repository import Repository, init_in_store
+from snapshots.repository import Repository, collecting, init_in_store, repacking
 from snapshots.repository.layout import new_push_id
 from snapshots.repository.records import Intent, Outcome, Plan
 from tests.snapshots.repository.model import FaultyStore, ModelVolume
@@ -17,6 +17,13 @@ from tests.snapshots.repository.test_repository import CHUNK, PAGE, restored, st
 
 def keys(repository: Repository, prefix: str = "") -> set[str]:
     return {key for key, _ in repository.store.list(prefix)}
+
+
+@pytest.fixture(autouse=True)
+def hardly_any_repacking(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it leaves is the next collection's, which is not the matter here."""
+    for module in (collecting, repacking):
+        monkeypatch.setattr(module, "SPARSE", 0.25)
 
 
 @pytest.fixture
