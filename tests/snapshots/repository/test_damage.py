@@ -203,7 +203,8 @@ def test_deep_verify_reads_each_chunk_once(repository: Repository) -> None:
     stored = sum(
         size for key, size in repository.store.list("segments/") if not is_dead(repository, key)
     )
-    assert report.fetched <= stored
+    # One chunk is patched: its base is read with the patch, to see what they make together.
+    assert report.fetched <= stored + CHUNK
 
 
 def reseal(kind: Kind, fields: dict[str, object]) -> bytes:
