@@ -20,10 +20,11 @@ BENCH ?=
 # How long torture fuzzes, and what else it is told: see python -m tests.torture --help.
 TORTURE_MINUTES ?= 10
 TORTURE ?=
+STORAGE_TESTS := tests/backends tests/durability tests/snapshots
 # Python without the suffix that tools find it by.
 SCRIPTS := scripts/kernel-vm scripts/s3-test-server scripts/nbd-conformance scripts/conformance-table
 
-.PHONY: run test fast-tests durability-tests integration-tests s3-tests check lint torture bench bench-repo conformance
+.PHONY: run test fast-tests storage-tests integration-tests s3-tests check lint torture bench bench-repo conformance
 .DELETE_ON_ERROR:
 
 $(VENV)/installed: pyproject.toml
@@ -46,13 +47,13 @@ run: $(VENV)/installed
 # Four parts side by side: the last two wait for other programs most of the time.
 test: lint
 	@scripts/install-test-dependencies
-	@$(MAKE) --no-print-directory --jobs=4 fast-tests durability-tests integration-tests s3-tests
+	@$(MAKE) --no-print-directory --jobs=4 fast-tests storage-tests integration-tests s3-tests
 
 fast-tests: $(VENV)/installed
-	$(BIN)/python -m pytest -m 'not integration' --durations=10 --ignore=tests/durability
+	$(BIN)/python -m pytest -m 'not integration' --durations=10 $(STORAGE_TESTS:%=--ignore=%)
 
-durability-tests: $(VENV)/installed
-	$(BIN)/python -m pytest --durations=10 tests/durability
+storage-tests: $(VENV)/installed
+	$(BIN)/python -m pytest --durations=10 $(STORAGE_TESTS)
 
 integration-tests: $(VENV)/installed
 	$(BIN)/python -m pytest -m 'integration and not s3' --durations=10
@@ -66,7 +67,7 @@ lint: $(VENV)/installed
 	$(BIN)/mypy
 	$(BIN)/mypy --scripts-are-modules $(SCRIPTS)
 
-check: lint fast-tests durability-tests
+check: lint fast-tests storage-tests
 
 torture: $(VENV)/installed
 	@scripts/install-test-dependencies
