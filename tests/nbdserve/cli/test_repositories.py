@@ -113,7 +113,7 @@ def test_what_is_sound_can_be_salvaged(cli: CommandLine, url: str, tmp_path: Pat
     cli.done("repo", "push", "a@one", url)
     whole = cli.json("repo", "restore", url, "a@one", "b", "--skip-damaged")
     assert whole["holes"] == []
-    segment = next((tmp_path / "repository" / "segments").rglob("0*"))
+    segment = next((tmp_path / "repository" / "segments").glob("*/0*"))
     segment.chmod(0o600)
     with segment.open("r+b") as file:
         file.seek(32 + 5 * 65536 + 77)
@@ -141,7 +141,7 @@ def test_what_is_sound_can_be_salvaged(cli: CommandLine, url: str, tmp_path: Pat
 def test_a_backup_heals_what_verify_found(cli: CommandLine, url: str, tmp_path: Path) -> None:
     content = fill(cli, "a")
     cli.done("backup", "a", "--repo", url)
-    (segment, *_) = (tmp_path / "repository" / "segments").rglob("0*")
+    (segment, *_) = (tmp_path / "repository" / "segments").glob("*/0*")
     segment.unlink()
     assert "noted 1 damaged" in cli("repo", "verify", url).out
     report = cli.json("backup", "a", "--repo", url)["backups"][0]
