@@ -1,9 +1,9 @@
 """Letting guests go first: what works on a repository has time, and they wait for the daemon.
 
 That is for commands whose session is their own, as under cron, systemd and setsid(1); in the
-session of somebody's shell it is theirs to say. Where the kernel compares sessions first (autogroup,
-sched(7)), the session as a whole gets a tenth of what others get that want a processor, and its
-processes are preempted at once; elsewhere the process gets that.
+session of somebody's shell it is theirs to say. Where the kernel compares sessions first
+(autogroup, sched(7)), the session as a whole gets a tenth of what others get that want a processor,
+and its processes are preempted at once; elsewhere the process gets that.
 """
 
 import os
