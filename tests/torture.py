@@ -27,6 +27,7 @@ def main():
     parts = {
         "fuzz": fuzz_all,
         "storm": storm,
+        "twin": twin,
         "power-cuts": power_cuts,
         "faults": faults,
         "vm": machine,
@@ -96,6 +97,11 @@ def storm(arguments):
         NBDSERVE_STORM_SECONDS=round(STORM_SHARE * 60 * arguments.minutes),
         NBDSERVE_STORM_SEED=arguments.seed,
     )
+
+
+def twin(_arguments):
+    """Four million random requests beside a slow, obvious twin; whether they agree."""
+    return run_test("tests/nbdserve/server/test_twin.py", NBDSERVE_TWIN=10)
 
 
 def power_cuts(arguments):

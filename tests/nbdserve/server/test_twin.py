@@ -12,6 +12,7 @@ Deterministic but for the timing of threads: a failure names the seed and the re
 import asyncio
 import contextlib
 import functools
+import os
 import random
 import socket
 import struct
@@ -56,6 +57,7 @@ SIZE = 40 << 20
 GRANULE = 512
 MIB = 1 << 20
 SNAPSHOT_EVERY = 3000  # requests
+TIMES = int(os.environ.get("NBDSERVE_TWIN", "1"))  # by `make torture` as many requests
 MOST_SNAPSHOTS = 6
 PATIENCE = 60.0  # seconds without a byte from the server
 
@@ -505,23 +507,24 @@ async def run(store, seed, amount, style, *, long=False):
     await catalogue.close()
 
 
+@pytest.mark.timeout(300 * TIMES)
 @pytest.mark.parametrize(
     ("store", "style", "amount", "seed"),
     [
-        (MemoryLayerStore, STRUCTURED, 300_000, 1),
-        (MemoryLayerStore, SIMPLE, 280_000, 2),
-        (MemoryLayerStore, EXTENDED, 250_000, 9),
-        (ColdStore, STRUCTURED, 40_000, 3),
-        (ColdStore, SIMPLE, 40_000, 4),
-        (ColdStore, EXTENDED, 30_000, 10),
-        (LocalLayerStore, STRUCTURED, 20_000, 5),
-        (LocalLayerStore, SIMPLE, 15_000, 6),
-        (LocalLayerStore, EXTENDED, 15_000, 11),
+        (MemoryLayerStore, STRUCTURED, 120_000, 1),
+        (MemoryLayerStore, SIMPLE, 110_000, 2),
+        (MemoryLayerStore, EXTENDED, 100_000, 9),
+        (ColdStore, STRUCTURED, 16_000, 3),
+        (ColdStore, SIMPLE, 16_000, 4),
+        (ColdStore, EXTENDED, 12_000, 10),
+        (LocalLayerStore, STRUCTURED, 10_000, 5),
+        (LocalLayerStore, SIMPLE, 8_000, 6),
+        (LocalLayerStore, EXTENDED, 8_000, 11),
     ],
 )
 def test_twin(store, style, amount, seed, tmp_path):
     made = store(tmp_path / "data") if store is LocalLayerStore else store()
-    asyncio.run(run(made, seed, amount, style))
+    asyncio.run(run(made, seed, TIMES * amount, style))
 
 
 @pytest.mark.parametrize(("style", "seed"), [(STRUCTURED, 7), (SIMPLE, 8), (EXTENDED, 12)])
