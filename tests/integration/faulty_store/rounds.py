@@ -259,11 +259,7 @@ class Rounds:
         """Restore lazily, read through the faults, then fetch the rest without."""
         label = self.dice.choice(list(self.stored))
         rate = self.dice.choice(("0", "1M", "unlimited"))
-        # The daemon goes on when the command is killed: what it makes then is met later.
-        for volume in self.late:
-            if self._exists(volume):
-                self.tally["volumes made after the command was killed"] += 1
-                self._delete_volume(volume)
+        self.delete_late()
         self.lazies += 1
         lazy = f"lazy-{self.lazies}"
         ended = self.run("repo", "restore", self.url, label, lazy, "--lazy", "--rate", rate)
@@ -286,6 +282,13 @@ class Rounds:
         self._compare_volume(lazy, label)
         self._delete_volume(lazy)
         self.settle(ended)
+
+    def delete_late(self):
+        """The daemon goes on when a command is killed: delete what it made then."""
+        for volume in self.late:
+            if self._exists(volume):
+                self.tally["volumes made after the command was killed"] += 1
+                self._delete_volume(volume)
 
     # What the plays are made of
 
@@ -382,6 +385,7 @@ class Rounds:
     def finish(self):
         """Collect until nothing changes; then everything is sound and nothing is left over."""
         self.proxy.calm()
+        self.delete_late()
         self.check_all()
         before = None
         for _ in range(MOST_COLLECTIONS):
