@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import threading
 
-from backends.errors import CorruptError
 from backends.layers import DataFile, LayerStore, LogFile
 from snapshots.extent_log import (
     FETCHED,
@@ -20,8 +19,8 @@ from snapshots.extent_log import (
     Run,
     encode_extents,
     encode_log,
-    read_log,
 )
+from snapshots.fetched_log import read_fetched
 from snapshots.lazy import LazyLayer
 from snapshots.lazy_data import whole_chunks
 from snapshots.names import BLOCK_SHIFT, BLOCK_SIZE
@@ -173,12 +172,7 @@ async def open_filling(store: LayerStore, name: str, lazy: LazyLayer) -> Filling
     holds = OwnerMap(lazy.blocks)
     here = OwnerMap(lazy.chunks)
     try:
-        content = await store.read_log(name, FETCHED)
-        if content is not None:
-            try:
-                read_log(content, name, FETCHED, holds, store.describe(name, FETCHED))
-            except CorruptError:
-                holds.set(0, holds.blocks, 0)
+        await read_fetched(store, name, holds)
         whole_chunks(holds, lazy, here)
         data = await store.open_data(name, writable=True)
         try:

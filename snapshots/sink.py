@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import threading
 
-from backends.errors import CorruptError, InUseError, InvalidError
+from backends.errors import InUseError, InvalidError
 from backends.layers import DataFile, LayerClaim, LayerStore, LogFile
 from snapshots.extent_log import (
     FETCHED,
@@ -24,8 +24,8 @@ from snapshots.extent_log import (
     Run,
     encode_extents,
     encode_log,
-    read_log,
 )
+from snapshots.fetched_log import read_fetched
 from snapshots.head import JOURNAL_STEP
 from snapshots.names import BLOCK_SHIFT, BLOCK_SIZE
 from snapshots.owner_map import DATA, ZERO, OwnerMap
@@ -166,12 +166,7 @@ async def _open_notes(store: LayerStore, description: SinkDescription, holds: Ow
             f"volume {description.volume} is still being restored by another process: end that one"
         )
     try:
-        content = await store.read_log(layer, FETCHED)
-        if content is not None:
-            try:
-                read_log(content, layer, FETCHED, holds, store.describe(layer, FETCHED))
-            except CorruptError:
-                holds.set(0, holds.blocks, 0)
+        await read_fetched(store, layer, holds)
         runs = holds.runs(0, holds.blocks)
         content, sequence = encode_log(layer, FETCHED, runs, sealed=False)
         await store.create_log(layer, FETCHED, content + bytes(SECTOR))

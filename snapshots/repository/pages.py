@@ -75,10 +75,6 @@ class Entry(NamedTuple):
     patch: Patch | None = None
 
     @property
-    def is_patched(self) -> bool:
-        return self.patch is not None and not self.codec & PATCHED
-
-    @property
     def base(self) -> Entry:
         """The chunk as it was stored, without the patch."""
         if self.patch is None:
@@ -88,11 +84,11 @@ class Entry(NamedTuple):
     @property
     def stored(self) -> int:
         """Bytes in segments."""
-        return sum(piece.length for piece in self.pieces())
+        return self.length if self.patch is None else sum(piece.length for piece in self.pieces())
 
     def pieces(self) -> tuple[Entry, ...]:
         """What it needs of segments: its base, and the patch."""
-        if self.patch is None or not self.is_patched:
+        if self.patch is None or self.codec & PATCHED:
             return (self,)
         return self.base, patch_piece(self.patch)
 

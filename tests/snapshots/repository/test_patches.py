@@ -223,29 +223,33 @@ def test_a_killed_push_of_patches_is_gone_on_with(
     assert repository.verify(deep=True).damaged == []
 
 
+def with_few_patches_left(disk: ModelVolume) -> tuple[Repository, ModelSource]:
+    """Three snapshots; the last one needs little of the first's bases and the second's patches."""
+    repository = init_in_store(MemoryObjectStore(), CHUNK)
+    repository.push(disk.snapshot("one"))
+    change(disk, *range(3, 640, 16))
+    repository.push(disk.snapshot("two"))
+    disk.data[4 * CHUNK :] = random.Random(2).randbytes(36 * CHUNK)
+    three = disk.snapshot("three")
+    repository.push(three)
+    return repository, three
+
+
 def test_base_and_patch_are_repacked_each_by_itself(
     disk: ModelVolume, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(repacking, "SPARSE", 0.5)
     monkeypatch.setattr(repacking, "WORTH", 0.5)
-    repository = init_in_store(MemoryObjectStore(), CHUNK)
-    repository.push(disk.snapshot("one"))
-    change(disk, *range(3, 640, 16))
-    repository.push(disk.snapshot("two"))
-    # Of the bases and of the patches little is left.
-    disk.data[4 * CHUNK :] = random.Random(2).randbytes(36 * CHUNK)
-    three = disk.snapshot("three")
-    repository.push(three)
+    repository, three = with_few_patches_left(disk)
     pieces = {piece[:2] for entry in entries(repository, "three") for piece in entry.pieces()}
     assert len(pieces) == 3
-    readers = [by_chunk_reader]
     for name in ("one", "two"):
         repository.delete("disk", name)
     assert repository.collect().repacked == 2
     assert repository.collect().freed > 30 * CHUNK
     moved = {piece[:2] for entry in entries(repository, "three") for piece in entry.pieces()}
     assert len(moved & pieces) == 1
-    for read in (restored, *readers):
+    for read in (restored, by_chunk_reader):
         assert read(repository, three) == three.content
     assert repository.verify(deep=True).damaged == []
 
@@ -255,13 +259,7 @@ def test_a_reader_in_the_middle_finds_a_patch_that_moved(
 ) -> None:
     """Only the patch has moved: the base, where the reader looks first, is where it was."""
     monkeypatch.setattr(repacking, "WORTH", 0.1)
-    repository = init_in_store(MemoryObjectStore(), CHUNK)
-    repository.push(disk.snapshot("one"))
-    change(disk, *range(3, 640, 16))
-    repository.push(disk.snapshot("two"))
-    disk.data[4 * CHUNK :] = random.Random(2).randbytes(36 * CHUNK)
-    three = disk.snapshot("three")
-    repository.push(three)
+    repository, three = with_few_patches_left(disk)
     repository.delete("disk", "two")
     push = repository.find("disk", "three").push
     reader = ChunkReader(
