@@ -23,7 +23,9 @@ from backends.block_device import is_rotational
 from backends.errors import InUseError, StorageError
 from backends.local_layers import LocalLayerStore
 from nbdserve.addresses import UnixAddress
-from nbdserve.configuration import Configuration, ListenerConfiguration, TlsConfiguration
+from nbdserve.configuration.listeners import ListenerConfiguration
+from nbdserve.configuration.settings import Configuration
+from nbdserve.configuration.tls import TlsConfiguration
 from nbdserve.control import address
 from nbdserve.control.client import Client, path
 from nbdserve.control.server import ControlServer

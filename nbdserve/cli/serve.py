@@ -7,16 +7,15 @@ import click
 
 from nbdserve import daemon
 from nbdserve.cli.options import data_option, given_data_directory
-from nbdserve.configuration import (
+from nbdserve.configuration.file import read_file
+from nbdserve.configuration.settings import (
     LOG_LEVELS,
     MAX_WORKERS,
     MOST_BY_DEFAULT,
-    TLS_MODES,
     Settings,
-    TlsSettings,
     combine,
 )
-from nbdserve.configuration_file import read_file
+from nbdserve.configuration.tls import TLS_MODES, TlsSettings
 from nbdserve.logs import write_logs
 
 

@@ -10,15 +10,14 @@ import pytest
 
 from backends.errors import InvalidError, NotFoundError
 from nbdserve.addresses import Address, TcpAddress, UnixAddress, parse_address
-from nbdserve.configuration import (
-    Configuration,
+from nbdserve.configuration.exports import EXPORT_KEYS
+from nbdserve.configuration.file import KEYS, read_file
+from nbdserve.configuration.listeners import (
+    LISTENER_KEYS,
     ListenerConfiguration,
-    Settings,
-    TlsConfiguration,
-    TlsSettings,
-    combine,
 )
-from nbdserve.configuration_file import EXPORT_KEYS, KEYS, LISTENER_KEYS, read_file
+from nbdserve.configuration.settings import Configuration, Settings, combine
+from nbdserve.configuration.tls import TlsConfiguration, TlsSettings
 from nbdserve.protocol.handshake import TlsMode
 from nbdserve.server.entrance import MAX_CONNECTIONS, AccessList
 from nbdserve.server.permissions import ExportRule
