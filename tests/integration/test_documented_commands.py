@@ -40,7 +40,12 @@ from .parts import (
     run,
 )
 
-DOCUMENTS = [PROJECT / "README.md", PROJECT / "docs" / "operations.md"]
+DOCUMENTS = [
+    PROJECT / "README.md",
+    PROJECT / "docs" / "operations.md",
+    PROJECT / "docs" / "backups.md",
+    PROJECT / "docs" / "scripting.md",
+]
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 CRON_LINE = re.compile(r"^(?:[\d*/,-]+\s+){5}(.*)$")
 
