@@ -28,6 +28,7 @@ def main():
         "fuzz": fuzz_all,
         "storm": storm,
         "twin": twin,
+        "models": models,
         "power-cuts": power_cuts,
         "faults": faults,
         "vm": machine,
@@ -101,7 +102,14 @@ def storm(arguments):
 
 def twin(_arguments):
     """Four million random requests beside a slow, obvious twin; whether they agree."""
-    return run_test("tests/nbdserve/server/test_twin.py", NBDSERVE_TWIN=10)
+    return run_test("tests/nbdserve/server/test_twin.py", NBDSERVE_TWIN=18)
+
+
+def models(_arguments):
+    """Long random histories of volumes beside a model of them; whether they agree."""
+    tests = ("tests/snapshots/test_model.py", "tests/nbdserve/workers/test_model.py")
+    good = [run_test(test, NBDSERVE_MODEL=20) for test in tests]
+    return all(good)
 
 
 def power_cuts(arguments):

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-STATES = 10_000
+STATES = 4_000
 SEED = 1
 
 

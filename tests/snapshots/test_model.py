@@ -8,6 +8,7 @@ and every snapshot must be whole.
 from __future__ import annotations
 
 import asyncio
+import os
 import random
 from collections.abc import Coroutine
 from typing import Any, TypeVar
@@ -36,7 +37,8 @@ T = TypeVar("T")
 
 BLOCK = 4096
 MAX_BLOCKS = 24
-OPERATIONS = 20_000
+TIMES = int(os.environ.get("NBDSERVE_MODEL", "1"))  # by `make torture` as many examples
+OPERATIONS = 7_000 * TIMES
 counted: list[int] = []
 own_layers: list[int] = []
 
@@ -444,7 +446,7 @@ class VolumeModel(RuleBasedStateMachine):
         assert names == expected
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(600 * TIMES)
 def test_random_operations_match_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
     # Small limits, so that threads and syncs nobody asked for take part.
     monkeypatch.setattr(volume_module, "INLINE_WRITE", 2 * BLOCK)
@@ -452,7 +454,7 @@ def test_random_operations_match_the_model(monkeypatch: pytest.MonkeyPatch) -> N
     run_state_machine_as_test(
         VolumeModel,
         settings=settings(
-            max_examples=400,
+            max_examples=140 * TIMES,
             stateful_step_count=80,
             deadline=None,
             suppress_health_check=list(HealthCheck),

@@ -407,7 +407,7 @@ def test_small_requests_of_a_client_that_never_reads_are_bounded():
     async def test(harness):
         harness.export.held = set(range(0, 1024, 2))
         client = await harness.connect()
-        requests = 6500
+        requests = 3000
         for cookie in range(requests):
             client.send(BLOCK_STATUS, 0, 4 * MIB, cookie=cookie)
         await settle()

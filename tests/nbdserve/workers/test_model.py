@@ -17,7 +17,7 @@ from hypothesis.stateful import rule, run_state_machine_as_test
 from backends.errors import StorageError
 from tests.nbdserve.workers.remote import RemoteHandle, open_over_workers
 from tests.snapshots.stores import until
-from tests.snapshots.test_model import VolumeModel, fractions, snapshots, volumes
+from tests.snapshots.test_model import TIMES, VolumeModel, fractions, snapshots, volumes
 
 counted: list[str] = []
 
@@ -119,12 +119,12 @@ class WorkersModel(VolumeModel):
         counted.append("snapshot" if done else "lost" if lost else "idle")
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(600 * TIMES)
 def test_random_operations_over_two_workers_match_the_model():
     run_state_machine_as_test(
         WorkersModel,
         settings=settings(
-            max_examples=6,
+            max_examples=4 * TIMES,
             stateful_step_count=40,
             deadline=None,
             suppress_health_check=list(HealthCheck),
