@@ -211,6 +211,18 @@ class Catalogue:
         """The names of all volumes, in order."""
         return sorted(manifest.name for manifest in self._manifests.volumes.values())
 
+    def volume_names_by_id(self) -> dict[str, str | None]:
+        """The name of each volume by its id, of those too that cannot be read (None: unknown)."""
+        lost = {volume.id: volume.name for volume in self._manifests.unreadable.values()}
+        return {**lost, **{volume.id: volume.name for volume in self._manifests.volumes.values()}}
+
+    def volume_id(self, name: str) -> str:
+        """The id of a volume, also of one that cannot be read; NotFoundError."""
+        for identifier, found in self.volume_names_by_id().items():
+            if found == name:
+                return identifier
+        raise NotFoundError(f"volume {name} does not exist")
+
     def volume_size(self, name: str) -> int:
         """Size of a volume in bytes; NotFoundError."""
         return self._manifests.get(name).size

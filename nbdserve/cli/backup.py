@@ -67,7 +67,7 @@ def backup(volumes: tuple[str, ...], url: str, as_json: bool, **given: Any) -> N
     repository = open_repository(url)
     print_notice(repository)
     with Session(data) as session:
-        run = _Backup(session, repository, given_rules(given))
+        run = _Backup(session, repository, url, given_rules(given))
         run.run(names)
     if as_json:
         print_json({"backups": run.reports})
@@ -84,9 +84,10 @@ add_key_options(backup)
 class _Backup:
     """One run; ``reports`` has an object a volume, in order."""
 
-    def __init__(self, session: Session, repository: Repository, rules: Rules) -> None:
+    def __init__(self, session: Session, repository: Repository, url: str, rules: Rules) -> None:
         self._session = session
         self._repository = repository
+        self._url = url
         self._rules = rules
         self._labels = {LABEL: repository.config.repository_id}
         self.reports: list[dict[str, Any]] = []
@@ -126,7 +127,7 @@ class _Backup:
     def _push(self, volume: str, name: str) -> PushReport | None:
         try:
             line = self._session.client.get(path("volumes", volume))["id"]
-            report = push(self._session, self._repository, volume, name, line)
+            report = push(self._session, self._repository, self._url, volume, name, line)
         except (StorageError, OSError) as error:
             line = one_line(error)
             self.failures.append(

@@ -144,7 +144,7 @@ def push(snapshot: str, url: str, as_json: bool) -> None:
     repository = open_repository(url)
     print_notice(repository)
     with Session(data) as session:
-        report = push_snapshot(session, repository, volume, name)
+        report = push_snapshot(session, repository, url, volume, name)
     print_warnings(report)
     print_result(dataclasses.asdict(report), as_json, push_line(report))
 

@@ -9,6 +9,7 @@ import asyncio
 from typing import Any
 
 from backends.local_layers import LocalLayerStore
+from nbdserve.cli.job_report import JobReport
 from nbdserve.cli.progress import Progress
 from nbdserve.cli.session import Session
 from nbdserve.control.client import Document, path
@@ -19,16 +20,34 @@ from snapshots.transfer import SinkDescription, SnapshotRef, SourceDescription
 
 
 def push(
-    session: Session, repository: Repository, volume: str, snapshot: str, line: str = ""
+    session: Session,
+    repository: Repository,
+    url: str,
+    volume: str,
+    snapshot: str,
+    line: str = "",
 ) -> PushReport:
-    """Push a snapshot of the data directory, and show the progress; see ``Repository.push``."""
+    """Push a snapshot of the data directory, and show the progress; see ``Repository.push``.
+
+    Whoever serves the directory is told of it, and how it ended.
+    """
     where = path("volumes", volume, "snapshots", snapshot, "pin")
     with session.client.stream("POST", where) as pin:
         description = _source_description(pin.first()["source"])
         source = asyncio.run(open_source(LocalLayerStore(session.data), description))
         try:
-            with Progress(f"pushing {volume}@{snapshot}") as progress:
-                return repository.push(source, progress.update, line=line)
+            with (
+                JobReport(session, "push", volume, snapshot, url) as job,
+                Progress(f"pushing {volume}@{snapshot}") as progress,
+            ):
+
+                def update(done: int, total: int) -> None:
+                    job.update(done, total)
+                    progress.update(done, total)
+
+                report = repository.push(source, update, line=line)
+                job.succeeded(repository.config.repository_id, description.created, report)
+            return report
         finally:
             source.close()
 
@@ -36,6 +55,7 @@ def push(
 def restore(
     session: Session,
     repository: Repository,
+    url: str,
     volume: str,
     snapshot: str,
     new: str,
@@ -59,10 +79,14 @@ def restore(
         description = SinkDescription(**begun["sink"])
         sink = asyncio.run(open_sink(LocalLayerStore(session.data), description))
         try:
-            with Progress(f"restoring {volume}@{snapshot}") as progress:
+            with (
+                JobReport(session, "restore", new, f"{volume}@{snapshot}", url) as job,
+                Progress(f"restoring {volume}@{snapshot}") as progress,
+            ):
 
                 def update(done: int, total: int) -> None:
                     claim.check_held()
+                    job.update(done, total)
                     progress.update(done, total)
 
                 report = repository.restore(

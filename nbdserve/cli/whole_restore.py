@@ -19,7 +19,7 @@ def restore_whole(
     repository = open_repository(url)
     with Session(data, create=True) as session:
         report, restored = restore_snapshot(
-            session, repository, volume, name, new, skip_damaged=skip_damaged
+            session, repository, url, volume, name, new, skip_damaged=skip_damaged
         )
     line = (
         f"restored {snapshot} as volume {new}: {format_size(report.written)} of data,"

@@ -56,6 +56,13 @@ class Fields:
     def optional_size(self, name: str) -> int | None:
         return None if self._absent(name) else self.size(name)
 
+    def number(self, name: str, most: float) -> float:
+        """From 0 to ``most``; an int when it is whole and was sent as such."""
+        value = self._take(name)
+        if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value <= most:
+            raise InvalidError(f"{name!r} must be a number from 0 to {most:g}")
+        return value
+
     def flag(self, name: str) -> bool:
         """False when absent."""
         value = self._values.pop(name, False)

@@ -7,28 +7,34 @@ claim stops, the stream ends with an error line: the claim holds no longer.
 * ``pin`` keeps the layers of a snapshot as they are while another process reads them.
 * ``imports`` reserves a volume's name while another process fills its layer; a commit, on another
   connection, makes it a volume, anything else discards it, or keeps it to be gone on with.
-* ``backups`` keeps a second backup away from a volume.
+* ``backups`` keeps a second backup away from a volume, and a second run from a policy.
 """
 
 import asyncio
 import dataclasses
 import secrets
+import socket
+import struct
 from collections.abc import Mapping
+from typing import Final
 
 from aiohttp import web
 
 from backends.errors import InUseError, InvalidError, NotFoundError, UnavailableError
 from nbdserve.control import documents
 from nbdserve.control.bodies import Fields
-from nbdserve.control.state import State, state_of
+from nbdserve.control.state import BackupClaim, State, state_of
 from nbdserve.control.streams import stream
 from snapshots.listings import VolumeInfo
+from snapshots.names import check_name
 from snapshots.transfer import Import, Origin, Pin
 
 routes = web.RouteTableDef()
 
+_UCRED: Final = struct.Struct("iII")  # of unix(7): process, user, group
 
-async def _hold(request: web.Request, claim: Mapping[str, object]) -> web.StreamResponse:
+
+async def hold(request: web.Request, claim: Mapping[str, object]) -> web.StreamResponse:
     """Answer with ``claim`` and return only by the server's stop; a lost client cancels."""
     async with stream(request) as answer:
         await answer.send(claim)
@@ -46,7 +52,7 @@ async def pin(request: web.Request) -> web.StreamResponse:
     )
     try:
         pinned = await asyncio.shield(begun)
-        return await _hold(request, {"source": dataclasses.asdict(pinned.source)})
+        return await hold(request, {"source": dataclasses.asdict(pinned.source)})
     finally:
         if begun.done():
             _release(begun)
@@ -61,21 +67,43 @@ def _release(begun: asyncio.Task[Pin]) -> None:
 
 @routes.post("/v1/backups")
 async def begin_backup(request: web.Request) -> web.StreamResponse:
-    """``{"volumes": [name, …]}``; first line: ``{"volumes": […]}``."""
+    """``{"volumes": [name, …], "policy"}``, a policy or none; first line: ``{"volumes": […]}``."""
     state = state_of(request)
     fields = await Fields.of(request)
     volumes = sorted(set(fields.texts("volumes")))
+    policy = fields.optional_text("policy")
     fields.end()
+    if policy is not None:
+        check_name("policy", policy)
     for volume in volumes:
         await state.catalogue.show_volume(volume)
-    for volume in volumes:  # no await from here to the claim
-        if volume in state.backups:
-            raise InUseError(f"volume {volume} is being backed up by another command")
-    state.backups.update(volumes)
+    claim = BackupClaim(volumes, policy, _process(request))
+    _check_no_backup(state, claim)  # no await from here to the claim
+    state.backups.append(claim)
     try:
-        return await _hold(request, {"volumes": volumes})
+        return await hold(request, {"volumes": volumes})
     finally:
-        state.backups.difference_update(volumes)
+        state.backups.remove(claim)
+
+
+def _check_no_backup(state: State, wanted: BackupClaim) -> None:
+    for other in state.backups:
+        who = f"by process {other.process} since {documents.timestamp(other.started)}"
+        if other.policy is not None:
+            if other.policy == wanted.policy:
+                raise InUseError(f"policy {other.policy} is being run {who}")
+            who += f", for policy {other.policy}"
+        for volume in wanted.volumes:
+            if volume in other.volumes:
+                raise InUseError(f"volume {volume} is being backed up {who}")
+
+
+def _process(request: web.Request) -> int:
+    """The number of the process at the other end of the Unix socket."""
+    assert request.transport is not None
+    connection = request.transport.get_extra_info("socket")
+    credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
+    return int(_UCRED.unpack(credentials)[0])
 
 
 @routes.post("/v1/imports")
@@ -94,7 +122,7 @@ async def begin_import(request: web.Request) -> web.StreamResponse:
     begun = state.operations.start(_begin(state, identifier, volume, size, origin))
     try:
         imported = await asyncio.shield(begun)
-        return await _hold(
+        return await hold(
             request, {"import": identifier, "sink": dataclasses.asdict(imported.sink)}
         )
     finally:

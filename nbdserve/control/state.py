@@ -2,12 +2,16 @@
 
 import asyncio
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from aiohttp import web
 
 from backends.layers import LayerStore
+from nbdserve.control import history
+from nbdserve.control.history import History
+from nbdserve.control.jobs import Jobs
 from nbdserve.control.operations import Operations
 from snapshots.catalogue import Catalogue
 from snapshots.transfer import Import
@@ -23,6 +27,19 @@ class Host:
     started: float = field(default_factory=time.time)
 
 
+@dataclass(frozen=True, eq=False)
+class BackupClaim:
+    """A backup that is under way: of which volumes, by which policy (None: by none), and who.
+
+    ``process`` is its number, ``started`` seconds since the epoch.
+    """
+
+    volumes: Sequence[str]
+    policy: str | None
+    process: int
+    started: float = field(default_factory=time.time)
+
+
 @dataclass
 class State:
     """Of one application."""
@@ -33,8 +50,12 @@ class State:
     operations: Operations = field(default_factory=Operations)
     stopping: asyncio.Event = field(default_factory=asyncio.Event)
     imports: dict[str, Import] = field(default_factory=dict)
-    backups: set[str] = field(default_factory=set)
-    """Names of the volumes that are being backed up."""
+    backups: list[BackupClaim] = field(default_factory=list)
+    jobs: Jobs = field(default_factory=Jobs)
+    history: History = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.history = History(self.host.data / history.FILE, self.catalogue.volume_names_by_id)
 
 
 STATE = web.AppKey("state", State)

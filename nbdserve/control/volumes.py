@@ -9,6 +9,7 @@ from aiohttp import web
 from backends.errors import InvalidError
 from nbdserve.control import documents
 from nbdserve.control.bodies import Fields, query_flag
+from nbdserve.control.reports import job_documents
 from nbdserve.control.state import state_of
 from nbdserve.control.streams import stream
 from snapshots.names import parse_snapshot_name
@@ -42,7 +43,9 @@ async def status(request: web.Request) -> web.Response:
             "snapshots": len(snapshots),
             "clients": sum(info.clients for info in volumes)
             + sum(info.clients for info in snapshots),
-            "backups": sorted(state.backups),
+            "backups": sorted(volume for claim in state.backups for volume in claim.volumes),
+            "jobs": job_documents(state),
+            "history": [dataclasses.asdict(record) for record in state.history.records()],
             "hydrations": [
                 {"volume": name, **dataclasses.asdict(info)}
                 for name, info in state.catalogue.hydrations().items()
