@@ -7,6 +7,7 @@ import errno
 import fcntl
 import os
 import struct
+from pathlib import Path
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
@@ -20,6 +21,14 @@ _FIEMAP = struct.Struct("=QQIII4x")
 _EXTENT = struct.Struct("=Q8xQ32x")
 # What is punched at a time where the file system does not tell what it has.
 _UNKNOWN = 64 << 20
+
+
+def read_boot_id() -> bytes:
+    """What the kernel calls this run of the machine (random(4)); empty where there is no /proc."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_bytes().strip()
+    except OSError:
+        return b""
 
 
 def sync_file_range(descriptor: int, offset: int, length: int, flags: int) -> None:

@@ -137,6 +137,25 @@ class LogFile(Protocol):
         """Release descriptors; no other call may follow."""
 
 
+class ScratchFile(Protocol):
+    """Bytes beside a layer that outlive the process, not the machine: nothing ever syncs them."""
+
+    def write(self, position: int, data: Buffer) -> None:
+        """Write all of ``data``; on an error any part of it may have been written."""
+
+    def clear(self) -> None:
+        """Make it empty; needs no space."""
+
+    def reserve(self, length: int) -> None:
+        """Have space for its first ``length`` bytes, whatever fills the disk."""
+
+    def remove(self) -> None:
+        """Take its name away."""
+
+    def close(self) -> None:
+        """Release the descriptor; no other call may follow."""
+
+
 class LayerClaim(Protocol):
     """A hold on a layer against other processes, until released or until the process ends."""
 
@@ -156,6 +175,17 @@ class StagedRecord(Protocol):
 
 class LayerStore(Protocol):
     """Where layers and records live."""
+
+    @property
+    def machine_run(self) -> bytes:
+        """What tells this run of the machine from the ones before; empty when nothing does.
+
+        What a scratch file has was written in the same run, or says nothing.
+        """
+
+    @property
+    def was_orderly(self) -> bool:
+        """Whether the last owner let go in good order; once this process is the owner."""
 
     async def lock(self) -> None:
         """Become the one owner of the store; InUseError when another process is."""
@@ -219,6 +249,9 @@ class LayerStore(Protocol):
 
     async def delete_log(self, layer: str, log: str) -> None:
         """Remove a log; one that is gone already is no error."""
+
+    def open_scratch(self, layer: str, name: str) -> ScratchFile:
+        """Open a scratch file, empty, and make it if need be; ``read_log`` reads it. OSError."""
 
     async def pin_layer(self, layer: str) -> LayerClaim:
         """Share the layer with readers of other processes; InUseError while it is claimed."""

@@ -8,6 +8,7 @@
     DATA/<kind>/<name>               records, one file each
     DATA/layers/<layer>/data-00000   a layer's data, a file a TiB (see local_data.py)
     DATA/layers/<layer>/<log>        a layer's logs
+    DATA/layers/<layer>/recent-0, -1 scratch files
     DATA/layers/<layer>/claim        flock: shared by readers of other processes, or exclusive
     DATA/lost/<layer>                layers that were set aside: they belonged to no volume
 
@@ -31,12 +32,13 @@ import aiofiles
 import aiofiles.os
 
 from backends.errors import CorruptError, InUseError, InvalidError, NoSpaceError, NotFoundError
+from backends.file_calls import read_boot_id
 from backends.layers import Buffer, LayerFiles, Space
 from backends.local_data import LocalDataFile, check_there, drop_cache, holds_data
 
 _NEW = ".new-"
 _CLEAN = b"clean\n"
-_LOGS = ("index", "journal", "merge", "lazy", "fetched", "restore")
+_LOGS = ("index", "journal", "merge", "lazy", "fetched", "restore", "recent-0", "recent-1")
 _DATA_OR_NEW = re.compile(r"data-[0-9]{5}$|\.new-")
 _ZEROES = memoryview(bytes(64 << 10))
 # What an empty file system or a killed process may have left.
@@ -99,6 +101,40 @@ class LocalLogFile:
         self._descriptor = -1
 
 
+class LocalScratchFile:
+    """A scratch file, empty when it is opened."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            self.clear()
+        except OSError:
+            self.close()
+            raise
+
+    def write(self, position: int, data: Buffer) -> None:
+        view = memoryview(data)
+        while len(view) > 0:
+            written = os.pwrite(self._descriptor, view, position)
+            view = view[written:]
+            position += written
+
+    def clear(self) -> None:
+        os.ftruncate(self._descriptor, 0)
+
+    def reserve(self, length: int) -> None:
+        os.posix_fallocate(self._descriptor, 0, length)
+
+    def remove(self) -> None:
+        with contextlib.suppress(FileNotFoundError):
+            self._path.unlink()
+
+    def close(self) -> None:
+        os.close(self._descriptor)
+        self._descriptor = -1
+
+
 class FileClaim:
     """An flock on a file, gone with the process at the latest."""
 
@@ -132,6 +168,8 @@ class LocalLayerStore:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.machine_run = read_boot_id()
+        self.was_orderly = False
         self._lock: FileClaim | None = None
 
     # Ownership
@@ -183,7 +221,8 @@ class LocalLayerStore:
             ) from None
         self._lock = FileClaim(descriptor)
         try:
-            if os.pread(descriptor, len(_CLEAN), 0) != _CLEAN:
+            self.was_orderly = os.pread(descriptor, len(_CLEAN), 0) == _CLEAN
+            if not self.was_orderly:
                 await asyncio.to_thread(self._drop_caches, "layers/*/*")
             os.ftruncate(descriptor, 0)
             await self._remove_leftovers()
@@ -371,6 +410,9 @@ class LocalLayerStore:
 
     async def delete_log(self, layer: str, log: str) -> None:
         await _unlink(self._layer(layer) / log)
+
+    def open_scratch(self, layer: str, name: str) -> LocalScratchFile:
+        return LocalScratchFile(self._layer(layer) / name)
 
     async def pin_layer(self, layer: str) -> FileClaim:
         claim = await self._flock(layer, fcntl.LOCK_SH)

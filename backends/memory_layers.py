@@ -11,7 +11,7 @@ import errno
 from collections.abc import Sequence
 
 from backends.errors import InUseError, NoSpaceError, NotFoundError
-from backends.layers import Buffer, LayerFiles, Space
+from backends.layers import Buffer, LayerFiles, ScratchFile, Space
 
 _PAGE_SHIFT = 12
 _PAGE = 1 << _PAGE_SHIFT
@@ -153,6 +153,9 @@ class MemoryStagedRecord:
 class MemoryLayerStore:
     """A LayerStore in memory (see the module's text)."""
 
+    machine_run = b""  # nothing outlives the process
+    was_orderly = True
+
     def __init__(self, capacity: int = _UNBOUNDED) -> None:
         self.capacity = capacity
         self.used = 0
@@ -242,6 +245,9 @@ class MemoryLayerStore:
 
     async def delete_log(self, layer: str, log: str) -> None:
         self.take(-len(self._logs.get(layer, {}).pop(log, b"")))
+
+    def open_scratch(self, layer: str, name: str) -> ScratchFile:
+        raise AssertionError("a store without runs of the machine has no use for it")
 
     async def pin_layer(self, layer: str) -> MemoryClaim:
         return MemoryClaim()

@@ -75,6 +75,7 @@ class Handle:
         self.trim = view.trim
         self.cache = view.cache
         self.flush = view.flush
+        self.note = view.note
 
     def status(self, context: str, offset: int, length: int, limit: int) -> list[tuple[int, int]]:
         """Up to ``limit`` runs (length in bytes, status) of a metadata context (contexts.py).

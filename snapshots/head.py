@@ -11,6 +11,9 @@ costs the event loop nothing, and ``persist`` makes them durable, in a thread:
 
 The other order would, after a power cut, show zeroes or older bytes where the journal claims data.
 
+Until then **recent** files say what is pending, to a process that comes after this one was killed
+(recent.py): ``note`` is called before a client is answered.
+
 **Room.** A write that takes new blocks must be sure that its journal record will fit, however full
 the disk gets. Space for the journal is reserved ahead of its end; ``room(RESERVED)`` is how many
 runs may be pending for a write, ``room(0)`` for what must go on when the disk is full (TRIM,
@@ -21,6 +24,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import logging
 from heapq import heappop, heappush
 
 from backends.errors import CorruptError
@@ -39,7 +43,8 @@ from snapshots.extent_log import (
 )
 from snapshots.layer import OpenLayer, apply_layer
 from snapshots.names import BLOCK_SHIFT
-from snapshots.owner_map import ZERO, OwnerMap
+from snapshots.owner_map import DATA, ZERO, OwnerMap
+from snapshots.recent import Found, Recent, open_recent, read_recent
 from snapshots.reserve import with_reserve
 
 JOURNAL_STEP = 256 << 10
@@ -47,6 +52,9 @@ JOURNAL_STEP = 256 << 10
 _AMPLE = 1 << 20
 RESERVED = 64 << 10
 _COMPACT_FROM = 8 << 20
+
+
+_log = logging.getLogger(__name__)
 
 
 async def create_head(store: LayerStore, layer: str) -> None:
@@ -87,6 +95,10 @@ class Head:
         self._idle: asyncio.Future[None] | None = None
         self.write_limit = 0
         self.zero_limit = 0
+        self.recent: Recent | None = None
+        self.last_noted: Run | None = None
+        self._noted = 0
+        self._noted_late = 0
         # A volume that is only looked at needs no more than the first step.
         self.ample = False
 
@@ -119,10 +131,48 @@ class Head:
         """Whether anything came after the last ``capture``."""
         return self.written != self._begun or bool(self.pending)
 
-    def capture(self) -> list[Run]:
-        """Take what is pending, for ``persist``; none is pending then."""
+    def note(self) -> None:
+        """Write down what is pending: whoever was answered may rely on it after a kill.
+
+        The last run that was noted may have grown since, and is noted once more.
+        """
+        pending = self.pending
+        if pending and pending[-1] is not self.last_noted:
+            grown = self._noted and pending[self._noted - 1] is not self.last_noted
+            self._note(pending[self._noted - 1 if grown else self._noted :])
+            self._noted = len(pending)
+            self.last_noted = pending[-1]
+
+    def note_late(self) -> None:
+        """The same for a sealed head: what is pending was noted when it was captured."""
+        if len(self.late) > self._noted_late:
+            self._note(self.late[self._noted_late :])
+            self._noted_late = len(self.late)
+
+    def _note(self, runs: list[Run]) -> None:
+        if self.recent is None:
+            return
+        try:
+            self.recent.note(runs)
+        except OSError as error:
+            _log.warning(
+                "layer %s: what is not flushed would be lost if this process were killed: %s",
+                self.layer.name,
+                error.strerror or error,
+            )
+
+    def capture(self, *, turn: bool = True) -> list[Run]:
+        """Take what is pending, for ``persist``; none is pending then.
+
+        Without ``turn``, when a ``persist`` may be under way, what comes late is noted behind it.
+        """
+        self.note()
+        if turn and self.recent is not None:
+            self.recent.turn()
         runs = self.pending
         self.pending = []
+        self._noted = 0
+        self.last_noted = None
         # Runs of data alone are never cut in two (see ``flatten``).
         self._captured = 2 * len(runs) if self._zeroed else len(runs)
         self._zeroed = False
@@ -286,8 +336,18 @@ class Head:
         if missing is not None:
             raise CorruptError(missing)
 
+    def forget_recent(self) -> None:
+        """The journal has everything, or what was written is lost."""
+        if self.recent is not None:
+            self.recent.remove()
+            self.recent = None
+
     def close(self) -> None:
         """Close the journal; the data belongs to the pool."""
+        if self.recent is not None and not (self.pending or self._captured or self.late):
+            self.forget_recent()
+        elif self.recent is not None:
+            self.recent.close()
         self._journal.close()
 
 
@@ -297,6 +357,7 @@ async def open_head(
     """Open a head and apply its journal to ``owners``; a torn tail of the journal goes."""
     state = await apply_layer(store, layer.name, owners, slot, 0)
     damage = missing_from(layer.data, state)
+    found = await read_recent(store, layer.name)
     head = Head(layer, slot, await store.open_log(layer.name, JOURNAL, state.end), state)
     head.damage = damage
     try:
@@ -304,11 +365,33 @@ async def open_head(
             await head.compact(store, blocks)
         else:
             head.adopt_reservation(state.size)
-        await asyncio.to_thread(head.settle)
+        await _adopt(store, head, owners, found)
+        head.recent = await open_recent(store, layer.name, found)
     except BaseException:
         head.close()
         raise
     return head
+
+
+async def _adopt(store: LayerStore, head: Head, owners: OwnerMap, found: Found) -> None:
+    """Make durable what a killed process left, and reserve room."""
+    for first, last, kind in found.runs:
+        owners.set(first, last, head.slot if kind == DATA else 0)
+        if kind == DATA:
+            head.take(first, last, DATA)
+        else:
+            head.take_zeroes(first, last)
+    head.zeroed += [run for run in found.runs if run[2] == ZERO]
+    try:
+        await asyncio.to_thread(head.settle)
+        if found.runs:
+            await asyncio.to_thread(head.persist, head.capture())
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            # Of what was in the cache some is lost: nothing may be taken for written the next time.
+            for name in found.files:
+                await store.delete_log(head.layer.name, name)
+        raise
 
 
 def flatten(runs: list[Run]) -> list[Run]:

@@ -24,12 +24,14 @@ from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from backends.errors import StorageError, UnavailableError
+from backends.errors import StorageError, UnavailableError, one_line
 from backends.layers import LayerStore
+from snapshots.gates import move_down
 from snapshots.host import HostLostError, ViewHost
 from snapshots.manifest import Manifest, Snapshot
 from snapshots.manifest_store import ManifestStore, StagedCommit
 from snapshots.merging import Merging
+from snapshots.names import BLOCK_SHIFT
 from snapshots.open_views import OpenView, OpenViews
 
 _log = logging.getLogger(__name__)
@@ -125,6 +127,19 @@ class Sealing:
         finally:
             await _each(prepared, lambda view: view.host.end_commit(view.key))
 
+    async def _move_down(self, lost: _Prepared) -> None:
+        """Of a volume whose host was lost, keep what was answered behind the gate (gates.py)."""
+        manifest = lost.manifest
+        try:
+            await self._store.drop_cache(manifest.head)
+            await move_down(self._store, lost.head, manifest.head, manifest.size >> BLOCK_SHIFT)
+        except (OSError, StorageError) as error:
+            _log.error(
+                "volume %s: what was written since the snapshot began is lost, or in part: %s",
+                manifest.name,
+                one_line(error),
+            )
+
     async def _keep_the_rest(self, prepared: list[_Prepared]) -> None:
         """A host was lost behind the gate: its volumes have their old heads, the others the new."""
         rest: list[_Prepared] = []
@@ -137,6 +152,7 @@ class Sealing:
                 await _fail([each], f"the commit of a snapshot failed: {error}")
         for each in prepared:
             if each.view.lost:
+                await self._move_down(each)
                 await self._views.remove_head(each.view, each.head)
         rest = [each for each in rest if not each.view.lost]
         if not rest:

@@ -6,12 +6,16 @@ import asyncio
 import contextlib
 import logging
 
+from backends.errors import StorageError, one_line
 from backends.layers import LayerStore
 from snapshots.freeing import Freeing
+from snapshots.gates import adopt, move_down
 from snapshots.layer import clear_away
 from snapshots.manifest_store import ManifestStore
 from snapshots.merging import Merging
+from snapshots.names import BLOCK_SHIFT
 from snapshots.open_views import OpenViews
+from snapshots.recent import read_recent
 
 _log = logging.getLogger(__name__)
 
@@ -38,6 +42,7 @@ class Upkeep:
     async def start(self) -> None:
         """Finish what a crash left half done; the manifests have all been read."""
         await self._merging.drop_condemned()
+        await self._adopt_recent()
         await self._set_strangers_aside()
 
     def resume(self) -> None:
@@ -57,6 +62,38 @@ class Upkeep:
                 await self._store.keep_reserve()
             if self._merging.deferred:
                 self._merging.resume()
+
+    async def _adopt_recent(self) -> None:
+        """Give heads what a killed process was about to (recent.py, gates.py).
+
+        What cannot be read is said, and done, when the volume is opened.
+        """
+        if self._store.was_orderly:
+            return
+        heads = {manifest.head: manifest for manifest in self._manifests.volumes.values()}
+        known = self._manifests.live_layers()
+        for layer in await self._store.list_layers():
+            found = await read_recent(self._store, layer)
+            below = layer if layer in heads else found.follows
+            if below not in heads or (layer in known and layer != below):
+                continue
+            manifest = heads[below]
+            blocks = manifest.size >> BLOCK_SHIFT
+            try:
+                if layer != below:
+                    await move_down(self._store, layer, below, blocks)
+                    await self._store.delete_layer(layer)
+                elif found.runs:
+                    await adopt(self._store, layer, blocks)
+            except (OSError, StorageError) as error:
+                if layer == below:
+                    continue
+                _log.error(
+                    "volume %s: what was written to it in the last moments before the kill is lost,"
+                    " or in part: %s",
+                    manifest.name,
+                    one_line(error),
+                )
 
     async def _set_strangers_aside(self) -> None:
         """Deal with layers that nothing lists and nothing condemned (``clear_away``).

@@ -115,6 +115,12 @@ class View:
         """The slots of the layers, from the top of the stack down."""
         return [slot for slot, _ in reversed(self.stack)]
 
+    def note(self) -> None:
+        """See to it that a process which comes after a kill of this one finds what was done.
+
+        Called before a client is answered.
+        """
+
     # Reading
 
     def try_read(self, offset: int, buffer: memoryview) -> bool:

@@ -277,6 +277,14 @@ class Volume(View):
         if len(head.pending) >= head.write_limit:
             raise OSError(errno.ENOSPC, "no space left for the journal")
 
+    def note(self) -> None:
+        head = self.head
+        pending = head.pending
+        if pending and pending[-1] is not head.last_noted:
+            head.note()
+        for old in self._sealing:
+            old.note_late()
+
     # Zeroes
 
     async def write_zeroes(self, offset: int, length: int, *, no_hole: bool) -> None:
@@ -438,6 +446,9 @@ class Volume(View):
     def fail(self, why: str) -> None:
         """Refuse writes and flushes from now on."""
         self.failure = why
+        # What is in the cache may not be what the disk has.
+        for head in self.unsynced_heads():
+            head.forget_recent()
         if self.on_failure is not None:
             self.on_failure(why)
         _log.error("volume %s is read-only from now on: %s", self.name, why)
@@ -474,12 +485,16 @@ class Volume(View):
         if self._commit is not None:
             self._commit.set_result(None)
             self._commit = None
+            if self.head.recent is not None:
+                self.head.recent.follow(None)
 
     def swap_head(self, head: Head) -> tuple[Head, list[Run]]:
         """The gate: write into ``head`` from now on. Returns the old head and its last extents."""
         old = self.head
-        runs = old.capture()
+        runs = old.capture(turn=False)
         old.sealed = True
+        if head.recent is not None:
+            head.recent.follow(old.layer.name)
         self._sealing.append(old)
         head.check_at = head.written + max(0, old.check_at - old.written)
         self.head = head
@@ -496,6 +511,7 @@ class Volume(View):
                 await self._persist(old, runs)
                 if old.late:
                     await self._persist(old, old.late)
+                old.forget_recent()
         finally:
             self._sealing.remove(old)
 

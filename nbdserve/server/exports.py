@@ -133,6 +133,12 @@ class Export(OpenedExport, Protocol):
     async def flush(self) -> None:
         """Make everything durable that was written, by any connection, before this was called."""
 
+    def note(self) -> None:
+        """See to it that what was done is found again when this process is killed.
+
+        Called before replies are sent: a client that stays relies on them.
+        """
+
 
 @runtime_checkable
 class RemoteExport(OpenedExport, Protocol):

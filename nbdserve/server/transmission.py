@@ -175,6 +175,7 @@ class Transmission:
         self._contexts = len(contexts)
         self._operations = Operations(export, style=style, contexts=contexts)
         self._output = Output(sock)
+        self._note = export.note
         self._polling = Polling()
         self._relayed = relayed
         self._input = allocate(INPUT_SIZE)
@@ -791,6 +792,7 @@ class Transmission:
 
     def _send(self) -> bool:
         """Send; False when the client is to take something first, or when it is gone."""
+        self._note()
         try:
             sent = self._output.send()
         except OSError as error:

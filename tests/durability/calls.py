@@ -429,6 +429,7 @@ def routed(seed: object) -> Iterator[Process]:
             LOCK_SH=fcntl.LOCK_SH,
             LOCK_NB=fcntl.LOCK_NB,
         ),
+        (local_layers, "read_boot_id"): lambda: b"",
         (local_data, "os"): calls,
         (local_data, "fallocate"): calls.fallocate,
         (local_data, "find_extents"): calls.find_extents,

@@ -242,6 +242,7 @@ class Disk:
         self.log: list[str] = []
         self.on_call: Callable[[str], None] = lambda call: None
         self.dead = False
+        self.boots = 1
 
     def note(self, call: str) -> None:
         """A call begins."""
@@ -324,6 +325,7 @@ class Disk:
                 )
             )
         disk.log = self.log[-2000:]
+        disk.boots = self.boots
         return disk
 
     def fingerprint(self) -> int:
@@ -364,6 +366,7 @@ class Disk:
         assert isinstance(root, Directory)
         disk = Disk(root)
         disk.log = [*self.log[-2000:], "— cut —"]
+        disk.boots = self.boots + 1
         return disk
 
 

@@ -1,9 +1,10 @@
-"""What must be found after a power cut, kept while a workload runs.
+"""What must be found after a power cut, or a kill, kept while a workload runs.
 
 Everything is counted in sectors of 512 bytes. Of each sector of a volume the model knows what is
 durable for certain (``base``) and what was written since (``later``): one of these must be
 found. A FLUSH that is answered makes durable what was acknowledged before it was asked for; so
-does a snapshot. FUA does it for its own range.
+does a snapshot. FUA does it for its own range. After a kill of the process alone, all that was
+acknowledged must be found.
 
 A snapshot is what the volume was at one **instant** between its beginning and its end: it has what
 was acknowledged before the instant and nothing begun after it; of a group all have the same. While
@@ -139,11 +140,12 @@ class ExpectedSnapshot:
 
 @dataclass(frozen=True)
 class ExpectedVolume:
-    """A volume under one of ``names``, in one of ``forms``."""
+    """A volume under one of ``names``, in one of ``forms``; after a kill, of those ``killed``."""
 
     names: tuple[str, ...]
     optional: bool
     forms: list[Form]
+    killed: list[Form]
     snapshots: dict[str, ExpectedSnapshot]
 
 
@@ -161,8 +163,13 @@ class Expected:
 
     volumes: list[ExpectedVolume]
 
-    def check(self, found: dict[str, FoundVolume]) -> list[tuple[str, FoundVolume, Form]]:
-        """Compare; returns each volume with the outcome that it was. ViolationError."""
+    def check(
+        self, found: dict[str, FoundVolume], *, killed: bool = False
+    ) -> list[tuple[str, FoundVolume, Form]]:
+        """Compare; returns each volume with the outcome that it was. ViolationError.
+
+        What is found after a power cut; or after the process alone was ``killed``.
+        """
         outcome: list[tuple[str, FoundVolume, Form]] = []
         groups: dict[int, list[tuple[str, Instant, list[bytes] | None]]] = {}
         unknown = set(found)
@@ -178,11 +185,10 @@ class Expected:
             unknown.discard(name)
             there = found[name]
             content = cut_up(there.content)
-            violations = [form.violation(content) for form in volume.forms]
+            forms = volume.killed if killed else volume.forms
+            violations = [form.violation(content) for form in forms]
             matching = [
-                form
-                for form, violation in zip(volume.forms, violations, strict=True)
-                if violation is None
+                form for form, violation in zip(forms, violations, strict=True) if violation is None
             ]
             if not matching:
                 raise ViolationError(f"volume {name}: " + "; or ".join(map(str, violations)))
@@ -315,6 +321,15 @@ class VolumeModel:
                 later.setdefault(place, []).append(sector)
         return Form(list(self.base), later)
 
+    def killed(self) -> Form:
+        """After a kill: what was acknowledged, whether it was flushed or not."""
+        later: dict[int, list[bytes]] = {}
+        for write, _ in self.later:
+            if write.acknowledged == NEVER:
+                for place, sector in enumerate(write.sectors, write.first):
+                    later.setdefault(place, []).append(sector)
+        return Form(list(self.now), later)
+
 
 class Model:
     """All volumes; ``time`` counts what happens."""
@@ -377,9 +392,10 @@ class Model:
 
 
 def _freeze(volume: VolumeModel) -> ExpectedVolume:
-    forms = [volume.form()]
+    forms, killed = [volume.form()], [volume.killed()]
     if volume.also is not None:
         forms.append(volume.also)
+        killed.append(volume.also)
     snapshots = {}
     for name, snapshot in volume.snapshots.items():
         instant = None
@@ -393,7 +409,7 @@ def _freeze(volume: VolumeModel) -> ExpectedVolume:
         snapshots[name] = ExpectedSnapshot(
             snapshot.optional, snapshot.content, instant, snapshot.group
         )
-    return ExpectedVolume(volume.names, volume.optional, forms, snapshots)
+    return ExpectedVolume(volume.names, volume.optional, forms, killed, snapshots)
 
 
 def adopt(outcome: list[tuple[str, FoundVolume, Form]], written: int, *, durable: bool) -> Model:

@@ -90,7 +90,10 @@ class Finding(AssertionError):  # noqa: N818
 
 @dataclass(frozen=True)
 class Cut:
-    """The disk and what must hold, at a moment; ``depth`` counts the lives that were cut before."""
+    """The disk and what must hold, at a moment; ``depth`` counts the lives that were cut before.
+
+    ``keeps``: a kill at that moment leaves all that was acknowledged, for no power cut came since.
+    """
 
     disk: Disk
     expected: Expected
@@ -98,6 +101,7 @@ class Cut:
     call: str
     where: str
     depth: int = 0
+    keeps: bool = False
 
 
 class History:
@@ -138,9 +142,11 @@ class History:
         disk = Disk()
         expected = Expected([])
         durable = True
+        keeps = False
         written = 0
         for life in range(LIVES):
-            cuts = self._live(disk, expected, written, f"{life}", durable=durable)
+            kind = {"durable": durable, "keeps": keeps}
+            cuts = self._live(disk, expected, written, f"{life}", **kind)
             for cut in self.random.sample(cuts, min(len(cuts), MOST_CUTS)):
                 self._examine(cut)
                 if self.enough:
@@ -157,9 +163,17 @@ class History:
                 disk = cut.disk.copy()
                 disk.log.append("— kill —")
                 self.tally.kills += 1
+            keeps = cut.keeps and not durable
 
     def _live(
-        self, disk: Disk, expected: Expected, written: int, name: str, *, durable: bool
+        self,
+        disk: Disk,
+        expected: Expected,
+        written: int,
+        name: str,
+        *,
+        durable: bool,
+        keeps: bool,
     ) -> list[Cut]:
         """Recover, check, and run a workload; the cuts that were made."""
         cuts: list[Cut] = []
@@ -169,11 +183,13 @@ class History:
         workload: Workload | None = None
 
         async def live() -> None:
-            nonlocal where, freeze, workload
+            nonlocal where, freeze, workload, keeps
             catalogue, found = await _recover(disk)
+            if keeps:
+                expected.check(found, killed=True)
             model = adopt(expected.check(found), written, durable=durable)
             workload = Workload(_store(disk), catalogue, model, random, self.loop)
-            where, freeze = WORKLOAD, model.freeze
+            where, freeze, keeps = WORKLOAD, model.freeze, True
 
             def on_call(call: str) -> None:
                 take(call)
@@ -186,7 +202,8 @@ class History:
             likely = call.startswith(LIKELY) or (workload is not None and workload.at_gate)
             chance = LIKELY_CUT_CHANCE if likely else CUT_CHANCE
             if random.random() < (MERGE_CUT_CHANCE if "/merge" in call else chance):
-                cuts.append(Cut(disk.copy(), freeze(), f"{name}.{len(disk.log)}", call, where))
+                at = f"{name}.{len(disk.log)}"
+                cuts.append(Cut(disk.copy(), freeze(), at, call, where, keeps=keeps))
 
         disk.on_call = take
         self._do(live(), disk, f"life {name}", [])
@@ -280,6 +297,8 @@ class History:
         async def check() -> None:
             nonlocal expected
             catalogue, found = await _recover(state)
+            if cut.keeps:
+                expected.check(found, killed=True)
             outcome = expected.check(found)
             model = adopt(outcome, 1 << 40, durable=False)
             for volume in model.volumes:
@@ -291,6 +310,7 @@ class History:
                     write = model.begin(volume, first, model.new_sectors(first, IN_BLOCK))
                     expected = model.freeze()
                     await lease.write(first * SECTOR, b"".join(write.sectors))
+                    lease.note()
                     model.end(volume, write)
                 mark = model.tick()
                 await lease.flush()
@@ -328,7 +348,9 @@ class History:
 
 
 def _store(disk: Disk) -> LocalLayerStore:
-    return LocalLayerStore(SimulatedPath(disk, DATA))  # type: ignore[arg-type]
+    store = LocalLayerStore(SimulatedPath(disk, DATA))  # type: ignore[arg-type]
+    store.machine_run = f"boot {disk.boots}".encode()
+    return store
 
 
 async def _recover(disk: Disk) -> tuple[Catalogue, dict[str, FoundVolume]]:

@@ -5,10 +5,12 @@ fail between two calls, and leave the one and not the other. (How many it is dep
 of sets, which is another in each process.)
 """
 
+import zlib
+
 import pytest
 
 from backends import local_data, local_layers
-from snapshots import head, manifest_store, merge, punching, volume
+from snapshots import head, manifest_store, merge, punching, recent, volume
 from snapshots.extent_log import SECTOR, encode_extents
 
 from .simulation import Finding, Tally, simulate
@@ -124,6 +126,36 @@ def what_a_head_hides_is_punched_below_a_snapshot(patch):
         return manifest.parents[manifest.head] or None
 
     patch.setattr(manifest_store.ManifestStore, "own_layer", own_layer)
+
+
+@bug
+def what_is_answered_is_not_noted(patch):
+    patch.setattr(head.Head, "note", lambda self: None)
+
+
+@bug
+def what_ends_late_in_a_sealed_head_is_not_noted(patch):
+    patch.setattr(head.Head, "note_late", lambda self: None)
+
+
+@bug
+def what_comes_behind_the_gate_does_not_follow(patch):
+    patch.setattr(recent.Recent, "follow", lambda self, layer: None)
+
+
+@bug
+def a_generation_without_records_takes_its_turn(patch):
+    def turn(self):
+        self._generation += 1
+        self._position = 0
+        self._begin()
+
+    patch.setattr(recent.Recent, "turn", turn)
+
+
+@bug
+def a_recent_file_is_believed_after_a_power_cut(patch):
+    patch.setattr(recent, "_seed", lambda layer, run: zlib.crc32(layer.encode()))
 
 
 @bug

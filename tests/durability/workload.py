@@ -136,6 +136,7 @@ class Client:
                 else:
                     no_hole = random.random() < 0.5
                     await handle.write_zeroes(first * SECTOR, count * SECTOR, no_hole=no_hole)
+            handle.note()
             model.end(volume, write)
         finally:
             volume.busy.remove(busy)
@@ -159,6 +160,7 @@ class Client:
         try:
             write = model.begin(volume, first, sectors)
             if handle.try_write(first * SECTOR, memoryview(b"".join(sectors))):
+                handle.note()
                 model.end(volume, write)
             else:
                 volume.later, volume.trace = kept

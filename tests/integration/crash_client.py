@@ -11,7 +11,8 @@ the slot and that number, so what is found later tells which operation left it t
 
 STATE is a JSON file that this program reads (when it is there) and writes when the connection
 breaks: for each slot all words in the order of its operations, how many operations had been issued,
-and the number of the last one that an acknowledged flush or FUA made durable; and for each snapshot
+the number of the last one that was acknowledged, and of the last one that an acknowledged flush or
+FUA made durable; and for each snapshot
 that the daemon acknowledged, the same as a range: from what was acknowledged before it was asked
 for, to what had been issued when it was confirmed.
 """
@@ -166,6 +167,7 @@ def main():
     print("connected", flush=True)
     load = Load(state, handle, random.Random(int(seed)))
     run(load, nbdserve)
+    state["acknowledged"] = load.acknowledged
     with open(path, "w") as file:
         json.dump(state, file)
 

@@ -1,4 +1,4 @@
-"""kill -9 under load, snapshots being taken and deleted: all that was flushed is there."""
+"""kill -9 under load, snapshots being taken and deleted: all that was answered is there."""
 
 import functools
 import json
@@ -83,7 +83,7 @@ def test_killed_under_load(daemon: Daemon, tmp_path: Path, rounds: int) -> None:
 
         state = json.loads(state_file.read_text())
         issued = [len(words) - 1 for words in state["words"]]
-        check(read("disk"), state["words"], first=state["durable"], last=issued, what="disk")
+        check(read("disk"), state["words"], first=state["acknowledged"], last=issued, what="disk")
         names = {entry["name"] for entry in daemon.json("snapshot", "list", "disk")["snapshots"]}
         assert set(state["snapshots"]) <= names
         for name, bounds in state["snapshots"].items():
