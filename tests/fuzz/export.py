@@ -175,5 +175,8 @@ class FuzzExport:
             if change in self.unflushed:
                 self.unflushed.remove(change)
 
+    def note(self):
+        pass
+
     def read_all(self, offset, length):
         return os.pread(_FILE, length, offset)

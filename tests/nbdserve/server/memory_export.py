@@ -57,6 +57,7 @@ class MemoryExport:
         buffer[:] = self.content[offset : offset + len(buffer)]
 
     def _write(self, offset, data):
+        self.noted = False
         assert not self.read_only
         assert 0 < len(data) <= self.size - offset
         self.content[offset : offset + len(data)] = data
@@ -132,6 +133,7 @@ class MemoryExport:
 
     async def trim(self, offset, length):
         await self._pass("trim", offset, length)
+        self.noted = False
         first, last = -(-offset // BLOCK), (offset + length) // BLOCK
         for block in range(first, last):
             self.content[block * BLOCK : (block + 1) * BLOCK] = bytes(BLOCK)
@@ -142,6 +144,9 @@ class MemoryExport:
 
     async def flush(self):
         await self._pass("flush", 0, 0)
+
+    def note(self):
+        self.noted = True
 
 
 class MemoryRegistry:

@@ -90,6 +90,25 @@ def test_each_command(style, slow):
 
 
 @both_replies
+@both_ways
+def test_what_is_answered_was_noted(style, slow):
+    async def test(harness):
+        client = await harness.connect(style=style)
+        export = harness.export
+        for command, flags, more in [
+            (WRITE, 0, {"data": b"a" * 4096}),
+            (WRITE, FUA, {"data": b"b" * 65536}),
+            (WRITE, 0, {"data": b"c" * (700 << 10)}),
+            (TRIM, 0, {"length": 4096}),
+            (WRITE_ZEROES, 0, {"length": 4096}),
+        ]:
+            await client.call(command, 4096, flags=flags, **more)
+            assert export.noted
+
+    serve(test, refusing(slow))
+
+
+@both_replies
 def test_requests_of_no_bytes_succeed(style):
     async def test(harness):
         client = await harness.connect(style=style)
