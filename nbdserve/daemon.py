@@ -43,9 +43,6 @@ log = logging.getLogger(__name__)
 LOCK_SECONDS = 15.0
 """How long the daemon waits for a command that works on the directory without a daemon."""
 
-DRAIN_SECONDS = 30.0
-"""How long requests in flight may take once the daemon stops."""
-
 
 async def run(configuration: Configuration, announce: Callable[[str], None]) -> None:
     """Serve until a signal; ``announce`` is called with each address once all are listened on.
@@ -55,13 +52,11 @@ async def run(configuration: Configuration, announce: Callable[[str], None]) -> 
     certificates = _load_certificates(configuration)
     store = LocalLayerStore(configuration.data)
     workers = [
-        WorkerHost(configuration.data, configuration.log_level, lambda: store.lock_descriptor)
+        WorkerHost(configuration.data, configuration.logs, lambda: store.lock_descriptor)
         for _ in range(configuration.workers)
         if configuration.workers > 1
     ]
-    fetcher = FetcherProcess(
-        configuration.data, configuration.log_level, lambda: store.lock_descriptor
-    )
+    fetcher = FetcherProcess(configuration.data, configuration.logs, lambda: store.lock_descriptor)
     stop = _stop_signal(workers, fetcher)
     _raise_descriptor_limit()
     catalogue = await _open_catalogue(store, workers, fetcher, stop)
@@ -133,8 +128,9 @@ async def _serve(
         await stop.wait()
         log.info("stopping: requests in flight are answered and data is flushed")
     finally:
-        if not await server.drain(DRAIN_SECONDS):
-            log.warning("some requests were not answered within %d seconds", DRAIN_SECONDS)
+        seconds = configuration.drain_seconds
+        if not await server.drain(seconds):
+            log.warning("some requests were not answered within %d seconds", seconds)
         await control.stop()
 
 

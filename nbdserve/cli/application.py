@@ -24,6 +24,7 @@ _COMMANDS = {
     "backup": "nbdserve.cli.backup:backup",
     "status": "nbdserve.cli.status:status",
     "check": "nbdserve.cli.check:check",
+    "config": "nbdserve.cli.config:config",
 }
 
 INTERRUPTED = 128 + signal.SIGINT

@@ -21,6 +21,7 @@ from typing import Any, Final
 
 from backends.errors import StorageError
 from backends.local_layers import LocalLayerStore
+from nbdserve.logs import Logs, write_logs
 from nbdserve.protocol.constants import ReplyStyle
 from nbdserve.server.exports import Agreement
 from nbdserve.server.session import Session
@@ -108,6 +109,8 @@ class Worker:
             self._serve(sock, *arguments)
         elif name == "stop":
             self._stop.set()
+        elif name == "logs":
+            write_logs(Logs(*arguments), "worker")
         elif name in _TOLD:
             getattr(self._host, name)(*arguments)
         elif name in ("finish", "expire", "abort"):
