@@ -1,8 +1,10 @@
 """The NBD server: listeners, the connections they accept, and the orderly end of both."""
 
 import asyncio
+import itertools
 import logging
 import socket
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -35,6 +37,7 @@ class Server:
         self._handshake_timeout = handshake_timeout
         self._listeners: list[Listener] = []
         self._entrances: list[Entrance] = []
+        self._numbers = itertools.count(1)
         self._connections: dict[asyncio.Task[None], Connection] = {}
 
     @property
@@ -100,7 +103,8 @@ class Server:
             connection.finish()
         if not await self._wait(timeout):
             for connection in self._connections.values():
-                log.warning("%s: dropped, its requests took too long", connection.peer)
+                about = connection.identity.about(connection.export)
+                log.warning("dropped, its requests took too long", extra=about)
                 connection.expire()
             if not await self._wait(1.0):
                 for connection in self._connections.values():
@@ -127,7 +131,7 @@ class Server:
         connection = Connection(
             sock,
             self._registry,
-            identity,
+            replace(identity, connection=next(self._numbers)),
             entrance,
             tls,
             self._permissions,
@@ -144,4 +148,5 @@ class Server:
         connection = self._connections.pop(task)
         connection.entrance.leave(connection)
         if not task.cancelled() and (error := task.exception()) is not None:
-            log.error("%s: the connection failed", connection.peer, exc_info=error)
+            about = connection.identity.about(connection.export)
+            log.error("the connection failed", exc_info=error, extra=about)

@@ -140,17 +140,18 @@ class Worker:
         peer: str,
         received: bytes,
         relayed: bool,
+        connection: int | None,
     ) -> None:
+        chosen = tuple((number, context) for number, context in contexts)
+        agreement = Agreement(ReplyStyle(style), chosen, peer, received, relayed, connection)
         try:
             if sock is None:
                 raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
             sock.setblocking(False)
             export = self._host.handle(key, name, bases, _not_here)
-            chosen = tuple((number, context) for number, context in contexts)
-            agreement = Agreement(ReplyStyle(style), chosen, peer, received, relayed)
             session = Session(sock, export, agreement)
         except (OSError, MemoryError, StorageError) as error:
-            log.error("%s: closed, it cannot be served: %s", peer, error)
+            log.error("closed, it cannot be served: %s", error, extra=agreement.about(name))
             if sock is not None:
                 sock.close()
             self._channel.event("over", number)
