@@ -36,6 +36,9 @@ class Logs:
     level: str = "info"
     form: str = "text"
 
+    def describe(self) -> str:
+        return f"{self.level}, {self.form}"
+
 
 DEFAULT_LOGS: Final = Logs()
 

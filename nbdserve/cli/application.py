@@ -25,6 +25,7 @@ _COMMANDS = {
     "status": "nbdserve.cli.status:status",
     "check": "nbdserve.cli.check:check",
     "config": "nbdserve.cli.config:config",
+    "reload": "nbdserve.cli.reload:reload",
 }
 
 INTERRUPTED = 128 + signal.SIGINT

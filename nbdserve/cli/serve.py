@@ -17,6 +17,7 @@ from nbdserve.configuration.settings import (
     MAX_HANDSHAKE_TIMEOUT,
     MAX_WORKERS,
     MOST_BY_DEFAULT,
+    Configuration,
     Settings,
     combine,
 )
@@ -121,9 +122,14 @@ def serve(
     )
     if config is None and given.data is None and file.DEFAULT_FILE.exists():
         config = file.DEFAULT_FILE
-    configuration = combine(given, Settings() if config is None else file.read_file(config))
+    path = None if config is None else config.absolute()
+
+    def read() -> Configuration:
+        return combine(given, Settings() if path is None else file.read_file(path))
+
+    configuration = read()
     write_logs(configuration.logs)
-    asyncio.run(daemon.run(configuration, _announce))
+    asyncio.run(daemon.run(configuration, _announce, read))
 
 
 def _announce(address: str) -> None:

@@ -17,7 +17,7 @@ async def _run(data: Path, descriptor: int) -> None:
 def main() -> None:
     """Serve the daemon until it says stop."""
     # As for workers: the daemon decides when to end.
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGTTOU):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGTTOU):
         signal.signal(number, signal.SIG_IGN)
     data, level, form, descriptor = sys.argv[1:]
     write_logs(Logs(level, form), "fetcher")

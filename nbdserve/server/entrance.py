@@ -96,6 +96,11 @@ class Entrance:
         self._lines = 0
         self._unlogged = 0
 
+    def change(self, access: AccessList, max_connections: int) -> None:
+        """What holds from now on; who is inside stays."""
+        self._access = access
+        self._max_connections = max_connections
+
     def admits(self, client: Identity) -> bool:
         """Whether the access list lets the client in; logs it when not."""
         if self._access.admits(client):

@@ -18,7 +18,7 @@ def main() -> None:
     """Serve the daemon until it says stop."""
     # Whoever stops the daemon may send the same to all its processes: the daemon decides.
     # And a log line on a terminal that stops background processes for it must not stop us.
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGTTOU):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGTTOU):
         signal.signal(number, signal.SIG_IGN)
     data, level, form, descriptor = sys.argv[1:]
     write_logs(Logs(level, form), "worker")

@@ -186,6 +186,10 @@ class WorkerHost:
 
     # Calls
 
+    async def ping(self) -> None:
+        """Return when the worker's event loop has answered. HostLostError."""
+        await self._call("ping")
+
     async def _call(self, method: str, *arguments: Any) -> Any:
         if self._process is None:
             raise HostLostError("a worker has ended; try again")

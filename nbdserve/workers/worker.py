@@ -99,6 +99,8 @@ class Worker:
     # What comes from the daemon
 
     def call(self, method: str, arguments: list[Any]) -> Coroutine[Any, Any, Any]:
+        if method == "ping":
+            return asyncio.sleep(0)
         if method not in _METHODS:
             raise ValueError(f"method {method!r}")
         operation: Coroutine[Any, Any, Any] = getattr(self._host, method)(*arguments)

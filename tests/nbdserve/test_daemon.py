@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -31,13 +31,18 @@ def data() -> Iterator[Path]:
 
 @pytest.fixture
 def start() -> Iterator[Start]:
-    """Starts programs; all of them are ended."""
+    """Starts programs, which get the descriptors to ``keep``; all of them are ended."""
     processes: list[subprocess.Popen[str]] = []
 
-    def start(*command: str | Path) -> subprocess.Popen[str]:
+    def start(*command: str | Path, keep: Sequence[int] = ()) -> subprocess.Popen[str]:
         environment = {k: v for k, v in os.environ.items() if k != "NBDSERVE_DATA"}
         process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=environment,
+            pass_fds=keep,
         )
         processes.append(process)
         return process

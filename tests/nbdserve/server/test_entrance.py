@@ -204,7 +204,8 @@ def test_addresses_over_tcp(host, caplog):
 
     asyncio.run(main())
     (line,) = [r.getMessage() for r in caplog.records if "refused" in r.getMessage()]
-    assert "not on the access list" in line and f"refused at {host}:" in line
+    shown = f"[{host}]" if ":" in host else host
+    assert "not on the access list" in line and f"refused at {shown}:" in line
 
 
 def test_one_too_many_is_closed_and_served_when_there_is_room(caplog):
