@@ -305,3 +305,26 @@ def test_without_a_daemon(data: Path) -> None:
         [*PROGRAM, "reload", "--data", data], capture_output=True, text=True, check=False
     )
     assert (done.returncode, done.stderr) == (1, f"nbdserve: no daemon serves {data}\n")
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_the_end_tells_what_was_not_answered(start: Start, data: Path, workers: str) -> None:
+    """A client that does not take its replies has them until drain_seconds are over."""
+    served = Served(start, data, workers)
+    (first,) = served.start(f'listen = ["{served.unix}"]\n', 1)
+    assert served.reload(f'listen = ["{served.unix}"]\ndrain_seconds = 1\n')["changed"] == [
+        "drain_seconds: 1 instead of 30"
+    ]
+    guest = Guest(first)
+    guest.read()
+    guest.client.sendall(struct.pack(">IHHQQI", 0x25609513, 0, 0, 1, 0, 1 << 20) * 64)
+    receive(guest.client, 4096)
+    served.process.terminate()
+    _, error = served.process.communicate(timeout=60)
+    assert served.process.returncode == 1
+    lines = error.splitlines()
+    line = "nbdserve: stopped, but some requests were not answered within 1 seconds"
+    assert lines[-1] == line
+    assert "export=disk: dropped, its requests took too long" in error
+    assert "Traceback" not in error
+    guest.client.close()
