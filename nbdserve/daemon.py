@@ -116,6 +116,7 @@ async def run(
             notifier.ready("Serving")
             signals.started.set()
             await signals.stop.wait()
+            reloader.close()
             await _drain(server, notifier, reloader.configuration.drain_seconds)
         finally:
             for task in tasks:

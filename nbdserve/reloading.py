@@ -14,7 +14,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
-from backends.errors import StorageError, one_line
+from backends.errors import StorageError, UnavailableError, one_line
 from nbdserve.configuration.problems import ConfigurationError
 from nbdserve.configuration.settings import Configuration
 from nbdserve.systemd.notify import Notifier
@@ -82,9 +82,14 @@ class Reloader:
         self._read = read
         self._parts: list[Prepare] = []
         self._running = asyncio.Lock()
+        self._closed = False
 
     def add(self, part: Prepare) -> None:
         self._parts.append(part)
+
+    def close(self) -> None:
+        """Apply nothing any more: the daemon stops."""
+        self._closed = True
 
     async def reload(self) -> Outcome:
         """Apply what has changed; raises StorageError, and then nothing is changed."""
@@ -123,6 +128,10 @@ class Reloader:
             for change in reversed(prepared):
                 change.discard()
             raise
+        if self._closed:
+            for change in reversed(prepared):
+                change.discard()
+            raise UnavailableError("nbdserve is shutting down")
         for change in prepared:
             change.apply()
         self.configuration = new

@@ -6,7 +6,7 @@ terminal that the daemon runs on is closed, SIGHUP says that, and stops it.
 """
 
 import asyncio
-import contextlib
+import logging
 import os
 import signal
 from collections.abc import Awaitable, Callable, Sequence
@@ -15,6 +15,8 @@ from typing import Final
 from backends.errors import StorageError
 from nbdserve.fetcher.process import FetcherProcess
 from nbdserve.workers.host import WorkerHost
+
+log = logging.getLogger(__name__)
 
 _STOP: Final = (signal.SIGTERM, signal.SIGINT)
 
@@ -40,8 +42,12 @@ class Signals:
         while True:
             await self._hangup.wait()
             self._hangup.clear()
-            with contextlib.suppress(StorageError):  # the log says what is wrong
+            try:
                 await reload()
+            except StorageError:
+                pass  # the log says what is wrong
+            except Exception:
+                log.exception("the configuration could not be read again")
 
     def _receive_stop(self, number: int) -> None:
         if self.stop.is_set():
