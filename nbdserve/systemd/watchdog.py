@@ -19,6 +19,7 @@ from collections.abc import MutableMapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
+from backends.errors import StorageError
 from nbdserve.systemd.notify import Notifier
 
 log = logging.getLogger(__name__)
@@ -32,7 +33,7 @@ class Answering(Protocol):
         """Its process; None while there is none."""
 
     async def ping(self) -> None:
-        """Return when its event loop has answered; raises when its process has ended."""
+        """Return when its event loop has answered; StorageError when its process has ended."""
 
     def kill(self) -> None:
         """End it; another one is started."""
@@ -54,30 +55,33 @@ class Watchdog:
         self._notifier = notifier
         self._workers = workers
         self._interval = interval
-        self._asked: dict[Answering, tuple[int, asyncio.Task[None]]] = {}
+        self._asked: dict[Answering, tuple[int, asyncio.Task[bool]]] = {}
         self._known: set[int] = set()  # processes that have answered
         self._excused: set[int] = set()
 
     async def run(self) -> None:
         try:
             while True:
-                self._notifier.alive()
-                for worker in self._workers:
-                    self._look_at(worker)
+                self.look()
                 await asyncio.sleep(self._interval)
         finally:
             for _, question in self._asked.values():
                 question.cancel()
+
+    def look(self) -> None:
+        """Say that the event loop runs, and see which workers do."""
+        self._notifier.alive()
+        for worker in self._workers:
+            self._look_at(worker)
 
     def _look_at(self, worker: Answering) -> None:
         process, question = self._asked.get(worker, (None, None))
         if question is None or question.done():
             if question is not None and process is not None:
                 self._excused.discard(process)
-                # That it has ended is known elsewhere.
-                (self._known.discard if question.exception() else self._known.add)(process)
+                (self._known.add if question.result() else self._known.discard)(process)
             if worker.pid is not None:
-                self._asked[worker] = (worker.pid, asyncio.ensure_future(worker.ping()))
+                self._asked[worker] = (worker.pid, asyncio.ensure_future(_answers(worker)))
             return
         assert process is not None
         if process not in self._known:
@@ -95,6 +99,14 @@ class Watchdog:
                 self._interval,
             )
             worker.kill()
+
+
+async def _answers(worker: Answering) -> bool:
+    try:
+        await worker.ping()
+    except StorageError:  # that it has ended is known elsewhere
+        return False
+    return True
 
 
 def _state(process: int) -> str:

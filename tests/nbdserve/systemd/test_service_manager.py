@@ -1,6 +1,5 @@
 """The daemon under a service manager: passed sockets, notifications, the watchdog."""
 
-import json
 import os
 import select
 import signal
@@ -170,37 +169,6 @@ def test_what_the_service_manager_is_told(manager: Manager, data: Path) -> None:
     manager.process.terminate()
     assert manager.hear()[0] == "STOPPING=1"
     assert manager.process.wait(60) == 0
-
-
-def test_a_worker_that_hangs_is_ended_and_the_daemon_is_well(manager: Manager, data: Path) -> None:
-    unix = f"unix:{data}/nbd.sock"
-    environment = {"WATCHDOG_USEC": "4000000"}
-    process = manager.launch("--listen", unix, "--workers", "2", environment=environment)
-    read_addresses(process, 1)
-    command("volume", "create", "disk", "--size", "1M", "--data", data)
-    guest = Guest(unix)
-
-    def workers() -> dict[int, int]:
-        found = json.loads(command("status", "--data", data, "--json"))["workers"]
-        return {worker["pid"]: worker["volumes"] for worker in found}
-
-    (victim,) = [pid for pid, volumes in workers().items() if volumes]
-    beats = 0
-    while beats < 3:  # it has answered by then
-        beats += manager.hear() == ["WATCHDOG=1"]
-    os.kill(victim, signal.SIGSTOP)
-    assert guest.client.recv(1) == b""  # its worker is gone
-    guest.client.close()
-    guest = Guest(unix)
-    guest.read()
-    guest.client.close()
-    assert victim not in workers()
-    while select.select([manager.notices], [], [], 0)[0]:
-        manager.hear()
-    assert manager.hear() == ["WATCHDOG=1"]
-    log = manager.stop()
-    assert f"worker process {victim} has not answered for 2 seconds, and is ended" in log
-    assert "Traceback" not in log
 
 
 def test_a_daemon_that_hangs_tells_nothing(manager: Manager, data: Path) -> None:
