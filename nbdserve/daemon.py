@@ -3,7 +3,8 @@
 Start: lock the directory, open the catalogue (which recovers what a crash left), serve the control
 socket, listen for NBD. Stop, at the first SIGTERM or SIGINT: no new connections, requests in
 flight are answered, claims on the control socket end, everything is flushed, the lock is released.
-A second signal ends the process at once, as a crash would.
+A second signal ends the process at once, as a crash would. SIGHUP reads the configuration again
+(reloading.py).
 
 With more than one worker, volumes are open in processes of their own (see nbdserve/workers); this
 one does the handshakes, serves the control socket and owns the catalogue. What lazy volumes lack
@@ -13,28 +14,29 @@ is fetched by yet another one (nbdserve/fetcher).
 import asyncio
 import contextlib
 import logging
-import os
 import resource
-import signal
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from backends.block_device import is_rotational
-from backends.errors import InUseError, StorageError
+from backends.errors import InUseError, StorageError, UnavailableError
 from backends.local_layers import LocalLayerStore
-from nbdserve.addresses import UnixAddress
-from nbdserve.configuration.listeners import ListenerConfiguration
 from nbdserve.configuration.settings import Configuration
-from nbdserve.configuration.tls import TlsConfiguration
 from nbdserve.control import address
 from nbdserve.control.client import Client, path
 from nbdserve.control.server import ControlServer
 from nbdserve.control.state import Host, State
 from nbdserve.fetcher.process import FetcherProcess
+from nbdserve.listeners import Listeners, load_certificates
+from nbdserve.logs import Logs, write_logs
 from nbdserve.registry import CatalogueExports
+from nbdserve.reloading import Outcome, Reloader, change_of
 from nbdserve.server import Server
 from nbdserve.server.permissions import Permissions
-from nbdserve.server.tls import Tls, load_tls
+from nbdserve.signals import Signals
+from nbdserve.systemd.notify import Notifier, take_notifier
+from nbdserve.systemd.sockets import take_passed_sockets
+from nbdserve.systemd.watchdog import Watchdog, take_interval
 from nbdserve.workers.host import WorkerHost
 from snapshots.catalogue import Catalogue
 
@@ -43,48 +45,97 @@ log = logging.getLogger(__name__)
 LOCK_SECONDS = 15.0
 """How long the daemon waits for a command that works on the directory without a daemon."""
 
-DRAIN_SECONDS = 30.0
-"""How long requests in flight may take once the daemon stops."""
 
-
-async def run(configuration: Configuration, announce: Callable[[str], None]) -> None:
+async def run(
+    configuration: Configuration,
+    announce: Callable[[str], None],
+    read_configuration: Callable[[], Configuration],
+) -> None:
     """Serve until a signal; ``announce`` is called with each address once all are listened on.
 
-    Raises StorageError when the directory or an address cannot be used.
+    ``read_configuration`` returns what the configuration is by now, for a reload.
+
+    Raises StorageError when the directory or an address cannot be used, and at the end when
+    requests were not answered in time.
     """
-    certificates = _load_certificates(configuration)
+    notifier = take_notifier()
+    passed = take_passed_sockets()
+    interval = take_interval()
+    certificates = await load_certificates(configuration)
     store = LocalLayerStore(configuration.data)
     workers = [
-        WorkerHost(configuration.data, configuration.log_level, lambda: store.lock_descriptor)
+        WorkerHost(configuration.data, configuration.logs, lambda: store.lock_descriptor)
         for _ in range(configuration.workers)
         if configuration.workers > 1
     ]
-    fetcher = FetcherProcess(
-        configuration.data, configuration.log_level, lambda: store.lock_descriptor
-    )
-    stop = _stop_signal(workers, fetcher)
+    fetcher = FetcherProcess(configuration.data, configuration.logs, lambda: store.lock_descriptor)
+    signals = Signals(workers, fetcher)
     _raise_descriptor_limit()
-    catalogue = await _open_catalogue(store, workers, fetcher, stop)
+    catalogue = await _open_catalogue(store, workers, fetcher, signals.stop)
     try:
         catalogue.hydrate()
         host = Host(configuration.data, daemon=True)
-        control = ControlServer(State(catalogue, store, host))
+        state = State(catalogue, store, host)
+        control = ControlServer(state)
         permissions = Permissions(configuration.exports)
-        timeout = configuration.handshake_timeout
         exports = CatalogueExports(catalogue, is_rotational(store.path))
-        server = Server(exports, permissions, timeout)
-        await _serve(configuration, certificates, server, control, announce, stop)
+        server = Server(exports, permissions, configuration.handshake_timeout)
+        listeners = Listeners(server, passed)
+
+        def change_logs(logs: Logs) -> None:
+            write_logs(logs)
+            for worker in workers:
+                worker.change_logs(logs)
+            fetcher.change_logs(logs)
+
+        def change_timeout(seconds: float) -> None:
+            server.handshake_timeout = seconds
+
+        reloader = Reloader(configuration, read_configuration, notifier)
+        reloader.add(listeners.prepare)
+        reloader.add(change_of("exports", lambda c: c.exports, permissions.change, show=None))
+        reloader.add(change_of("handshake_timeout", lambda c: c.handshake_timeout, change_timeout))
+        reloader.add(change_of("drain_seconds", lambda c: c.drain_seconds, lambda _: None))
+        reloader.add(change_of("logs", lambda c: c.logs, change_logs, show=Logs.describe))
+
+        async def reload() -> Outcome:
+            outcome = await reloader.reload()
+            host.listening[:] = server.addresses
+            return outcome
+
+        state.reload = reload
+        tasks = [asyncio.create_task(signals.reload_at_hangup(reload))]
+        if interval is not None:
+            tasks.append(asyncio.create_task(Watchdog(notifier, workers, interval).run()))
+        try:
+            await listeners.start(configuration, certificates)
+            host.listening.extend(server.addresses)
+            await control.start()
+            for listening in server.addresses:
+                announce(listening)
+            notifier.ready("Serving")
+            signals.started.set()
+            await signals.stop.wait()
+            reloader.close()
+            await _drain(server, notifier, reloader.configuration.drain_seconds)
+        finally:
+            for task in tasks:
+                task.cancel()
+            await server.drain(0)
+            await control.stop()
     finally:
         await catalogue.close()
 
 
-def _load_certificates(configuration: Configuration) -> dict[TlsConfiguration, Tls]:
-    """Read the files of all listeners, each once."""
-    return {
-        tls: load_tls(tls.mode, tls.certificate, tls.key, tls.client_ca)
-        for tls in dict.fromkeys(listener.tls for listener in configuration.listeners)
-        if tls is not None
-    }
+async def _drain(server: Server, notifier: Notifier, seconds: float) -> None:
+    count = server.connections
+    notifier.stopping(f"Stopping: {count} connections are answered what they have asked")
+    log.info("stopping: requests in flight are answered and data is flushed")
+    if not await server.drain(seconds):
+        raise UnavailableError(
+            f"stopped, but some requests were not answered within {seconds:g} seconds"
+        )
+    log.info("all requests that had come were answered; connections ended: %d", count)
 
 
 async def _open_catalogue(
@@ -112,71 +163,8 @@ def _daemon_serves(data: Path) -> bool:
         return False  # it may just be starting or ending
 
 
-async def _serve(
-    configuration: Configuration,
-    certificates: dict[TlsConfiguration, Tls],
-    server: Server,
-    control: ControlServer,
-    announce: Callable[[str], None],
-    stop: asyncio.Event,
-) -> None:
-    try:
-        for wanted in configuration.listeners:
-            tls = None if wanted.tls is None else certificates[wanted.tls]
-            await _listen(server, wanted, tls)
-            if wanted.lacks:
-                _warn_of(wanted, limited=any(rule.certificates for rule in configuration.exports))
-        control.state.host.listening.extend(server.addresses)
-        await control.start()
-        for listening in server.addresses:
-            announce(listening)
-        await stop.wait()
-        log.info("stopping: requests in flight are answered and data is flushed")
-    finally:
-        if not await server.drain(DRAIN_SECONDS):
-            log.warning("some requests were not answered within %d seconds", DRAIN_SECONDS)
-        await control.stop()
-
-
-async def _listen(server: Server, wanted: ListenerConfiguration, tls: Tls | None) -> None:
-    address, access, most = wanted.address, wanted.access, wanted.max_connections
-    if isinstance(address, UnixAddress):
-        mode, group = wanted.socket_mode, wanted.socket_group
-        await server.listen_unix(address.path, tls, access, most, mode, group)
-    else:
-        await server.listen_tcp(address.host, address.port, tls, access, most)
-
-
-def _warn_of(listener: ListenerConfiguration, *, limited: bool) -> None:
-    log.warning(
-        "%s is open to the network without %s: whoever reaches it can read and write every volume"
-        "%s",
-        listener.address,
-        listener.lacks,
-        " that no certificate is asked for" if limited else "",
-    )
-
-
 def _raise_descriptor_limit() -> None:
     """A volume with many layers and a daemon with many clients need many descriptors."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     with contextlib.suppress(ValueError, OSError):
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-
-
-def _stop_signal(workers: Sequence[WorkerHost], fetcher: FetcherProcess) -> asyncio.Event:
-    """Set by the first SIGTERM or SIGINT; the second ends the process and its children."""
-    stop = asyncio.Event()
-
-    def receive(number: int) -> None:
-        if stop.is_set():
-            fetcher.kill()
-            for worker in workers:
-                worker.kill()
-            os._exit(128 + number)
-        stop.set()
-
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, receive, number)
-    return stop

@@ -37,11 +37,14 @@ def main():
         "damage": damage,
         "store": store,
         "many-snapshots-in-a-repository": backups,
+        "restarts": restarts,
     }
     parser = argparse.ArgumentParser(prog="python -m tests.torture", description=__doc__)
     parser.add_argument("--minutes", type=float, default=10, help="for fuzz and storm; 10")
     parser.add_argument("--states", type=int, default=1_000_000, help="of power cuts; a million")
-    parser.add_argument("--rounds", type=int, default=20, help="of real power cuts; 20")
+    parser.add_argument(
+        "--rounds", type=int, default=20, help="of real power cuts, and restarts; 20"
+    )
     parser.add_argument("--store-rounds", type=int, default=500, help="of store faults; 500")
     parser.add_argument("--seed", type=int, default=secrets.randbelow(1 << 31))
     parser.add_argument("--only", action="append", choices=parts, help="only this part")
@@ -182,6 +185,11 @@ def backups(arguments):
         NBDSERVE_BACKUPS=1000,
         NBDSERVE_BACKUPS_SEED=arguments.seed,
     )
+
+
+def restarts(arguments):
+    """Restart the daemon under a guest's load, and kill it; whether the guest saw no error."""
+    return run_test("tests/integration/test_restart.py", NBDSERVE_RESTARTS=arguments.rounds)
 
 
 def run_test(test, **environment):

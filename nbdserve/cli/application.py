@@ -24,6 +24,8 @@ _COMMANDS = {
     "backup": "nbdserve.cli.backup:backup",
     "status": "nbdserve.cli.status:status",
     "check": "nbdserve.cli.check:check",
+    "config": "nbdserve.cli.config:config",
+    "reload": "nbdserve.cli.reload:reload",
 }
 
 INTERRUPTED = 128 + signal.SIGINT

@@ -92,10 +92,17 @@ def given_data_directory() -> Path | None:
 
 
 def data_directory() -> Path:
-    """The data directory; a usage error when it is not named."""
-    data = given_data_directory()
+    """The data directory: given, or that of the system's daemon; a usage error without either."""
+    data = given_data_directory() or _system_data_directory()
     if data is None:
         raise click.UsageError(
             "no data directory: give --data DIR or set NBDSERVE_DATA", click.get_current_context()
         )
     return data
+
+
+def _system_data_directory() -> Path | None:
+    # Most commands are told where the data is, and need none of what this imports.
+    from nbdserve.configuration import file  # noqa: PLC0415
+
+    return file.read_data_directory(file.DEFAULT_FILE) if file.DEFAULT_FILE.exists() else None

@@ -7,16 +7,23 @@ import click
 
 from nbdserve import daemon
 from nbdserve.cli.options import data_option, given_data_directory
-from nbdserve.configuration.file import read_file
+from nbdserve.configuration import file
+from nbdserve.configuration.file import DEFAULT_FILE
 from nbdserve.configuration.settings import (
+    DRAIN_SECONDS,
+    LOG_FORMATS,
     LOG_LEVELS,
+    MAX_DRAIN_SECONDS,
+    MAX_HANDSHAKE_TIMEOUT,
     MAX_WORKERS,
     MOST_BY_DEFAULT,
+    Configuration,
     Settings,
     combine,
 )
 from nbdserve.configuration.tls import TLS_MODES, TlsSettings
 from nbdserve.logs import write_logs
+from nbdserve.server.connection import HANDSHAKE_TIMEOUT
 
 
 @click.command()
@@ -26,7 +33,7 @@ from nbdserve.logs import write_logs
     type=click.Path(path_type=Path),
     help="TOML with the same settings, as in log_level, which the command line wins over; and with"
     " what there is no option for: TLS and access lists of one address, exports for certain clients"
-    " only, limits.",
+    f" only, limits.  [default: {DEFAULT_FILE}, if it exists and no data directory is given]",
 )
 @click.option(
     "--listen",
@@ -43,6 +50,24 @@ from nbdserve.logs import write_logs
     f"  [default: one for each core, at most {MOST_BY_DEFAULT}]",
 )
 @click.option("--log-level", type=click.Choice(LOG_LEVELS), help="What to write to standard error.")
+@click.option(
+    "--log-format",
+    type=click.Choice(LOG_FORMATS),
+    help="How to write it: lines for people, or JSON objects.  [default: text]",
+)
+@click.option(
+    "--handshake-timeout",
+    metavar="SECONDS",
+    type=click.IntRange(1, MAX_HANDSHAKE_TIMEOUT),
+    help=f"How long a client's handshake may take.  [default: {HANDSHAKE_TIMEOUT:.0f}]",
+)
+@click.option(
+    "--drain-seconds",
+    metavar="SECONDS",
+    type=click.IntRange(1, MAX_DRAIN_SECONDS),
+    help="How long requests in flight may take once the daemon is told to stop."
+    f"  [default: {DRAIN_SECONDS}]",
+)
 @click.option(
     "--tls-certificate",
     metavar="FILE",
@@ -72,6 +97,9 @@ def serve(
     listen: tuple[str, ...],
     workers: int | None,
     log_level: str | None,
+    log_format: str | None,
+    handshake_timeout: int | None,
+    drain_seconds: int | None,
     tls_certificate: Path | None,
     tls_key: Path | None,
     tls_client_ca: Path | None,
@@ -80,15 +108,28 @@ def serve(
     """Serve the volumes over NBD until SIGTERM or SIGINT.
 
     The first signal drains: requests in flight are answered and all data is flushed. A second one
-    ends the process at once.
+    ends the process at once. The exit status is 0 when all requests were answered.
     """
-    file = Settings() if config is None else read_file(config)
-    given = TlsSettings(tls, tls_certificate, tls_key, tls_client_ca)
-    configuration = combine(
-        Settings(given_data_directory(), listen or None, log_level, given, workers), file
+    given = Settings(
+        data=given_data_directory(),
+        listen=listen or None,
+        log_level=log_level,
+        tls=TlsSettings(tls, tls_certificate, tls_key, tls_client_ca),
+        workers=workers,
+        handshake_timeout=handshake_timeout,
+        drain_seconds=drain_seconds,
+        log_format=log_format,
     )
-    write_logs(configuration.log_level)
-    asyncio.run(daemon.run(configuration, _announce))
+    if config is None and given.data is None and file.DEFAULT_FILE.exists():
+        config = file.DEFAULT_FILE
+    path = None if config is None else config.absolute()
+
+    def read() -> Configuration:
+        return combine(given, Settings() if path is None else file.read_file(path))
+
+    configuration = read()
+    write_logs(configuration.logs)
+    asyncio.run(daemon.run(configuration, _announce, read))
 
 
 def _announce(address: str) -> None:

@@ -3,12 +3,14 @@
     data = "/var/lib/nbdserve"
     listen = ["127.0.0.1:10809", "unix:/run/nbdserve/nbd.sock"]
     log_level = "info"
+    log_format = "text"
     workers = 2
     tls = "required"
     tls_certificate = "/etc/nbdserve/server-cert.pem"
     tls_key = "/etc/nbdserve/server-key.pem"
     tls_client_ca = "/etc/nbdserve/ca-cert.pem"
     handshake_timeout = 30
+    drain_seconds = 30
 
     [[listener]]
     address = "0.0.0.0:10810"
@@ -27,35 +29,91 @@
     allow_certificates = ["backup.example.com"]
     max_connections = 4
 
-Errors name the file, the table, the key and what is allowed.
+Errors name the file, the line, the table, the key and what is allowed; all are found at once.
+
+A daemon that is told neither a file nor a data directory is the system's, and reads DEFAULT_FILE.
 """
 
+import re
 import tomllib
 from pathlib import Path
 from typing import Final
 
 from backends.errors import InvalidError, NotFoundError
+from nbdserve.addresses import parse_address
 from nbdserve.configuration.exports import EXPORT_KEYS, read_export
+from nbdserve.configuration.lines import find_lines
 from nbdserve.configuration.listeners import LISTENER_KEYS, read_listener
-from nbdserve.configuration.settings import LOG_LEVELS, MAX_WORKERS, Settings
-from nbdserve.configuration.table import Table
+from nbdserve.configuration.problems import ConfigurationError, Problems
+from nbdserve.configuration.settings import (
+    LOG_FORMATS,
+    LOG_LEVELS,
+    MAX_DRAIN_SECONDS,
+    MAX_HANDSHAKE_TIMEOUT,
+    MAX_WORKERS,
+    Settings,
+)
+from nbdserve.configuration.table import Source, Table
 from nbdserve.configuration.tls import TLS_KEYS, read_tls
+
+DEFAULT_FILE: Final = Path("/etc/nbdserve/nbdserve.toml")
 
 KEYS: Final = (
     "data",
     "listen",
     "log_level",
+    "log_format",
     "workers",
     *TLS_KEYS,
     "handshake_timeout",
+    "drain_seconds",
     "listener",
     "export",
 )
-MAX_HANDSHAKE_TIMEOUT: Final = 3600
+TABLES: Final = {"listener": LISTENER_KEYS, "export": EXPORT_KEYS}
+"""The keys of each table that KEYS has."""
+
+_AT: Final = re.compile(r" \(at (?:line (\d+), column \d+|end of document)\)$")
 
 
 def read_file(path: Path) -> Settings:
-    """The settings in a file; raises NotFoundError or InvalidError with one line."""
+    """The settings in a file. NotFoundError, or ConfigurationError with all that is wrong."""
+    text = _read_text(path)
+    problems = Problems(path)
+    values = _parse(path, text)  # before the lines are looked for, which takes valid TOML
+    table = Table(Source(path, find_lines(text), problems), values, KEYS)
+    settings = Settings(
+        data=table.path("data", "the path of a directory"),
+        listen=_read_listen(table),
+        log_level=table.choice("log_level", LOG_LEVELS),
+        log_format=table.choice("log_format", LOG_FORMATS),
+        tls=read_tls(table),
+        workers=table.number("workers", MAX_WORKERS),
+        handshake_timeout=table.number("handshake_timeout", MAX_HANDSHAKE_TIMEOUT, "seconds"),
+        drain_seconds=table.number("drain_seconds", MAX_DRAIN_SECONDS, "seconds"),
+        listeners=table.each("listener", "address", LISTENER_KEYS, read_listener),
+        exports=table.each("export", "name", EXPORT_KEYS, read_export),
+    )
+    problems.check()
+    return settings
+
+
+def read_data_directory(path: Path) -> Path | None:
+    """What a file says of ``data``, whatever else is in it; None when it says nothing."""
+    data = _parse(path, _read_text(path)).get("data")
+    return Path(data) if isinstance(data, str) and data else None
+
+
+def _parse(path: Path, text: str) -> dict[str, object]:
+    try:
+        return tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise _not_toml(path, text, str(error)) from None
+    except RecursionError:
+        raise _not_toml(path, text, "lists and tables are nested too deeply") from None
+
+
+def _read_text(path: Path) -> str:
     try:
         content = path.read_bytes()
     except FileNotFoundError:
@@ -63,17 +121,25 @@ def read_file(path: Path) -> Settings:
     except OSError as error:
         raise InvalidError(f"configuration file {path}: {error.strerror}") from None
     try:
-        values = tomllib.loads(content.decode())
-    except ValueError as error:  # of TOML and of UTF-8
-        raise InvalidError(f"configuration file {path} is not TOML: {error}") from None
-    table = Table(f"{path}", values, KEYS)
-    return Settings(
-        data=table.path("data", "the path of a directory"),
-        listen=table.texts("listen", "each HOST:PORT or unix:PATH"),
-        log_level=table.choice("log_level", LOG_LEVELS),
-        tls=read_tls(table),
-        workers=table.number("workers", MAX_WORKERS),
-        handshake_timeout=table.number("handshake_timeout", MAX_HANDSHAKE_TIMEOUT, "seconds"),
-        listeners=tuple(map(read_listener, table.tables("listener", "address", LISTENER_KEYS))),
-        exports=tuple(map(read_export, table.tables("export", "name", EXPORT_KEYS))),
-    )
+        return content.decode()
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise InvalidError(f"{path}:{line}: not TOML: the text is not UTF-8") from None
+
+
+def _not_toml(path: Path, text: str, reason: str) -> ConfigurationError:
+    match = _AT.search(reason)
+    line = match[1] if match is not None and match[1] else max(1, len(text.splitlines()))
+    return ConfigurationError([f"{path}:{line}: not TOML: {_AT.sub('', reason)}"])
+
+
+def _read_listen(table: Table) -> tuple[str, ...] | None:
+    key = "listen"
+    texts = table.texts(key, "each HOST:PORT or unix:PATH")
+    for item, text in enumerate(texts or ()):
+        try:
+            parse_address(text)
+        except InvalidError as error:
+            table.refuse(table.problem(key, f"{key!r}: {error}", item))
+            return None
+    return texts

@@ -92,14 +92,12 @@ def read_listener(table: Table) -> ListenerSettings:
     try:
         address = parse_address(text)
     except InvalidError as error:
-        raise InvalidError(f"{table.where}: {error}") from None
+        raise table.problem("address", str(error)) from None
     for key in _UNIX_ONLY:
         if isinstance(address, TcpAddress) and table.has(key):
-            raise InvalidError(
-                f"{table.where}: {key!r} is for Unix sockets; there is allow_networks"
-            )
+            raise table.problem(key, f"{key!r} is for Unix sockets; there is allow_networks")
     if isinstance(address, UnixAddress) and table.has("allow_networks"):
-        raise InvalidError(f"{table.where}: 'allow_networks' is for TCP; there is allow_users")
+        raise table.problem("allow_networks", "'allow_networks' is for TCP; there is allow_users")
     return ListenerSettings(
         table.where,
         address,
@@ -118,13 +116,11 @@ def _read_networks(table: Table) -> tuple[IPv4Network | IPv6Network, ...] | None
     if texts is None:
         return None
     networks: list[IPv4Network | IPv6Network] = []
-    for text in texts:
+    for item, text in enumerate(texts):
         try:
             network = ip_network(text)
         except ValueError as error:
-            raise InvalidError(
-                f"{table.where}: {key!r} must be a list of {meaning}: {error}"
-            ) from None
+            raise table.error(key, f"a list of {meaning}: {error}", item) from None
         if isinstance(network, IPv6Network) and network.subnet_of(_MAPPED):  # type: ignore[arg-type]
             mapped = network.network_address.ipv4_mapped
             assert mapped is not None
@@ -139,8 +135,8 @@ def _read_users(table: Table) -> frozenset[int] | None:
     if items is None:
         return None
     return frozenset(
-        _number_of(table, key, item, "user", lambda name: pwd.getpwnam(name).pw_uid)
-        for item in items
+        _number_of(table, key, value, "user", lambda name: pwd.getpwnam(name).pw_uid, item)
+        for item, value in enumerate(items)
     )
 
 
@@ -153,19 +149,23 @@ def _read_group(table: Table) -> int | None:
 
 
 def _number_of(
-    table: Table, key: str, value: object, kind: str, look_up: Callable[[str], int]
+    table: Table,
+    key: str,
+    value: object,
+    kind: str,
+    look_up: Callable[[str], int],
+    item: int | None = None,
 ) -> int:
-    """The number of a user or group."""
+    """The number of a user or group; ``item`` is which of the key's list it is."""
     if isinstance(value, int):
         if not 0 <= value <= _MOST_USERS:
-            raise InvalidError(f"{table.where}: {key!r}: {value} is no number of a {kind}")
+            raise table.problem(key, f"{key!r}: {value} is no number of a {kind}", item)
         return value
     try:
         return look_up(str(value))
     except (KeyError, ValueError):  # the latter for NUL characters
-        raise InvalidError(
-            f"{table.where}: {key!r}: there is no {kind} {value!r}; a number has no quotes"
-        ) from None
+        text = f"{key!r}: there is no {kind} {value!r}; a number has no quotes"
+        raise table.problem(key, text, item) from None
 
 
 def _read_mode(table: Table) -> int | None:

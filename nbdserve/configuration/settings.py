@@ -11,6 +11,7 @@ Each source is read into ``Settings``; ``combine`` makes the ``Configuration`` o
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -21,18 +22,26 @@ from nbdserve.configuration.listeners import (
     combine_listener,
     find_listeners,
 )
+from nbdserve.configuration.problems import Problems
 from nbdserve.configuration.tls import NOTHING_OF_TLS, TlsSettings, override
+from nbdserve.logs import DEFAULT_LOGS, Logs
 from nbdserve.server.connection import HANDSHAKE_TIMEOUT
 from nbdserve.server.permissions import ExportRule
 
 LOG_LEVELS: Final = ("debug", "info", "warning", "error")
+LOG_FORMATS: Final = ("text", "json")
 MAX_WORKERS: Final = 64
+MAX_HANDSHAKE_TIMEOUT: Final = 3600
+MAX_DRAIN_SECONDS: Final = 3600
+DRAIN_SECONDS: Final = 30
+"""How long requests in flight may take once the daemon stops, where nothing else is configured."""
+
 MOST_BY_DEFAULT: Final = 4
 
 
 @dataclass(frozen=True)
 class Settings:
-    """One source's say; None where it says nothing. ``handshake_timeout`` is in seconds."""
+    """One source's say; None where it says nothing. Times are in seconds."""
 
     data: Path | None = None
     listen: tuple[str, ...] | None = None
@@ -40,6 +49,8 @@ class Settings:
     tls: TlsSettings = NOTHING_OF_TLS
     workers: int | None = None
     handshake_timeout: int | None = None
+    drain_seconds: int | None = None
+    log_format: str | None = None
     listeners: tuple[ListenerSettings, ...] = ()
     exports: tuple[ExportRule, ...] = ()
 
@@ -49,40 +60,56 @@ class Configuration:
     """What the daemon runs with.
 
     ``workers`` is the number of processes that serve volumes; 1 is the daemon itself.
-    ``handshake_timeout`` is in seconds. The first of ``exports`` that is for a volume holds.
+    ``handshake_timeout`` and ``drain_seconds`` are in seconds. The first of ``exports`` that is for
+    a volume holds.
     """
 
     data: Path
     listeners: tuple[ListenerConfiguration, ...]
-    log_level: str
+    logs: Logs = DEFAULT_LOGS
     workers: int = 1
     handshake_timeout: float = HANDSHAKE_TIMEOUT
     exports: tuple[ExportRule, ...] = ()
+    drain_seconds: float = DRAIN_SECONDS
 
 
 def combine(command_line: Settings, file: Settings) -> Configuration:
-    """The configuration; what the command line says wins."""
+    """The configuration; what the command line says wins. ConfigurationError has all problems."""
+    problems = Problems()
     data = command_line.data or file.data
     if data is None:
-        raise InvalidError(
-            "no data directory: give --data DIR, set NBDSERVE_DATA or write 'data' in the"
-            " configuration file"
+        problems.add(
+            InvalidError(
+                "no data directory: give --data DIR, set NBDSERVE_DATA or write 'data' in the"
+                " configuration file"
+            )
         )
+        data = Path()
     # Absolute, since its parts are shown to people and to other processes.
     data = data.absolute()
     tls = override(file.tls, command_line.tls)
-    listeners = tuple(
-        combine_listener(found, tls)
-        for found in find_listeners(command_line.listen, file.listen, file.listeners, data)
+    found = problems.attempt(
+        lambda: find_listeners(command_line.listen, file.listen, file.listeners, data)
     )
+    combined = [
+        problems.attempt(partial(combine_listener, listener, tls)) for listener in found or ()
+    ]
+    problems.check()
+    listeners = tuple(listener for listener in combined if listener is not None)
     _check_certificates_can_be_shown(file.exports, listeners)
     return Configuration(
         data=data,
         listeners=listeners,
-        log_level=command_line.log_level or file.log_level or "info",
+        logs=Logs(
+            command_line.log_level or file.log_level or DEFAULT_LOGS.level,
+            command_line.log_format or file.log_format or DEFAULT_LOGS.form,
+        ),
         workers=command_line.workers or file.workers or default_workers(),
-        handshake_timeout=file.handshake_timeout or HANDSHAKE_TIMEOUT,
+        handshake_timeout=(
+            command_line.handshake_timeout or file.handshake_timeout or HANDSHAKE_TIMEOUT
+        ),
         exports=file.exports,
+        drain_seconds=command_line.drain_seconds or file.drain_seconds or DRAIN_SECONDS,
     )
 
 

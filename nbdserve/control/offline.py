@@ -15,11 +15,12 @@ from backends.local_layers import LocalLayerStore
 from nbdserve.control.server import ControlServer
 from nbdserve.control.state import Host, State
 from nbdserve.fetcher.process import FetcherProcess
+from nbdserve.logs import Logs
 from snapshots.catalogue import Catalogue
 
 log = logging.getLogger(__name__)
 
-_LOG_LEVEL = "warning"
+_LOGS = Logs("warning")
 
 
 class OfflineServer:
@@ -57,7 +58,7 @@ class OfflineServer:
     async def _serve(self) -> None:
         store = LocalLayerStore(self._data)
         # It finds what is to be restored lazily; fetching it is left to the daemon.
-        fetcher = FetcherProcess(self._data, _LOG_LEVEL, lambda: store.lock_descriptor)
+        fetcher = FetcherProcess(self._data, _LOGS, lambda: store.lock_descriptor)
         catalogue = await Catalogue.open(store, fetcher=fetcher)
         try:
             await self._serve_until_left(store, catalogue)

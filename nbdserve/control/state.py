@@ -2,9 +2,10 @@
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from aiohttp import web
 
@@ -13,6 +14,7 @@ from nbdserve.control import history
 from nbdserve.control.history import History
 from nbdserve.control.jobs import Jobs
 from nbdserve.control.operations import Operations
+from nbdserve.reloading import Outcome
 from snapshots.catalogue import Catalogue
 from snapshots.transfer import Import
 
@@ -49,6 +51,8 @@ class State:
     host: Host
     operations: Operations = field(default_factory=Operations)
     stopping: asyncio.Event = field(default_factory=asyncio.Event)
+    reload: Callable[[], Coroutine[Any, Any, Outcome]] | None = None
+    """Reads the configuration again; None where a command serves for a daemon."""
     imports: dict[str, Import] = field(default_factory=dict)
     backups: list[BackupClaim] = field(default_factory=list)
     jobs: Jobs = field(default_factory=Jobs)

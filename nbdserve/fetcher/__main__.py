@@ -1,4 +1,4 @@
-"""The fetcher process; the daemon starts it: ``DATA LOG_LEVEL DESCRIPTOR``."""
+"""The fetcher process; the daemon starts it: ``DATA LOG_LEVEL LOG_FORMAT DESCRIPTOR``."""
 
 import asyncio
 import signal
@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from nbdserve.fetcher.service import Service
-from nbdserve.logs import write_logs
+from nbdserve.logs import Logs, write_logs
 
 
 async def _run(data: Path, descriptor: int) -> None:
@@ -17,10 +17,10 @@ async def _run(data: Path, descriptor: int) -> None:
 def main() -> None:
     """Serve the daemon until it says stop."""
     # As for workers: the daemon decides when to end.
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGTTOU):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGTTOU):
         signal.signal(number, signal.SIG_IGN)
-    data, level, descriptor = sys.argv[1:]
-    write_logs(level)
+    data, level, form, descriptor = sys.argv[1:]
+    write_logs(Logs(level, form), "fetcher")
     asyncio.run(_run(Path(data), int(descriptor)))
 
 

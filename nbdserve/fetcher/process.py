@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from backends.errors import UnavailableError
+from nbdserve.logs import Logs
 from nbdserve.workers.child import Child, how_it_ended
 from snapshots.fetcher import FetchWatcher
 from snapshots.lazy import LazyLayer, lazy_from_map
@@ -74,8 +75,9 @@ class _Process:
 class FetcherProcess:
     """See the module's text; ``lock`` gives the locked descriptor of the data directory."""
 
-    def __init__(self, data: Path, log_level: str, lock: Callable[[], int]) -> None:
-        self._arguments = (str(data), log_level)
+    def __init__(self, data: Path, logs: Logs, lock: Callable[[], int]) -> None:
+        self._data = data
+        self._logs = logs
         self._lock = lock
         self._watcher: FetchWatcher | None = None
         self._child: Child | None = None
@@ -103,6 +105,15 @@ class FetcherProcess:
         for child in (self._child, *self._leaving):
             if child is not None:
                 child.kill()
+
+    def _arguments(self) -> tuple[str, ...]:
+        return (str(self._data), self._logs.level, self._logs.form)
+
+    def change_logs(self, logs: Logs) -> None:
+        """Log in this way from now on, in a process that is started later, too."""
+        self._logs = logs
+        if self._child is not None:
+            self._child.channel.event("logs", logs.level, logs.form)
 
     def _dismiss(self) -> None:
         """Let it end; who needs one from here on gets another."""
@@ -135,7 +146,7 @@ class FetcherProcess:
             raise UnavailableError("nbdserve is shutting down")
         if self._child is None:
             try:
-                self._child = _Process(self, self._arguments, self._lock()).child
+                self._child = _Process(self, self._arguments(), self._lock()).child
             except OSError as error:
                 raise UnavailableError(
                     f"the fetcher process cannot be started: {error.strerror}"

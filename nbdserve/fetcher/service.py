@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from backends.local_layers import LocalLayerStore
+from nbdserve.logs import Logs, write_logs
 from nbdserve.repository_keys import source_from_environment
 from nbdserve.workers.channel import Channel
 from snapshots.lazy import lazy_from_map
@@ -79,6 +80,8 @@ class Service:
             self._fetcher.set_rate(*arguments)
         elif name == "stop":
             self._stop.set()
+        elif name == "logs":
+            write_logs(Logs(*arguments), "fetcher")
         else:
             raise ValueError(f"event {name!r}")
 

@@ -76,7 +76,6 @@ class Connection:
         permissions: Permissions,
         handshake_timeout: float,
     ) -> None:
-        self.peer = identity.peer
         self.identity = identity
         self.entrance = entrance
         self._sock = sock
@@ -93,17 +92,22 @@ class Connection:
         self._finishing = False
         self._aborted = False
 
+    @property
+    def export(self) -> str | None:
+        """The name of the export that it has opened, or is about to."""
+        return self._entered
+
     async def run(self) -> None:
         """Serve the client until the connection is closed. Never raises for what a client does."""
         try:
             await self._serve()
         except TimeoutError:
-            self.entrance.report(self.peer, "the handshake took too long")
+            self.entrance.report(self.identity, "the handshake took too long")
             if self._relay is not None:
                 self._relay.abort()
         except OSError as error:
             if not self._aborted:
-                self.entrance.report(self.peer, f"connection lost: {error.strerror or error}")
+                self.entrance.report(self.identity, f"connection lost: {error.strerror or error}")
         finally:
             self._sock.close()
             if self._relay is not None:
@@ -138,15 +142,18 @@ class Connection:
         if export is None:
             return
         self.entrance.settle(self)
+        about = self.identity.about(export.name)
+        if self._relay is not None:
+            self._relay.about = about
         try:
-            log.info("%s: opened %s", self.peer, export.name)
+            log.info("opened", extra=about)
             if not self._aborted:
                 self._serving = self._begin(export)
                 await self._serving.transmit()
         finally:
             self._leave_export()
             await self._registry.close(export)
-            log.info("%s: closed %s", self.peer, export.name)
+            log.info("closed", extra=about)
         if self._serving is not None:
             await self._serving.linger()
 
@@ -174,7 +181,7 @@ class Connection:
                 handshake.receive(data)
                 continue
             if isinstance(event, Ended):
-                self.entrance.report(self.peer, event.reason)
+                self.entrance.report(self.identity, event.reason)
                 with contextlib.suppress(OSError):  # the client may have closed already
                     await readiness.send(handshake.data_to_send(), deadline)
                 return None
@@ -202,15 +209,16 @@ class Connection:
         try:
             session = await self._tls.accept(self._readiness, deadline)
         except TlsError as error:
-            self.entrance.report(self.peer, f"TLS handshake failed: {error}")
+            self.entrance.report(self.identity, f"TLS handshake failed: {error}")
             await read_to_end(self._sock, self._readiness)  # lest the client never sees the alert
             return False
-        self._relay = Relay(self._sock, session, self.peer)
+        self._relay = Relay(self._sock, session, self.identity.about())
         self._sock = self._relay.inner
         self._readiness = Readiness(self._sock)
         names = session.certificate_names
         self.identity = replace(self.identity, secure=True, certificate_names=names)
-        log.debug("%s: TLS has begun, the certificate's names are %s", self.peer, names)
+        about = self.identity.about()
+        log.debug("TLS has begun, the certificate's names are %s", names, extra=about)
         return True
 
     async def _answer(self, question: Event) -> Export | RemoteExport | None:
@@ -235,20 +243,21 @@ class Connection:
                     export = await registry.open(question.name, contexts, self.abort)
                 except (OSError, StorageError) as error:
                     # It is there: so this is the operator's business, too.
-                    log.error("%s: %s cannot be opened: %s", self.peer, question.name, error)
+                    about = self.identity.about(question.name)
+                    log.error("the export cannot be opened: %s", error, extra=about)
                     raise
                 # Its size may have grown meanwhile.
                 handshake.answer_open(replace(described, size=export.size))
                 return export
         except PermissionRefusedError as error:
-            self.entrance.report(self.peer, str(error))
+            self.entrance.report(self.identity, str(error))
             handshake.refuse(str(error), error.reply)
         except StorageError as error:
             handshake.refuse(str(error))
         except OSError as error:
             handshake.refuse(error.strerror or str(error))
         except Exception:
-            log.exception("%s: the registry failed", self.peer)
+            log.exception("the registry failed", extra=self.identity.about())
             handshake.refuse("internal error of the server")
         self._leave_export()
         return None
@@ -263,7 +272,8 @@ class Connection:
         agreement = Agreement(
             style=handshake.style,
             contexts=handshake.contexts,
-            peer=self.peer,
+            peer=self.identity.peer,
+            connection=self.identity.connection,
             received=handshake.trailing_data,
             relayed=self._relay is not None,
         )

@@ -96,6 +96,11 @@ class Entrance:
         self._lines = 0
         self._unlogged = 0
 
+    def change(self, access: AccessList, max_connections: int) -> None:
+        """What holds from now on; who is inside stays."""
+        self._access = access
+        self._max_connections = max_connections
+
     def admits(self, client: Identity) -> bool:
         """Whether the access list lets the client in; logs it when not."""
         if self._access.admits(client):
@@ -130,13 +135,13 @@ class Entrance:
         self.settle(visitor)
         self._inside.discard(visitor)
 
-    def report(self, peer: str, text: str) -> None:
+    def report(self, client: Identity, text: str) -> None:
         """Log what became of a client that has opened nothing, unless there are too many such."""
         if self._lines >= LINES:
             self._unlogged += 1
             return
         self._lines += 1
-        log.info("%s: %s", peer, text)
+        log.info("%s", text, extra=client.about())
         if self._window is None:
             self._window = asyncio.get_running_loop().call_later(INTERVAL, self._next_window)
 
@@ -158,7 +163,7 @@ class Entrance:
         return True
 
     def _refuse(self, client: Identity, reason: str) -> None:
-        self.report(client.peer, f"refused at {self.name}: {reason}")
+        self.report(client, f"refused at {self.name}: {reason}")
 
     def _next_window(self) -> None:
         self._window = None

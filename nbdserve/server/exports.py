@@ -9,10 +9,11 @@ checked that they lie within ``size``. Failures are OSError, whose errno becomes
 """
 
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
+from nbdserve.logs import about
 from nbdserve.protocol.constants import ReplyStyle
 from nbdserve.protocol.options import ExportDescription
 from snapshots.lending import Borrower
@@ -31,7 +32,8 @@ __all__ = [
 class Agreement:
     """What the handshake leads to; ``contexts`` are the metadata contexts chosen, (ID, name).
 
-    ``received`` is what the client sent behind the handshake; ``peer`` names it in the log;
+    ``received`` is what the client sent behind the handshake; ``peer`` and the number of the
+    ``connection`` name it in the log;
     ``relayed`` says that a relay of ours is what sends and receives.
     """
 
@@ -40,6 +42,11 @@ class Agreement:
     peer: str
     received: bytes
     relayed: bool
+    connection: int | None = None
+
+    def about(self, export: str) -> dict[str, Mapping[str, object]]:
+        """The ``extra`` of a log call about the connection."""
+        return about(connection=self.connection, client=self.peer, export=export)
 
 
 class Serving(Protocol):

@@ -18,6 +18,7 @@ import socket
 import stat
 import struct
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
@@ -43,68 +44,132 @@ _CREDENTIALS: Final = struct.Struct("3i")
 log = logging.getLogger(__name__)
 
 
+Take = Callable[[tuple[str, int]], socket.socket | None]
+
+
+@dataclass(frozen=True)
+class Bound:
+    """A socket that is bound; ``path`` is that of its file.
+
+    ``passed`` says that somebody else keeps it open: its file stays.
+    """
+
+    sock: socket.socket
+    path: Path | None = None
+    passed: bool = False
+
+    def close(self) -> None:
+        """Give it up before it was listened on."""
+        self.sock.close()
+        if self.path is not None and not self.passed:
+            self.path.unlink(missing_ok=True)
+
+
 class Listener:
     """One listening socket; hands the socket of each client that the entrance admits on."""
 
     def __init__(
         self,
-        sock: socket.socket,
+        bound: Bound,
         entrance: Entrance,
         accepted: Callable[[socket.socket, Identity], None],
-        path: Path | None = None,
     ) -> None:
+        sock, path = bound.sock, bound.path
         self._loop = asyncio.get_running_loop()
         self._sock = sock
         self._entrance = entrance
         self._accepted = accepted
         self._path = path
         self._file = None if path is None else _identity(path)
+        self.passed = bound.passed
         self._pause: asyncio.TimerHandle | None = None
         self.address = _format_address(sock) if path is None else f"unix:{path}"
         sock.listen(_BACKLOG)
         self._loop.add_reader(sock, self._on_readable)
 
-    def close(self) -> None:
-        """Stop listening; removes the socket file unless it has been replaced."""
+    def release(self) -> socket.socket:
+        """Stop accepting; the socket, which goes on listening, is the caller's."""
         if self._pause is not None:
             self._pause.cancel()
+            self._pause = None
         self._loop.remove_reader(self._sock)
-        self._sock.close()
-        if self._path is not None and _identity(self._path) == self._file:
+        return self._sock
+
+    def close(self, *, waiting: bool = False) -> None:
+        """Stop listening; removes the socket file unless it has been replaced, or was passed.
+
+        With ``waiting``, who has connected by now is let in first.
+        """
+        self.release()
+        if self._has_its_file() and not self.passed:
+            assert self._path is not None
             with contextlib.suppress(OSError):
                 self._path.unlink()
+        if waiting:
+            with contextlib.suppress(OSError):  # out of descriptors: they will come again
+                while self._accept():
+                    pass
+        self._sock.close()
+
+    def open_to(self, mode: int, group: int | None) -> None:
+        """Give the socket's file another mode, and another group unless None. InvalidError."""
+        if not self._has_its_file():
+            raise InvalidError(f"{self.address}: the socket's file has been removed or replaced")
+        assert self._path is not None
+        _open_to_others(self._path, mode, group)
+
+    def share_port(self, shared: bool) -> None:
+        """Whether sockets of this user may be bound to the same TCP port, if they want that too."""
+        self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, shared)
+
+    def _has_its_file(self) -> bool:
+        return self._path is not None and _identity(self._path) == self._file
 
     def _on_readable(self) -> None:
         for _ in range(_ACCEPTS_AT_ONCE):
             try:
-                sock, _ = self._sock.accept()
-            except (BlockingIOError, InterruptedError, ConnectionAbortedError):
-                return
-            except OSError as error:
-                if error.errno not in _EXHAUSTED:
-                    log.warning("%s: accept failed: %s", self.address, error.strerror)
+                if not self._accept():
                     return
+            except OSError as error:
                 log.error("%s: no connection can be accepted: %s", self.address, error.strerror)
                 self._loop.remove_reader(self._sock)
                 self._pause = self._loop.call_later(ACCEPT_PAUSE, self._resume)
                 return
-            try:
-                identity = _identify(sock)
-                if self._entrance.admits(identity):
-                    _prepare(sock)
-                    self._accepted(sock, identity)
-                    continue
-            except OSError:  # gone already
-                pass
-            sock.close()
+
+    def _accept(self) -> bool:
+        """Take one client; False when none waits. OSError when resources are exhausted."""
+        try:
+            sock, _ = self._sock.accept()
+        except (BlockingIOError, InterruptedError, ConnectionAbortedError):
+            return False
+        except OSError as error:
+            if error.errno in _EXHAUSTED:
+                raise
+            log.warning("%s: accept failed: %s", self.address, error.strerror)
+            return False
+        try:
+            identity = _identify(sock)
+            if self._entrance.admits(identity):
+                _prepare(sock)
+                self._accepted(sock, identity)
+                return True
+        except OSError:  # gone already
+            pass
+        sock.close()
+        return True
 
     def _resume(self) -> None:
         self._pause = None
         self._loop.add_reader(self._sock, self._on_readable)
 
 
-async def bind_tcp(host: str, port: int) -> list[socket.socket]:
+async def bind_tcp(
+    host: str, port: int, take: Take = lambda _: None, *, share: bool = False
+) -> list[Bound]:
     """Bind to every address of ``host``; with port 0 all get the same free one.
+
+    ``take`` gives the socket of an address that somebody has bound already. With ``share`` a port
+    may be in use by one that shares it (``Listener.share_port``).
 
     Raises InUseError, InvalidError or StorageError.
     """
@@ -118,20 +183,25 @@ async def bind_tcp(host: str, port: int) -> list[socket.socket]:
     except (OSError, UnicodeError) as error:
         reason = getattr(error, "strerror", None) or error
         raise InvalidError(f"cannot listen on {where}: {reason}") from None
-    sockets: list[socket.socket] = []
+    sockets: list[Bound] = []
     failure: OSError | None = None
     for family, kind, protocol, _, (name, number, *scope) in dict.fromkeys(found):
+        if (taken := take((str(name), int(number)))) is not None:
+            sockets.append(Bound(taken, passed=True))
+            continue
         try:
             sock = socket.socket(family, kind | socket.SOCK_NONBLOCK, protocol)
         except OSError as error:
             failure = error
             continue
         if not port and sockets:
-            number = sockets[0].getsockname()[1]  # noqa: PLW2901
+            number = sockets[0].sock.getsockname()[1]  # noqa: PLW2901
         try:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             if family == socket.AF_INET6:
                 sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+            if share:
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
             sock.bind((name, number, *scope))
         except OSError as error:
             sock.close()
@@ -141,13 +211,13 @@ async def bind_tcp(host: str, port: int) -> list[socket.socket]:
             for other in sockets:
                 other.close()
             raise _bind_error(where, error) from None
-        sockets.append(sock)
+        sockets.append(Bound(sock))
     if not sockets:
         raise _bind_error(where, failure or OSError(errno.EADDRNOTAVAIL, "no address"))
     return sockets
 
 
-def bind_unix(path: Path, mode: int = OWNER_ONLY, group: int | None = None) -> socket.socket:
+def bind_unix(path: Path, mode: int = OWNER_ONLY, group: int | None = None) -> Bound:
     """Bind a socket file, replacing a dead daemon's; ``group`` None is that of the process.
 
     Raises InUseError, InvalidError or StorageError.
@@ -165,14 +235,18 @@ def bind_unix(path: Path, mode: int = OWNER_ONLY, group: int | None = None) -> s
             _remove_stale(path)
             sock.bind(str(path))
         if mode != OWNER_ONLY or group is not None:
-            _open_to_others(path, mode, group)
+            try:
+                _open_to_others(path, mode, group)
+            except InvalidError:
+                path.unlink(missing_ok=True)
+                raise
     except StorageError:
         sock.close()
         raise
     except OSError as error:
         sock.close()
         raise _bind_error(f"unix:{path}", error) from None
-    return sock
+    return Bound(sock, path)
 
 
 def _open_to_others(path: Path, mode: int, group: int | None) -> None:
@@ -183,7 +257,6 @@ def _open_to_others(path: Path, mode: int, group: int | None) -> None:
             os.chown(file, -1, group)
         file.chmod(mode)
     except OSError as error:
-        path.unlink(missing_ok=True)
         what = f"mode {mode:04o}" if group is None else f"mode {mode:04o} and group {group}"
         raise InvalidError(f"cannot give the socket {path} {what}: {error.strerror}") from None
     finally:

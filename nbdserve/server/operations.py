@@ -9,7 +9,7 @@ FUA is the operation followed by a flush.
 
 import asyncio
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Final
 
 from nbdserve.protocol.constants import (
@@ -67,12 +67,18 @@ log = logging.getLogger(__name__)
 
 
 class Operations:
-    """Carries out the requests of one connection."""
+    """Carries out the requests of one connection; ``about`` is the ``extra`` of its log lines."""
 
     def __init__(
-        self, export: Export, *, style: ReplyStyle, contexts: Sequence[tuple[int, str]]
+        self,
+        export: Export,
+        *,
+        style: ReplyStyle,
+        contexts: Sequence[tuple[int, str]],
+        about: Mapping[str, object],
     ) -> None:
         self._export = export
+        self._about = about
         self._style = style
         self._contexts = contexts
         self._numbers = frozenset(number for number, _ in contexts)
@@ -103,10 +109,10 @@ class Operations:
             message = error.strerror or str(error)
             if code not in self._logged:  # a full disk fails thousands of requests
                 self._logged.add(code)
-                log.warning("%s: requests fail: %s", self._export.name, message)
+                log.warning("requests fail: %s", message, extra=self._about)
         else:
             code, message = ErrorCode.EIO, "internal error of the server"
-            log.error("%s: a request failed", self._export.name, exc_info=error)
+            log.error("a request failed", exc_info=error, extra=self._about)
         return error_reply(self._style, cookie, offset, code, message)
 
     async def block_status(self, request: Request, payload: bytes) -> bytes:

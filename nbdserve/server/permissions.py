@@ -51,11 +51,15 @@ class ExportRule:
 
 
 class Permissions:
-    """The rules of one server, and the number of connections that each limited export has."""
+    """The rules of one server, and the number of connections that each open export has."""
 
     def __init__(self, rules: Sequence[ExportRule] = ()) -> None:
-        self._rules = [(re.compile(translate(rule.pattern)), rule) for rule in rules]
         self._open: Counter[str] = Counter()
+        self.change(rules)
+
+    def change(self, rules: Sequence[ExportRule]) -> None:
+        """The rules from now on; connections that are open stay, and are counted."""
+        self._rules = [(re.compile(translate(rule.pattern)), rule) for rule in rules]
 
     def select(self, names: Iterable[str], client: Identity) -> list[str]:
         """Those of the names that the client may have."""
@@ -78,13 +82,11 @@ class Permissions:
     def enter(self, name: str) -> None:
         """Count a connection that is about to open the export; raises PermissionRefusedError."""
         rule = self._rule(name)
-        if rule is None or rule.max_connections is None:
-            return
-        if self._open[name] >= rule.max_connections:
+        most = None if rule is None else rule.max_connections
+        if most is not None and self._open[name] >= most:
             raise PermissionRefusedError(
                 OptionReply.ERR_POLICY,
-                f"export {quoted(name)} has all the connections that it may have,"
-                f" {rule.max_connections}",
+                f"export {quoted(name)} has all the connections that it may have, {most}",
             )
         self._open[name] += 1
 

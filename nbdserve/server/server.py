@@ -1,16 +1,19 @@
 """The NBD server: listeners, the connections they accept, and the orderly end of both."""
 
 import asyncio
+import itertools
 import logging
 import socket
-from functools import partial
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from nbdserve.server.connection import HANDSHAKE_TIMEOUT, Connection
-from nbdserve.server.entrance import EVERYBODY, MAX_CONNECTIONS, AccessList, Entrance
+from nbdserve.server.door import Door
+from nbdserve.server.entrance import EVERYBODY, MAX_CONNECTIONS, AccessList
 from nbdserve.server.exports import ExportRegistry
 from nbdserve.server.identity import Identity
-from nbdserve.server.listening import OWNER_ONLY, Listener, bind_tcp, bind_unix
+from nbdserve.server.listening import OWNER_ONLY, Bound, bind_tcp, bind_unix
 from nbdserve.server.permissions import Permissions
 from nbdserve.server.tls import Tls
 
@@ -20,8 +23,9 @@ log = logging.getLogger(__name__)
 class Server:
     """Serves a registry's exports; belongs to the event loop that it is used on.
 
-    Each listener has TLS if given (see tls.py), an access list and a number of places (see
-    entrance.py); which client may have which export is the same on all of them.
+    Each address has TLS if given (see tls.py), an access list and a number of places (see
+    entrance.py); which client may have which export is the same on all of them. All of that, and
+    ``handshake_timeout``, in seconds, may be changed, for clients that connect from then on.
     """
 
     def __init__(
@@ -32,15 +36,15 @@ class Server:
     ) -> None:
         self._registry = registry
         self._permissions = permissions or Permissions()
-        self._handshake_timeout = handshake_timeout
-        self._listeners: list[Listener] = []
-        self._entrances: list[Entrance] = []
+        self.handshake_timeout = handshake_timeout
+        self._doors: list[Door] = []
+        self._numbers = itertools.count(1)
         self._connections: dict[asyncio.Task[None], Connection] = {}
 
     @property
     def addresses(self) -> list[str]:
         """Where the server listens: ``HOST:PORT`` and ``unix:PATH``, in the order of the calls."""
-        return [listener.address for listener in self._listeners]
+        return [listener.address for door in self._doors for listener in door.listeners]
 
     @property
     def connections(self) -> int:
@@ -54,16 +58,12 @@ class Server:
         tls: Tls | None = None,
         access: AccessList = EVERYBODY,
         max_connections: int = MAX_CONNECTIONS,
-    ) -> None:
+    ) -> Door:
         """Listen on every address of ``host`` (empty: all of this machine); port 0 picks one.
 
         Raises InUseError or InvalidError with one clear line.
         """
-        sockets = await bind_tcp(host, port)
-        port = sockets[0].getsockname()[1]
-        entrance = self._new_entrance(f"{host}:{port}", access, max_connections)
-        accepted = partial(self._accepted, entrance, tls)
-        self._listeners += [Listener(sock, entrance, accepted) for sock in sockets]
+        return self.open(await bind_tcp(host, port), tls, access, max_connections)
 
     async def listen_unix(
         self,
@@ -73,16 +73,32 @@ class Server:
         max_connections: int = MAX_CONNECTIONS,
         mode: int = OWNER_ONLY,
         group: int | None = None,
-    ) -> None:
+    ) -> Door:
         """Listen on a socket file, of that mode and group (None: the process's).
 
         Raises InUseError when another server listens there, InvalidError with one clear line.
         """
-        path = Path(path)
-        sock = bind_unix(path, mode, group)
-        entrance = self._new_entrance(f"unix:{path}", access, max_connections)
-        accepted = partial(self._accepted, entrance, tls)
-        self._listeners.append(Listener(sock, entrance, accepted, path))
+        return self.open([bind_unix(Path(path), mode, group)], tls, access, max_connections)
+
+    def open(
+        self,
+        sockets: Sequence[Bound],
+        tls: Tls | None = None,
+        access: AccessList = EVERYBODY,
+        max_connections: int = MAX_CONNECTIONS,
+    ) -> Door:
+        """Listen on sockets of one address."""
+        door = Door(sockets, tls, access, max_connections, self._accepted)
+        self._doors.append(door)
+        return door
+
+    def close(self, door: Door) -> list[socket.socket]:
+        """Let nobody in there any more; its connections stay. Returns the sockets that were passed.
+
+        Who has connected by now is let in first, or, at a socket that was passed, goes on waiting.
+        """
+        self._doors.remove(door)
+        return door.close(waiting=True)
 
     async def drain(self, timeout: float) -> bool:  # noqa: ASYNC109 - forces instead of raising
         """Stop listening, let the requests that were received be answered, close everything.
@@ -91,16 +107,16 @@ class Server:
         whether all was done; if not,
         requests may still be running on exports that are not yet closed in the registry.
         """
-        for listener in self._listeners:
-            listener.close()
-        for entrance in self._entrances:
-            entrance.close()
-        self._listeners.clear()
+        for door in self._doors:
+            for sock in door.close():
+                sock.close()
+        self._doors.clear()
         for connection in self._connections.values():
             connection.finish()
         if not await self._wait(timeout):
             for connection in self._connections.values():
-                log.warning("%s: dropped, its requests took too long", connection.peer)
+                about = connection.identity.about(connection.export)
+                log.warning("dropped, its requests took too long", extra=about)
                 connection.expire()
             if not await self._wait(1.0):
                 for connection in self._connections.values():
@@ -116,24 +132,17 @@ class Server:
         _, pending = await asyncio.wait(self._connections, timeout=seconds)
         return not pending
 
-    def _new_entrance(self, name: str, access: AccessList, max_connections: int) -> Entrance:
-        entrance = Entrance(name, access, max_connections)
-        self._entrances.append(entrance)
-        return entrance
-
-    def _accepted(
-        self, entrance: Entrance, tls: Tls | None, sock: socket.socket, identity: Identity
-    ) -> None:
+    def _accepted(self, door: Door, sock: socket.socket, identity: Identity) -> None:
         connection = Connection(
             sock,
             self._registry,
-            identity,
-            entrance,
-            tls,
+            replace(identity, connection=next(self._numbers)),
+            door.entrance,
+            door.tls,
             self._permissions,
-            self._handshake_timeout,
+            self.handshake_timeout,
         )
-        if not entrance.enter(connection):
+        if not door.entrance.enter(connection):
             sock.close()
             return
         task = asyncio.get_running_loop().create_task(connection.run())
@@ -144,4 +153,5 @@ class Server:
         connection = self._connections.pop(task)
         connection.entrance.leave(connection)
         if not task.cancelled() and (error := task.exception()) is not None:
-            log.error("%s: the connection failed", connection.peer, exc_info=error)
+            about = connection.identity.about(connection.export)
+            log.error("the connection failed", exc_info=error, extra=about)

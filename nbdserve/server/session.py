@@ -33,6 +33,7 @@ class Session:
             style=agreement.style,
             contexts=agreement.contexts,
             peer=agreement.peer,
+            connection=agreement.connection,
             relayed=agreement.relayed,
         )
         self._transmission.start(agreement.received)

@@ -8,6 +8,7 @@ would save is spent once. Errors of files name the file and what is wrong with i
 """
 
 import contextlib
+import hashlib
 import logging
 import ssl
 import stat
@@ -48,8 +49,9 @@ class TlsSession:
 class Tls:
     """What a listener's connections need: whether TLS is required, and the certificate to show."""
 
-    def __init__(self, mode: TlsMode, context: ssl.SSLContext) -> None:
+    def __init__(self, mode: TlsMode, context: ssl.SSLContext, fingerprint: bytes = b"") -> None:
         self.mode = mode
+        self.fingerprint = fingerprint  # of all that was read
         self._context = context
 
     async def accept(self, readiness: Readiness, deadline: float) -> TlsSession:
@@ -103,7 +105,11 @@ def load_tls(mode: TlsMode, certificate: Path, key: Path, client_ca: Path | None
         _check_certificates(client_ca, "TLS client CA")
         context.load_verify_locations(client_ca)
         context.verify_mode = ssl.CERT_REQUIRED
-    return Tls(mode, context)
+    digest = hashlib.sha256()
+    for path in (certificate, key, client_ca):
+        if path is not None:
+            digest.update(path.read_bytes())
+    return Tls(mode, context, digest.digest())
 
 
 def _certificate_names(stream: ssl.SSLObject) -> tuple[str, ...]:

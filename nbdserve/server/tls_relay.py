@@ -34,7 +34,7 @@ import contextlib
 import logging
 import socket
 import ssl
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Final, cast
 
 from nbdserve.server.listening import UNIX_SEND_BUFFER
@@ -64,9 +64,14 @@ log = logging.getLogger(__name__)
 
 
 class Relay:
-    """Relays from its creation until ``closed``; takes over the client's socket."""
+    """Relays from its creation until ``closed``; takes over the client's socket.
 
-    def __init__(self, sock: socket.socket, session: TlsSession, peer: str) -> None:
+    ``about`` is the ``extra`` of its lines in the log.
+    """
+
+    def __init__(
+        self, sock: socket.socket, session: TlsSession, about: Mapping[str, object]
+    ) -> None:
         self._loop = asyncio.get_running_loop()
         self.closed: asyncio.Future[None] = self._loop.create_future()
         self._sock = sock
@@ -75,7 +80,7 @@ class Relay:
         self._read = cast(Callable[[int, memoryview], int], session.stream.read)
         self._incoming = session.incoming
         self._outgoing = session.outgoing
-        self._peer = peer
+        self.about = about
         self._pair, self.inner = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         for end in (self._pair, self.inner):
             end.setblocking(False)
@@ -292,19 +297,19 @@ class Relay:
 
     def _expired(self) -> None:
         if not self._finished:
-            log.info("%s: the client did not take what was left for it", self._peer)
+            log.info("the client did not take what was left for it", extra=self.about)
         self._close()
 
     def _fail(self, error: ssl.SSLError) -> None:
         """The session is broken: tell the client why, as far as it listens."""
-        log.info("%s: TLS failed: %s", self._peer, describe_error(error))
+        log.info("TLS failed: %s", describe_error(error), extra=self.about)
         with contextlib.suppress(OSError):
             if not self._unsent:
                 self._sock.send(self._outgoing.read())
         self._close()
 
     def _lost(self, error: OSError) -> None:
-        log.info("%s: connection lost: %s", self._peer, error.strerror or error)
+        log.info("connection lost: %s", error.strerror or error, extra=self.about)
         self._close()
 
     def _close(self) -> None:

@@ -42,6 +42,7 @@ from struct import Struct
 from time import perf_counter
 from typing import Any, Final
 
+from nbdserve.logs import about
 from nbdserve.protocol.constants import (
     CMD_BLOCK_STATUS,
     CMD_DISC,
@@ -154,6 +155,7 @@ class Transmission:
         contexts: Sequence[tuple[int, str]],
         peer: str,
         relayed: bool = False,
+        connection: int | None = None,
     ) -> None:
         self._loop = asyncio.get_running_loop()
         self.closed: asyncio.Future[bool] = self._loop.create_future()
@@ -166,14 +168,14 @@ class Transmission:
             if style is ReplyStyle.EXTENDED
             else (REQUEST, REQUEST_MAGIC)
         )
-        self._peer = peer
         # Elsewhere nobody can tell when the client has received what refers to the page cache.
         self._loan_from = MAX_PAYLOAD + 1
         if sock.family == socket.AF_UNIX:
             self._loan_from = MIN_LOAN
             export.borrowers.add(self)
         self._contexts = len(contexts)
-        self._operations = Operations(export, style=style, contexts=contexts)
+        self._about = about(connection=connection, client=peer, export=export.name)
+        self._operations = Operations(export, style=style, contexts=contexts, about=self._about)
         self._output = Output(sock)
         self._note = export.note
         self._polling = Polling()
@@ -842,13 +844,13 @@ class Transmission:
 
     def _drop(self, why: str) -> None:
         """The client has broken the protocol, and there is no going on from where it did."""
-        log.info("%s: %s, connection dropped", self._peer, why)
+        log.info("%s, connection dropped", why, extra=self._about)
         self._send()
         self.abort()
 
     def _lost(self, error: OSError) -> None:
         if not self._gone:
-            log.info("%s: connection lost: %s", self._peer, error.strerror or error)
+            log.info("connection lost: %s", error.strerror or error, extra=self._about)
             self.abort()
 
     def _check_closed(self) -> None:

@@ -1,4 +1,4 @@
-"""A worker process; the daemon starts it: ``DATA LOG_LEVEL DESCRIPTOR``."""
+"""A worker process; the daemon starts it: ``DATA LOG_LEVEL LOG_FORMAT DESCRIPTOR``."""
 
 import asyncio
 import signal
@@ -6,7 +6,7 @@ import socket
 import sys
 from pathlib import Path
 
-from nbdserve.logs import write_logs
+from nbdserve.logs import Logs, write_logs
 from nbdserve.workers.worker import Worker
 
 
@@ -18,10 +18,10 @@ def main() -> None:
     """Serve the daemon until it says stop."""
     # Whoever stops the daemon may send the same to all its processes: the daemon decides.
     # And a log line on a terminal that stops background processes for it must not stop us.
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGTTOU):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGTTOU):
         signal.signal(number, signal.SIG_IGN)
-    data, level, descriptor = sys.argv[1:]
-    write_logs(level)
+    data, level, form, descriptor = sys.argv[1:]
+    write_logs(Logs(level, form), "worker")
     asyncio.run(_run(Path(data), int(descriptor)))
 
 

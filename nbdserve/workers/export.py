@@ -38,7 +38,7 @@ class Connections:
         given = socket.socket(fileno=sock.detach())
         if not self._channel.open:
             given.close()
-            log.info("%s: its worker has just ended", agreement.peer)
+            log.info("its worker has just ended", extra=agreement.about(name))
             serving.lost()
             return serving
         self._served[number] = serving
@@ -54,6 +54,7 @@ class Connections:
             agreement.peer,
             agreement.received,
             agreement.relayed,
+            agreement.connection,
         )
         return serving
 

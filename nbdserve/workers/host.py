@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from backends.errors import UnavailableError
+from nbdserve.logs import Logs
 from nbdserve.workers.child import Child, how_it_ended
 from nbdserve.workers.export import Connections, WorkerExport
 from snapshots.extent_log import Run
@@ -82,8 +83,9 @@ class _Process:
 class WorkerHost:
     """A ``ViewHost`` (see the module's text)."""
 
-    def __init__(self, data: Path, log_level: str, lock: Callable[[], int]) -> None:
-        self._arguments = (str(data), log_level)
+    def __init__(self, data: Path, logs: Logs, lock: Callable[[], int]) -> None:
+        self._data = data
+        self._logs = logs
         self._lock = lock
         self._watcher: Watcher | None = None
         self._process: _Process | None = None
@@ -106,8 +108,16 @@ class WorkerHost:
         except OSError as error:
             raise UnavailableError(f"a worker cannot be started: {error.strerror}") from error
 
+    def _arguments(self) -> tuple[str, ...]:
+        return (str(self._data), self._logs.level, self._logs.form)
+
+    def change_logs(self, logs: Logs) -> None:
+        """Log in this way from now on, in processes that are started later, too."""
+        self._logs = logs
+        self._tell("logs", logs.level, logs.form)
+
     def _spawn(self) -> _Process:
-        return _Process(self, self._arguments, self._lock())
+        return _Process(self, self._arguments(), self._lock())
 
     def _start_again(self) -> None:
         self._restart = None
@@ -175,6 +185,10 @@ class WorkerHost:
         return WorkerExport(self._process.connections, key, name, size, read_only, bases, revoke)
 
     # Calls
+
+    async def ping(self) -> None:
+        """Return when the worker's event loop has answered. HostLostError."""
+        await self._call("ping")
 
     async def _call(self, method: str, *arguments: Any) -> Any:
         if self._process is None:

@@ -21,6 +21,7 @@ from typing import Any, Final
 
 from backends.errors import StorageError
 from backends.local_layers import LocalLayerStore
+from nbdserve.logs import Logs, write_logs
 from nbdserve.protocol.constants import ReplyStyle
 from nbdserve.server.exports import Agreement
 from nbdserve.server.session import Session
@@ -98,6 +99,8 @@ class Worker:
     # What comes from the daemon
 
     def call(self, method: str, arguments: list[Any]) -> Coroutine[Any, Any, Any]:
+        if method == "ping":
+            return asyncio.sleep(0)
         if method not in _METHODS:
             raise ValueError(f"method {method!r}")
         operation: Coroutine[Any, Any, Any] = getattr(self._host, method)(*arguments)
@@ -108,6 +111,8 @@ class Worker:
             self._serve(sock, *arguments)
         elif name == "stop":
             self._stop.set()
+        elif name == "logs":
+            write_logs(Logs(*arguments), "worker")
         elif name in _TOLD:
             getattr(self._host, name)(*arguments)
         elif name in ("finish", "expire", "abort"):
@@ -137,17 +142,18 @@ class Worker:
         peer: str,
         received: bytes,
         relayed: bool,
+        connection: int | None,
     ) -> None:
+        chosen = tuple((number, context) for number, context in contexts)
+        agreement = Agreement(ReplyStyle(style), chosen, peer, received, relayed, connection)
         try:
             if sock is None:
                 raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
             sock.setblocking(False)
             export = self._host.handle(key, name, bases, _not_here)
-            chosen = tuple((number, context) for number, context in contexts)
-            agreement = Agreement(ReplyStyle(style), chosen, peer, received, relayed)
             session = Session(sock, export, agreement)
         except (OSError, MemoryError, StorageError) as error:
-            log.error("%s: closed, it cannot be served: %s", peer, error)
+            log.error("closed, it cannot be served: %s", error, extra=agreement.about(name))
             if sock is not None:
                 sock.close()
             self._channel.event("over", number)

@@ -43,6 +43,7 @@ from .parts import (
 DOCUMENTS = [
     PROJECT / "README.md",
     PROJECT / "docs" / "operations.md",
+    PROJECT / "docs" / "configuration.md",
     PROJECT / "docs" / "backups.md",
     PROJECT / "docs" / "scripting.md",
 ]

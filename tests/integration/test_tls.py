@@ -123,7 +123,7 @@ def test_plain_clients_are_refused_unless_tls_is_optional(
         refused = run("qemu-img", "info", uri, check=False)
         assert refused.returncode
         assert "TLS" in refused.stderr
-    assert "opened disk" not in tls_daemon.read_log()
+    assert "export=disk: opened" not in tls_daemon.read_log()
     assert tls_daemon.stop() == 0
     tls_daemon.arguments = (*serve_options(certificates), "--tls", "optional")
     tls_daemon.start()
@@ -136,7 +136,7 @@ def test_server_of_another_authority_is_refused(tls_daemon: Daemon, strangers: P
     assert "certificate" in run("nbdinfo", uri, check=False).stderr
     options = qemu_options(tls_daemon, "disk", strangers)
     assert "certificate" in run("qemu-img", "info", *options, check=False).stderr
-    assert "opened disk" not in tls_daemon.read_log()
+    assert "export=disk: opened" not in tls_daemon.read_log()
 
 
 def test_clients_have_to_show_a_certificate(
@@ -161,7 +161,7 @@ def test_clients_have_to_show_a_certificate(
             assert run("nbdinfo", uri, check=False).returncode
         options = qemu_options(daemon, "disk", directory)
         assert run("qemu-img", "info", *options, check=False).returncode
-    assert "opened disk" not in daemon.read_log()
+    assert "export=disk: opened" not in daemon.read_log()
     assert daemon.read_log().count("TLS handshake failed") >= 5
     for uri in tls_uris(daemon, "disk", certificates):
         assert run("nbdinfo", "--size", uri).stdout.strip() == str(MIB)
@@ -185,9 +185,9 @@ h.shutdown()
             assert client.stdout.read(4096) == b"x" * 4096
             client.kill()
     deadline = time.monotonic() + 30
-    while tls_daemon.read_log().count("closed disk") < 3 and time.monotonic() < deadline:
+    while tls_daemon.read_log().count("export=disk: closed") < 3 and time.monotonic() < deadline:
         time.sleep(0.05)
-    assert tls_daemon.read_log().count("closed disk") == 3
+    assert tls_daemon.read_log().count("export=disk: closed") == 3
     run("nbdinfo", tcp)
     assert tls_daemon.stop() == 0
     tls_daemon.start()

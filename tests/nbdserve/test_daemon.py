@@ -6,11 +6,12 @@ import os
 import resource
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -30,13 +31,18 @@ def data() -> Iterator[Path]:
 
 @pytest.fixture
 def start() -> Iterator[Start]:
-    """Starts programs; all of them are ended."""
+    """Starts programs, which get the descriptors to ``keep``; all of them are ended."""
     processes: list[subprocess.Popen[str]] = []
 
-    def start(*command: str | Path) -> subprocess.Popen[str]:
+    def start(*command: str | Path, keep: Sequence[int] = ()) -> subprocess.Popen[str]:
         environment = {k: v for k, v in os.environ.items() if k != "NBDSERVE_DATA"}
         process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=environment,
+            pass_fds=keep,
         )
         processes.append(process)
         return process
@@ -204,6 +210,41 @@ def test_a_configuration_file(start: Start, data: Path, tmp_path: Path) -> None:
 
     path.write_text(f'data = "{data}"\nlisten = "{unix}"\n')
     assert "'listen'" in refusal(start(*PROGRAM, "serve", "--config", path))
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_lines_about_a_connection_have_its_number(start: Start, data: Path, workers: str) -> None:
+    """From whichever process they come; as JSON, every line of the log is an object."""
+    unix = f"unix:{data}/nbd.sock"
+    process = start(
+        *PROGRAM, "serve", "--data", data, "--listen", unix, "--workers", workers,
+        "--log-format", "json",
+    )  # fmt: skip
+    read_addresses(process, 1)
+    command("volume", "create", "disk", "--size", "1M", "--data", data)
+    for _ in range(2):
+        with socket.socket(socket.AF_UNIX) as client:
+            client.connect(f"{data}/nbd.sock")
+            client.sendall(struct.pack(">I8sII", 3, b"IHAVEOPT", 7, 10) + b"\0\0\0\4disk\0\0")
+            client.sendall(b"no request".ljust(28))
+            while client.recv(4096):
+                pass
+    process.terminate()
+    _, error = process.communicate(timeout=60)
+    lines = [json.loads(line) for line in error.splitlines()]
+    peer = f"unix:pid={os.getpid()},uid={os.geteuid()}"
+    for number in (1, 2):
+        found = [line for line in lines if line.get("connection") == number]
+        assert [line["message"] for line in found] == [
+            "opened", "bad request magic 0x6e6f2072, connection dropped", "closed",
+        ]  # fmt: skip
+        for line in found:
+            assert (line["client"], line["export"], line["level"]) == (peer, "disk", "info")
+        opened, dropped, closed = found
+        assert opened["process"] == closed["process"] == "daemon"
+        assert opened["pid"] == closed["pid"] == process.pid
+        assert dropped["process"] == ("daemon" if workers == "1" else "worker")
+        assert (dropped["pid"] == process.pid) == (workers == "1")
 
 
 def test_a_warning_when_the_network_can_connect(start: Start, data: Path) -> None:

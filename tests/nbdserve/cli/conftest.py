@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from nbdserve.cli.application import run
+from nbdserve.configuration import file
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,8 @@ def cli(
     data: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[CommandLine]:
     monkeypatch.setenv("NBDSERVE_DATA", str(data))
+    # Whatever this machine has configured is none of our business.
+    monkeypatch.setattr(file, "DEFAULT_FILE", data.with_name("absent.toml"))
     handler = signal.getsignal(signal.SIGTERM)
     yield CommandLine(data, capsys)
     signal.signal(signal.SIGTERM, handler)

@@ -150,7 +150,8 @@ def test_a_flood_is_a_number_in_the_log(caplog, monkeypatch):
         for number in range(LINES + 30):
             assert not door.admits(Someone(user=number).identity)
         assert len(caplog.records) == LINES
-        assert caplog.records[0].getMessage() == "None 0: refused at here: not on the access list"
+        assert caplog.records[0].getMessage() == "refused at here: not on the access list"
+        assert caplog.records[0].fields == {"client": "None 0"}
         await settle(lambda: len(caplog.records) > LINES)
         assert caplog.records[LINES].getMessage() == "here: 30 more lines of this kind"
         assert not door.admits(Someone(user=1).identity)
@@ -203,7 +204,8 @@ def test_addresses_over_tcp(host, caplog):
 
     asyncio.run(main())
     (line,) = [r.getMessage() for r in caplog.records if "refused" in r.getMessage()]
-    assert "not on the access list" in line and f"refused at {host}:" in line
+    shown = f"[{host}]" if ":" in host else host
+    assert "not on the access list" in line and f"refused at {shown}:" in line
 
 
 def test_one_too_many_is_closed_and_served_when_there_is_room(caplog):

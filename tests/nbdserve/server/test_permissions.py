@@ -322,3 +322,18 @@ def test_revoked_export_gives_its_place_back():
         await harness.connect("web")
 
     serve(test, *exports(), rules=[ExportRule("web", max_connections=1)])
+
+
+def test_rules_that_change_count_who_is_there_already():
+    permissions = Permissions([ExportRule("b*", max_connections=1)])
+    permissions.enter("disk")
+    permissions.enter("disk")
+    permissions.change([ExportRule("disk", max_connections=2)])
+    with pytest.raises(PermissionRefusedError):
+        permissions.enter("disk")
+    permissions.leave("disk")
+    permissions.enter("disk")
+    with pytest.raises(PermissionRefusedError):
+        permissions.enter("disk")
+    permissions.change([])
+    permissions.enter("disk")

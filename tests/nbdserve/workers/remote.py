@@ -5,6 +5,7 @@ import os
 import socket
 
 from backends.local_layers import LocalLayerStore
+from nbdserve.logs import Logs
 from nbdserve.server.exports import Agreement
 from nbdserve.workers.host import WorkerHost
 from snapshots.catalogue import Catalogue
@@ -30,7 +31,7 @@ _ERRNO = {1: 1, 5: 5, 12: 12, 22: 22, 28: 28}
 async def open_over_workers(path, count=2, log_level="warning"):
     """A catalogue whose views are open in worker processes."""
     store = LocalLayerStore(path)
-    hosts = [WorkerHost(path, log_level, lambda: store.lock_descriptor) for _ in range(count)]
+    hosts = [WorkerHost(path, Logs(log_level), lambda: store.lock_descriptor) for _ in range(count)]
     return await Catalogue.open(store, hosts)
 
 
