@@ -31,6 +31,7 @@ from nbdserve.control.client import Client, path
 from nbdserve.control.server import ControlServer
 from nbdserve.control.state import Host, State
 from nbdserve.fetcher.process import FetcherProcess
+from nbdserve.measuring import Measuring
 from nbdserve.registry import CatalogueExports
 from nbdserve.server import Server
 from nbdserve.server.permissions import Permissions
@@ -54,11 +55,18 @@ async def run(configuration: Configuration, announce: Callable[[str], None]) -> 
     """
     certificates = _load_certificates(configuration)
     store = LocalLayerStore(configuration.data)
+    measuring = Measuring()
     workers = [
-        WorkerHost(configuration.data, configuration.log_level, lambda: store.lock_descriptor)
+        WorkerHost(
+            configuration.data,
+            configuration.log_level,
+            lambda: store.lock_descriptor,
+            measuring.retire,
+        )
         for _ in range(configuration.workers)
         if configuration.workers > 1
     ]
+    measuring.processes = workers
     fetcher = FetcherProcess(
         configuration.data, configuration.log_level, lambda: store.lock_descriptor
     )
@@ -68,11 +76,11 @@ async def run(configuration: Configuration, announce: Callable[[str], None]) -> 
     try:
         catalogue.hydrate()
         host = Host(configuration.data, daemon=True)
-        control = ControlServer(State(catalogue, store, host))
+        control = ControlServer(State(catalogue, store, host, measuring=measuring))
         permissions = Permissions(configuration.exports)
         timeout = configuration.handshake_timeout
         exports = CatalogueExports(catalogue, is_rotational(store.path))
-        server = Server(exports, permissions, timeout)
+        server = Server(exports, permissions, timeout, measuring.meters)
         await _serve(configuration, certificates, server, control, announce, stop)
     finally:
         await catalogue.close()

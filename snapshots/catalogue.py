@@ -14,7 +14,7 @@ import functools
 import logging
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Mapping, Sequence
 from typing import Any, ParamSpec, TypeVar
 
 from backends.errors import (
@@ -222,6 +222,21 @@ class Catalogue:
             if found == name:
                 return identifier
         raise NotFoundError(f"volume {name} does not exist")
+
+    def names_of(self, keys: Iterable[str]) -> dict[str, tuple[str, str | None]]:
+        """The volume, and its snapshot if it is one, of each of these ids that there is."""
+        wanted = set(keys)
+        volumes = self._manifests.volumes
+        found: dict[str, tuple[str, str | None]] = {
+            key: (volumes[key].name, None) for key in wanted & volumes.keys()
+        }
+        wanted -= found.keys()
+        if wanted:
+            for manifest in volumes.values():
+                for snapshot in manifest.snapshots:
+                    if snapshot.id in wanted:
+                        found[snapshot.id] = (manifest.name, snapshot.name)
+        return found
 
     def volume_size(self, name: str) -> int:
         """Size of a volume in bytes; NotFoundError."""

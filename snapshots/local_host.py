@@ -90,7 +90,7 @@ class LocalHost:
     ) -> Handle:
         """A client's part of an open view; bases that are closed by now are None."""
         found = {context: self._views.get(base) for context, base in bases.items()}
-        return Handle(name, self.view(key), revoke, found)
+        return Handle(key, name, self.view(key), revoke, found)
 
     # Views
 

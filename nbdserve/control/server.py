@@ -9,7 +9,16 @@ from aiohttp import web
 from aiohttp.http_exceptions import HttpProcessingError
 
 from backends.errors import StorageError, one_line
-from nbdserve.control import address, checks, claims, hydrations, reports, snapshots, volumes
+from nbdserve.control import (
+    address,
+    checks,
+    claims,
+    hydrations,
+    measurements,
+    reports,
+    snapshots,
+    volumes,
+)
 from nbdserve.control.bodies import MAX_BODY
 from nbdserve.control.errors import to_document
 from nbdserve.control.state import STATE, State
@@ -64,7 +73,7 @@ async def _answer_errors(request: web.Request, handler: _Handler) -> web.StreamR
 def build_application(state: State) -> web.Application:
     application = web.Application(middlewares=[_answer_errors], client_max_size=MAX_BODY)
     application[STATE] = state
-    for module in (volumes, snapshots, claims, checks, hydrations, reports):
+    for module in (volumes, snapshots, claims, checks, hydrations, reports, measurements):
         application.add_routes(module.routes)
     return application
 

@@ -13,6 +13,7 @@ from nbdserve.control import history
 from nbdserve.control.history import History
 from nbdserve.control.jobs import Jobs
 from nbdserve.control.operations import Operations
+from nbdserve.measuring import Measuring
 from snapshots.catalogue import Catalogue
 from snapshots.transfer import Import
 
@@ -50,6 +51,7 @@ class State:
     operations: Operations = field(default_factory=Operations)
     stopping: asyncio.Event = field(default_factory=asyncio.Event)
     imports: dict[str, Import] = field(default_factory=dict)
+    measuring: Measuring = field(default_factory=Measuring)
     backups: list[BackupClaim] = field(default_factory=list)
     jobs: Jobs = field(default_factory=Jobs)
     history: History = field(init=False)

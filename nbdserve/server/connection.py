@@ -49,6 +49,7 @@ from nbdserve.server.exports import (
     Serving,
 )
 from nbdserve.server.identity import Identity
+from nbdserve.server.meter import Meters
 from nbdserve.server.permissions import PermissionRefusedError, Permissions
 from nbdserve.server.readiness import Readiness
 from nbdserve.server.session import Session, read_to_end
@@ -75,6 +76,7 @@ class Connection:
         tls: Tls | None,
         permissions: Permissions,
         handshake_timeout: float,
+        meters: Meters,
     ) -> None:
         self.peer = identity.peer
         self.identity = identity
@@ -82,6 +84,7 @@ class Connection:
         self._sock = sock
         self._registry = registry
         self._permissions = permissions
+        self._meters = meters
         self._entered: str | None = None  # the export whose connections we are counted among
         self._readiness = Readiness(sock)
         self._tls_mode = TlsMode.OFF if tls is None else tls.mode
@@ -271,7 +274,7 @@ class Connection:
         if isinstance(export, RemoteExport):
             serving = export.serve(self._sock, agreement)
         else:
-            serving = Session(self._sock, export, agreement)
+            serving = Session(self._sock, export, agreement, self._meters)
         if self._finishing:
             serving.finish()
         return serving

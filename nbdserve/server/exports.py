@@ -65,6 +65,10 @@ class OpenedExport(Protocol):
     """What every export is to a client, wherever its data is."""
 
     @property
+    def key(self) -> str:
+        """What it is counted under, whatever its name becomes."""
+
+    @property
     def name(self) -> str:
         """Name that clients know it by."""
 

@@ -11,6 +11,7 @@ from nbdserve.server.entrance import EVERYBODY, MAX_CONNECTIONS, AccessList, Ent
 from nbdserve.server.exports import ExportRegistry
 from nbdserve.server.identity import Identity
 from nbdserve.server.listening import OWNER_ONLY, Listener, bind_tcp, bind_unix
+from nbdserve.server.meter import Meters
 from nbdserve.server.permissions import Permissions
 from nbdserve.server.tls import Tls
 
@@ -21,7 +22,8 @@ class Server:
     """Serves a registry's exports; belongs to the event loop that it is used on.
 
     Each listener has TLS if given (see tls.py), an access list and a number of places (see
-    entrance.py); which client may have which export is the same on all of them.
+    entrance.py); which client may have which export is the same on all of them. ``meters`` count
+    the requests that are served in this process.
     """
 
     def __init__(
@@ -29,10 +31,12 @@ class Server:
         registry: ExportRegistry,
         permissions: Permissions | None = None,
         handshake_timeout: float = HANDSHAKE_TIMEOUT,
+        meters: Meters | None = None,
     ) -> None:
         self._registry = registry
         self._permissions = permissions or Permissions()
         self._handshake_timeout = handshake_timeout
+        self.meters = meters or Meters()
         self._listeners: list[Listener] = []
         self._entrances: list[Entrance] = []
         self._connections: dict[asyncio.Task[None], Connection] = {}
@@ -132,6 +136,7 @@ class Server:
             tls,
             self._permissions,
             self._handshake_timeout,
+            self.meters,
         )
         if not entrance.enter(connection):
             sock.close()

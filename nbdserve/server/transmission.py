@@ -37,6 +37,8 @@ import fcntl
 import logging
 import socket
 import termios
+from bisect import bisect_left
+from collections import deque
 from collections.abc import Coroutine, Sequence
 from struct import Struct
 from time import perf_counter
@@ -77,6 +79,7 @@ from nbdserve.protocol.requests import (
     payload_length,
 )
 from nbdserve.server.exports import Export
+from nbdserve.server.meter import BOUNDS, WITHOUT_BYTES, CommandNumbers, Meter
 from nbdserve.server.operations import (
     MIN_SPARSE_READ,
     STATUS_SIZE,
@@ -101,6 +104,9 @@ MAX_REQUESTS: Final = 256
 
 MAX_LONG_READS: Final = 4
 """Most READs of one connection that are read piece by piece at the same time."""
+
+MAX_UNMEASURED: Final = 1024
+"""Most answers of one connection whose way to the kernel is followed."""
 
 MAX_BYTES: Final = 8 << 20
 """Most bytes of payloads, of replies being made and of unsent replies outside the buffers."""
@@ -154,6 +160,7 @@ class Transmission:
         contexts: Sequence[tuple[int, str]],
         peer: str,
         relayed: bool = False,
+        meter: Meter | None = None,
     ) -> None:
         self._loop = asyncio.get_running_loop()
         self.closed: asyncio.Future[bool] = self._loop.create_future()
@@ -173,7 +180,10 @@ class Transmission:
             self._loan_from = MIN_LOAN
             export.borrowers.add(self)
         self._contexts = len(contexts)
-        self._operations = Operations(export, style=style, contexts=contexts)
+        self._meter = meter = Meter() if meter is None else meter
+        meter.connections.add(self)
+        self._reads, self._writes = meter.command(CMD_READ), meter.command(CMD_WRITE)
+        self._operations = Operations(export, style=style, contexts=contexts, meter=meter)
         self._output = Output(sock)
         self._polling = Polling()
         self._relayed = relayed
@@ -191,8 +201,16 @@ class Transmission:
         # A refused WRITE: how much of its payload is still to come, and what is then answered.
         self._skip = 0
         self._skip_reply = b""
-        self._missed: list[tuple[int, int, int]] = []  # cookie, offset, length of READs
-        self._tasks: dict[asyncio.Task[None], Request] = {}  # what they have not answered yet
+        self._skip_counts = (CMD_WRITE, 0)  # its command, and its bytes that count
+        # READs: cookie, offset, length, when they came.
+        self._missed: list[tuple[int, int, int, float]] = []
+        # What tasks have not answered yet, and when it came.
+        self._tasks: dict[asyncio.Task[None], tuple[Request, float]] = {}
+        # Answers on their way: where they end in the stream of replies, what counts them, their
+        # number and bytes, and when the requests came.
+        self._unmeasured: deque[tuple[int, CommandNumbers, int, int, float]] = deque()
+        self._received_at = 0.0  # the last time that something was received
+        self._sent_at = 0.0  # the last time that answers were seen to be on their way
         self._long_reads = 0
         self._room: asyncio.Future[None] | None = None  # what long READs wait for
         self._running = 0  # tasks, and what was missed
@@ -209,6 +227,7 @@ class Transmission:
         """Begin; ``received`` is what came behind the handshake."""
         self._view[: len(received)] = received
         self._end = len(received)
+        self._received_at = perf_counter()
         self._process()
 
     def finish(self) -> None:
@@ -225,6 +244,7 @@ class Transmission:
         self._stop_reading()
         self._stop_writing()
         self._sock.close()
+        self._measure(self._output.end)
         self._output.discard()
         self._large = self._stream = None
         self._wake_long_reads()
@@ -234,12 +254,18 @@ class Transmission:
         """End although requests still run: those are answered with ESHUTDOWN, as far as it goes."""
         if self._gone:
             return
-        for task, request in self._tasks.items():
+        for task, (request, _) in self._tasks.items():
             if not task.done():  # else it is answered, and only not forgotten yet
                 # Behind the chunks that a long READ may have in the queue.
                 self._output.enqueue(self._operations.refused(request, _SHUTTING_DOWN))
         self._send()
         self.abort()
+
+    @property
+    def in_flight(self) -> int:
+        """Requests that were received and are not answered, or whose replies are not sent."""
+        incoming = self._stream is not None or self._large is not None
+        return self._running + incoming + sum(entry[2] for entry in self._unmeasured)
 
     def mark(self) -> int:
         """Where the stream of replies ends now, in bytes."""
@@ -261,7 +287,7 @@ class Transmission:
         if self._receive() and not self._relayed:
             if alone and self._is_amid():
                 self._receive_rest()
-            if self._answered() and self._polling.replied():
+            if self._answered() and self._polling.replied(self._sent_at):
                 self._poll()
 
     def _receive(self) -> bool:
@@ -277,7 +303,9 @@ class Transmission:
         if not received:
             self._ending = True
             self._settle()
-        elif missing:
+            return True
+        self._received_at = perf_counter()
+        if missing:
             self._missing = missing[received:]
             if not self._missing:
                 self._launch_large()
@@ -324,8 +352,8 @@ class Transmission:
                 if not self._answered():
                     return
                 self._polling.hit()
-                self._polling.replied()
-                now = perf_counter()
+                now = self._sent_at
+                self._polling.replied(now)
                 give_up = now + LONGEST
             else:
                 now = perf_counter()
@@ -366,6 +394,7 @@ class Transmission:
         writable = -1 if export.read_only else size
         flush_at = _FLUSH_AT
         start, end, tail = self._start, self._end, output.tail
+        reads = read_bytes = writes = written_bytes = 0  # answered here
         for _ in range(_MAX_BATCH):
             if end - start < request_size:
                 break
@@ -375,6 +404,8 @@ class Transmission:
                 if length >= loan_from and self._lend(cookie, offset, length, tail):
                     tail = output.tail
                     start += request_size
+                    reads += 1
+                    read_bytes += length
                     continue
                 if length < sparse or is_data(offset, length):
                     stop = tail + header + length
@@ -390,9 +421,11 @@ class Transmission:
                         done = try_read(offset, target_view[tail + header : stop])
                     except Exception as error:
                         output.tail = tail
-                        output.append(self._operations.failed(cookie, offset, error))
+                        output.append(self._operations.failed(CMD_READ, cookie, offset, error))
                         tail = output.tail
                         start += request_size
+                        reads += 1
+                        read_bytes += length
                         continue
                     if done:
                         if structured:
@@ -404,6 +437,8 @@ class Transmission:
                         else:
                             pack_simple(target, tail, _PLAIN_SUCCESS, cookie)
                         tail = stop
+                        reads += 1
+                        read_bytes += length
                     elif not self._read_later(cookie, offset, length):
                         break
                     start += request_size
@@ -416,16 +451,21 @@ class Transmission:
                         done = try_write(offset, source_view[payload:stop])
                     except Exception as error:
                         output.tail = tail
-                        output.append(self._operations.failed(cookie, offset, error))
+                        output.append(self._operations.failed(CMD_WRITE, cookie, offset, error))
                         tail = output.tail
                         start = stop
+                        writes += 1
+                        written_bytes += length
                         continue
-                    if done and not extended:
-                        pack_simple(target, tail, _PLAIN_SUCCESS, cookie)
-                        tail += _SIMPLE_SIZE
-                    elif done:
-                        pack_extended(target, tail, _EXTENDED_SUCCESS, cookie, offset, 0)
-                        tail += _EXTENDED_SIZE
+                    if done:
+                        if extended:
+                            pack_extended(target, tail, _EXTENDED_SUCCESS, cookie, offset, 0)
+                            tail += _EXTENDED_SIZE
+                        else:
+                            pack_simple(target, tail, _PLAIN_SUCCESS, cookie)
+                            tail += _SIMPLE_SIZE
+                        writes += 1
+                        written_bytes += length
                     elif not self._defer(
                         Request(0, CMD_WRITE, cookie, offset, length),
                         length,
@@ -457,6 +497,24 @@ class Transmission:
         self._start, self._end = start, end
         self._make_room()
         self._settle()
+        if reads or writes:
+            self._sent_at = now = perf_counter()
+            if output.empty:
+                seconds = now - self._received_at
+                place = bisect_left(BOUNDS, seconds)
+                if reads:
+                    numbers = self._reads
+                    numbers.buckets[place] += reads
+                    numbers.bytes += read_bytes
+                    numbers.seconds += reads * seconds
+                if writes:
+                    numbers = self._writes
+                    numbers.buckets[place] += writes
+                    numbers.bytes += written_bytes
+                    numbers.seconds += writes * seconds
+            else:
+                self._expect(self._reads, reads, read_bytes, self._received_at)
+                self._expect(self._writes, writes, written_bytes, self._received_at)
 
     def _lend(self, cookie: int, offset: int, length: int, tail: int) -> bool:
         """Answer a READ from the page cache without a copy; False when that cannot be done."""
@@ -486,6 +544,7 @@ class Transmission:
         self._skip -= skipped
         if not self._skip:
             self._output.append(self._skip_reply)
+            self._count(*self._skip_counts)
 
     # Requests that are not the plain case
 
@@ -513,8 +572,10 @@ class Transmission:
             if buffered < payload:
                 self._skip = payload - buffered
                 self._skip_reply = reply
+                self._skip_counts = (request.command, 0)
             else:
                 output.append(reply)
+                self._count(request.command, 0)
             return size + buffered
         if request.command == CMD_WRITE:
             return self._take_write(request, start, end)
@@ -536,8 +597,10 @@ class Transmission:
         offset, length, cookie = request.offset, request.length, request.cookie
         if not length:
             output.append(empty_read_reply(self._style, cookie, offset))
+            self._count(CMD_READ, 0)
             return True
         if length >= self._loan_from and self._lend(cookie, offset, length, output.tail):
+            self._count(CMD_READ, length)
             return True
         if length > MAX_IN_PLACE:
             simple = self._style is ReplyStyle.SIMPLE
@@ -559,9 +622,10 @@ class Transmission:
                 if run and not self._export.try_read(begin, output.view[data:place]):
                     return self._defer(request, length)
         except Exception as error:
-            output.append(operations.failed(cookie, offset, error))
-            return True
-        output.tail = place
+            output.append(operations.failed(CMD_READ, cookie, offset, error))
+        else:
+            output.tail = place
+        self._count(CMD_READ, length)
         return True
 
     def _take_write(self, request: Request, start: int, end: int) -> int:
@@ -572,6 +636,7 @@ class Transmission:
         payload = self._view[start + size : min(start + total, end)]
         if not length:
             self._output.append(self._operations.succeeded(request))
+            self._count(CMD_WRITE, 0)
             return total
         if end - start < total:
             if length <= PIECE:
@@ -588,7 +653,10 @@ class Transmission:
         try:
             done = self._export.try_write(request.offset, payload)
         except Exception as error:
-            self._output.append(self._operations.failed(request.cookie, request.offset, error))
+            self._output.append(
+                self._operations.failed(CMD_WRITE, request.cookie, request.offset, error)
+            )
+            self._count(CMD_WRITE, length)
             return total
         if done:
             self._written(request)
@@ -602,6 +670,7 @@ class Transmission:
             self._launch(request, self._operations.flush(request), 0)
         else:
             self._output.append(self._operations.succeeded(request))
+            self._count(CMD_WRITE, request.length)
 
     def _write_stream(self) -> bool:
         """Write what has come of a streamed WRITE; whether what follows it can be looked at."""
@@ -618,7 +687,10 @@ class Transmission:
             except Exception as error:
                 self._stream = None
                 self._skip = left
-                self._skip_reply = self._operations.failed(request.cookie, request.offset, error)
+                self._skip_reply = self._operations.failed(
+                    CMD_WRITE, request.cookie, request.offset, error
+                )
+                self._skip_counts = (CMD_WRITE, request.length)
                 self._skip_payload()
                 return not self._skip
             if not done:
@@ -658,7 +730,7 @@ class Transmission:
             return False
         if not self._missed:
             self._loop.call_soon(self._read_again)
-        self._missed.append((cookie, offset, length))
+        self._missed.append((cookie, offset, length, self._received_at))
         self._bytes += length  # should it become a task
         self._running += 1
         return True
@@ -668,8 +740,8 @@ class Transmission:
         self._running -= len(missed)
         output = self._output
         size = DATA_HEADER[self._style]
-        self._bytes -= sum(length for _, _, length in missed)
-        for cookie, offset, length in () if self._gone else missed:
+        self._bytes -= sum(length for _, _, length, _ in missed)
+        for cookie, offset, length, received_at in () if self._gone else missed:
             place = output.tail + size
             stop = place + length
             try:
@@ -677,15 +749,17 @@ class Transmission:
                     offset, output.view[place:stop]
                 )
             except Exception as error:
-                output.append(self._operations.failed(cookie, offset, error))
+                output.append(self._operations.failed(CMD_READ, cookie, offset, error))
+                self._count(CMD_READ, length, received_at)
                 continue
             if not done:
                 request = Request(0, CMD_READ, cookie, offset, length)
-                self._launch(request, self._operations.perform(request), length)
+                self._launch(request, self._operations.perform(request), length, received_at)
                 continue
             header = data_header(self._style, cookie, offset, length)
             output.view[place - size : place] = header
             output.tail = stop
+            self._count(CMD_READ, length, received_at)
         self._wake()
 
     # Long reads
@@ -718,7 +792,9 @@ class Transmission:
                 self._plan_wake()
         except Exception as error:
             if not self._gone:
-                self._output.enqueue(self._operations.failed(request.cookie, request.offset, error))
+                self._output.enqueue(
+                    self._operations.failed(CMD_READ, request.cookie, request.offset, error)
+                )
         finally:
             self._long_reads -= 1
         return b""
@@ -755,19 +831,32 @@ class Transmission:
         self._launch(request, self._operations.perform(request, memory), len(memory))
 
     def _launch(
-        self, request: Request, operation: Coroutine[Any, Any, bytes | bytearray], size: int
+        self,
+        request: Request,
+        operation: Coroutine[Any, Any, bytes | bytearray],
+        size: int,
+        received_at: float | None = None,
     ) -> None:
+        if received_at is None:
+            received_at = self._received_at
         self._bytes += size
         self._running += 1
-        task = self._loop.create_task(self._answer(operation, size))
-        self._tasks[task] = request
+        task = self._loop.create_task(self._answer(request, operation, size, received_at))
+        self._tasks[task] = request, received_at
         task.add_done_callback(self._tasks.__delitem__)
 
-    async def _answer(self, operation: Coroutine[Any, Any, bytes | bytearray], size: int) -> None:
+    async def _answer(
+        self,
+        request: Request,
+        operation: Coroutine[Any, Any, bytes | bytearray],
+        size: int,
+        received_at: float,
+    ) -> None:
         try:
             reply = await operation
             if not self._gone:
                 self._output.append(reply)
+            self._count(request.command, request.length, received_at)
         finally:
             self._bytes -= size
             self._running -= 1
@@ -787,6 +876,29 @@ class Transmission:
         else:
             self._settle()
 
+    # Measuring (see meter.py)
+
+    def _count(self, command: int, length: int, received_at: float | None = None) -> None:
+        """Count a request whose reply was just made; by itself it came with what came last."""
+        size = 0 if command in WITHOUT_BYTES else length
+        numbers = self._meter.command(command)
+        self._expect(numbers, 1, size, self._received_at if received_at is None else received_at)
+
+    def _expect(self, numbers: CommandNumbers, count: int, size: int, received_at: float) -> None:
+        """Count requests when all that is now to be sent is sent."""
+        if self._gone or len(self._unmeasured) >= MAX_UNMEASURED:
+            numbers.add(count, size, perf_counter() - received_at)
+        elif count:
+            self._unmeasured.append((self._output.end, numbers, count, size, received_at))
+
+    def _measure(self, sent: int) -> None:
+        """Count what is answered in the first ``sent`` bytes of all replies."""
+        now = self._sent_at = perf_counter()
+        unmeasured = self._unmeasured
+        while unmeasured and unmeasured[0][0] <= sent:
+            _, numbers, count, size, received_at = unmeasured.popleft()
+            numbers.add(count, size, now - received_at)
+
     # Sending
 
     def _send(self) -> bool:
@@ -796,6 +908,8 @@ class Transmission:
         except OSError as error:
             self._loop.call_soon(self._lost, error)
             return False
+        if self._unmeasured:
+            self._measure(self._output.sent)
         if self._room is not None:
             self._wake_long_reads()
         return sent
@@ -861,3 +975,4 @@ class Transmission:
             self.closed.set_result(self._linger)
         if self._gone:
             self._export.borrowers.discard(self)
+            self._meter.connections.discard(self)

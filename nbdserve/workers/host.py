@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from backends.errors import UnavailableError
+from nbdserve.server.meter import Numbers
 from nbdserve.workers.child import Child, how_it_ended
 from nbdserve.workers.export import Connections, WorkerExport
 from snapshots.extent_log import Run
@@ -30,6 +31,9 @@ from snapshots.host import HostLostError, MergeNames, Watcher
 
 LONGEST_PAUSE: Final = 60.0
 """Seconds, at most, from the end of a worker that does not live long to the next one's start."""
+
+MEASURE_SECONDS: Final = 1.0
+"""Seconds that a worker has to tell what it has counted."""
 
 STOP_SECONDS: Final = 30.0
 """Seconds that a worker has to end when it is told to; all its views are closed."""
@@ -69,6 +73,10 @@ class _Process:
             self._host.volume_failed(*arguments)
         elif name == "wanted":
             self._host.chunks_wanted(*arguments)
+        elif name == "measured":
+            self._host.told(*arguments)
+        elif name == "retired":
+            self._host.retired(*arguments)
         else:
             raise ValueError(f"event {name!r}")
 
@@ -80,11 +88,25 @@ class _Process:
 
 
 class WorkerHost:
-    """A ``ViewHost`` (see the module's text)."""
+    """A ``ViewHost`` (see the module's text).
 
-    def __init__(self, data: Path, log_level: str, lock: Callable[[], int]) -> None:
+    ``retire`` gets what was counted of an export, by its key, when the worker does not serve it any
+    more. ``restarts`` counts the processes that followed one that died.
+    """
+
+    def __init__(
+        self,
+        data: Path,
+        log_level: str,
+        lock: Callable[[], int],
+        retire: Callable[[str, Numbers], None] = lambda key, numbers: None,
+    ) -> None:
         self._arguments = (str(data), log_level)
         self._lock = lock
+        self._retire = retire
+        self.counted: dict[str, Numbers] = {}
+        self.responding = True
+        self.restarts = 0
         self._watcher: Watcher | None = None
         self._process: _Process | None = None
         self._pause = 0.0
@@ -113,6 +135,7 @@ class WorkerHost:
         self._restart = None
         try:
             self._process = self._spawn()
+            self.restarts += 1
         except OSError as error:
             log.error("a worker cannot be started: %s", error.strerror)
             self._plan_restart()
@@ -125,6 +148,9 @@ class WorkerHost:
     def process_ended(self, process: _Process, status: int) -> None:
         """Called by the process, before anybody else learns of its end."""
         self._process = None
+        for key, numbers in self.counted.items():
+            self._retire(key, numbers)
+        self.counted = {}
         if self.closing:
             if status:
                 log.warning("worker process %d %s", process.child.pid, how_it_ended(status))
@@ -145,6 +171,29 @@ class WorkerHost:
         """Called by the process."""
         assert self._watcher is not None
         self._watcher.wanted(self, layer, first, end)
+
+    # Measuring
+
+    async def measure(self) -> None:
+        """Ask the worker what it has counted; ``responding`` says whether it has answered."""
+        if self._process is None:
+            self.responding = False
+            return
+        try:
+            async with asyncio.timeout(MEASURE_SECONDS):
+                await self._process.channel.call("measure")
+            self.responding = True
+        except (HostLostError, TimeoutError):
+            self.responding = False
+
+    def told(self, read: Mapping[str, Sequence[Any]]) -> None:
+        """Called by the process."""
+        self.counted = {key: Numbers.unpack(packed) for key, packed in read.items()}
+
+    def retired(self, key: str, packed: Sequence[Any]) -> None:
+        """Called by the process."""
+        self.counted.pop(key, None)
+        self._retire(key, Numbers.unpack(packed))
 
     async def close(self) -> None:
         self.closing = True

@@ -23,6 +23,7 @@ from backends.errors import StorageError
 from backends.local_layers import LocalLayerStore
 from nbdserve.protocol.constants import ReplyStyle
 from nbdserve.server.exports import Agreement
+from nbdserve.server.meter import Meters, Numbers
 from nbdserve.server.session import Session
 from nbdserve.workers.channel import Channel
 from snapshots.local_host import LocalHost
@@ -67,6 +68,7 @@ class Worker:
     def __init__(self, sock: socket.socket, data: Path) -> None:
         self._threads = Threads()
         self._host = LocalHost(LocalLayerStore(data), self._threads)
+        self._meters = Meters(self._retire)
         self._sessions: dict[int, Session] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._stop = asyncio.Event()
@@ -98,6 +100,8 @@ class Worker:
     # What comes from the daemon
 
     def call(self, method: str, arguments: list[Any]) -> Coroutine[Any, Any, Any]:
+        if method == "measure":
+            return self._measure()
         if method not in _METHODS:
             raise ValueError(f"method {method!r}")
         operation: Coroutine[Any, Any, Any] = getattr(self._host, method)(*arguments)
@@ -123,6 +127,16 @@ class Worker:
             log.error("worker process %d ends: %s", os.getpid(), wrong)
         os._exit(1)
 
+    # Measuring
+
+    async def _measure(self) -> None:
+        """Tell what was counted: as an event, which keeps its place among those of ``_retire``."""
+        read = {key: numbers.pack() for key, numbers in self._meters.read().items()}
+        self._channel.event("measured", read)
+
+    def _retire(self, key: str, numbers: Numbers) -> None:
+        self._channel.event("retired", key, numbers.pack())
+
     # Connections
 
     def _serve(
@@ -145,7 +159,7 @@ class Worker:
             export = self._host.handle(key, name, bases, _not_here)
             chosen = tuple((number, context) for number, context in contexts)
             agreement = Agreement(ReplyStyle(style), chosen, peer, received, relayed)
-            session = Session(sock, export, agreement)
+            session = Session(sock, export, agreement, self._meters)
         except (OSError, MemoryError, StorageError) as error:
             log.error("%s: closed, it cannot be served: %s", peer, error)
             if sock is not None:

@@ -22,6 +22,7 @@ import pytest
 
 from backends.local_layers import LocalLayerStore
 from backends.memory_layers import MemoryDataFile, MemoryLayerStore
+from nbdserve.server.meter import Meter
 from nbdserve.server.transmission import Transmission
 from snapshots.catalogue import Catalogue
 
@@ -387,12 +388,15 @@ async def compare(export, twin, generator, seed, amount, between=None):
     ours, theirs = socket.socketpair()
     ours.setblocking(False)
     theirs.setblocking(False)
+    meter = Meter()
+    twin.counted.clear()
     transmission = Transmission(
         theirs,
         export,
         style=twin.style,
         contexts=() if twin.simple else ((CONTEXT, "base:allocation"),),
         peer="twin",
+        meter=meter,
     )
     layout, magic = (LONG_REQUEST, LONG_MAGIC) if twin.extended else (REQUEST, MAGIC)
     transmission.start(b"")
@@ -438,6 +442,12 @@ async def compare(export, twin, generator, seed, amount, between=None):
             await between(done)
     ours.send(layout.pack(magic, 0, DISC, 0, 0, 0))
     assert await asyncio.wait_for(transmission.closed, 20) is False
+    numbers = meter.read()
+    assert (numbers.connections, numbers.in_flight) == (0, 0)
+    assert {
+        name: [found.count, found.bytes, dict(found.errors)]
+        for name, found in numbers.commands.items()
+    } == twin.counted
     with pytest.raises(BlockingIOError):
         ours.recv(1)
     ours.close()

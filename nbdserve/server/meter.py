@@ -1,0 +1,205 @@
+"""What is counted of the requests on an export, for all its connections in one process.
+
+A ``Meter`` belongs to one export and is shared by its connections, as long as there are any; then
+its ``Numbers`` are handed on, and whoever keeps them adds them up: what was counted never goes
+back.
+
+- A request's **latency** is from the receipt that completed it to its reply being given to the
+  kernel. Requests that came in one receipt and were answered in place share one.
+- Its **bytes** are those it reads, writes, trims, zeroes or caches; none of BLOCK_STATUS and FLUSH.
+  One that fails counts as it was asked for, one that is refused counts none.
+- An **error** is an error reply, by the name of its NBD error. A refused or failed request has a
+  latency like all others.
+
+All of it on the event loop's thread.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any, Final, Protocol
+
+from nbdserve.protocol.constants import (
+    CMD_BLOCK_STATUS,
+    CMD_CACHE,
+    CMD_FLUSH,
+    CMD_READ,
+    CMD_TRIM,
+    CMD_WRITE,
+    CMD_WRITE_ZEROES,
+    ErrorCode,
+)
+
+BOUNDS: Final = (
+    *(25e-6, 50e-6, 100e-6, 250e-6, 500e-6),
+    *(0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5),
+    *(1.0, 2.5, 5.0, 10.0, 30.0),
+)
+"""Upper ends of the latency histogram's buckets, in seconds; one more bucket is for what is above.
+
+A bucket counts what is greater than the bound before, and at most its own.
+"""
+
+COMMAND_NAMES: Final = {
+    CMD_READ: "read",
+    CMD_WRITE: "write",
+    CMD_FLUSH: "flush",
+    CMD_TRIM: "trim",
+    CMD_WRITE_ZEROES: "write_zeroes",
+    CMD_BLOCK_STATUS: "block_status",
+    CMD_CACHE: "cache",
+}
+OTHER: Final = "other"
+"""Requests of commands that there are not."""
+
+WITHOUT_BYTES: Final = frozenset((CMD_FLUSH, CMD_BLOCK_STATUS))
+"""Commands whose length, if any, is not counted."""
+
+
+class CommandNumbers:
+    """Of one command: requests by latency (``buckets``), their bytes, latencies and errors."""
+
+    __slots__ = ("buckets", "bytes", "errors", "seconds")
+
+    def __init__(self) -> None:
+        self.buckets = [0] * (len(BOUNDS) + 1)
+        self.bytes = 0
+        self.seconds = 0.0
+        self.errors: Counter[str] = Counter()
+
+    @property
+    def count(self) -> int:
+        """Requests that were answered."""
+        return sum(self.buckets)
+
+    def add(self, count: int, size: int, seconds: float) -> None:
+        """Count requests of ``size`` bytes in all, that took ``seconds`` each."""
+        self.buckets[bisect_left(BOUNDS, seconds)] += count
+        self.bytes += size
+        self.seconds += count * seconds
+
+    def include(self, other: CommandNumbers) -> None:
+        """Add what another one has counted."""
+        for place, count in enumerate(other.buckets):
+            self.buckets[place] += count
+        self.bytes += other.bytes
+        self.seconds += other.seconds
+        self.errors.update(other.errors)
+
+    def pack(self) -> list[Any]:
+        """As plain data."""
+        return [list(self.buckets), self.bytes, self.seconds, dict(self.errors)]
+
+    @classmethod
+    def unpack(cls, packed: Sequence[Any]) -> CommandNumbers:
+        """Inverse of ``pack``."""
+        numbers = cls()
+        numbers.buckets, numbers.bytes, numbers.seconds, errors = packed
+        numbers.errors = Counter(errors)
+        return numbers
+
+
+class Numbers:
+    """Of one export: ``commands`` by name, those that were never asked for left out."""
+
+    __slots__ = ("commands", "connections", "in_flight")
+
+    def __init__(self) -> None:
+        self.connections = 0
+        self.in_flight = 0
+        self.commands: dict[str, CommandNumbers] = {}
+
+    def include(self, other: Numbers) -> None:
+        """Add what another one has counted."""
+        self.connections += other.connections
+        self.in_flight += other.in_flight
+        for name, numbers in other.commands.items():
+            self.commands.setdefault(name, CommandNumbers()).include(numbers)
+
+    def at_rest(self) -> Numbers:
+        """The same without connections."""
+        numbers = Numbers()
+        numbers.commands = self.commands
+        return numbers
+
+    def pack(self) -> list[Any]:
+        """As plain data."""
+        commands = {name: numbers.pack() for name, numbers in self.commands.items()}
+        return [self.connections, self.in_flight, commands]
+
+    @classmethod
+    def unpack(cls, packed: Sequence[Any]) -> Numbers:
+        """Inverse of ``pack``."""
+        numbers = cls()
+        numbers.connections, numbers.in_flight, commands = packed
+        numbers.commands = {name: CommandNumbers.unpack(own) for name, own in commands.items()}
+        return numbers
+
+
+class Measured(Protocol):
+    """A connection, as its meter sees it."""
+
+    @property
+    def in_flight(self) -> int:
+        """Requests that were received and are not answered."""
+
+
+class Meter:
+    """Of one export; ``connections`` are those that it has in this process."""
+
+    def __init__(self, key: str = "") -> None:
+        self.key = key
+        self.connections: set[Measured] = set()
+        self.users = 0
+        self._commands = {code: CommandNumbers() for code in COMMAND_NAMES}
+        self._other = CommandNumbers()
+
+    def command(self, code: int) -> CommandNumbers:
+        """The numbers of a command by its code in the protocol."""
+        return self._commands.get(code, self._other)
+
+    def failed(self, code: int, error: ErrorCode) -> None:
+        """Count an error reply."""
+        self.command(code).errors[error.name] += 1
+
+    def read(self) -> Numbers:
+        """What was counted until now; the counting goes on in the same objects."""
+        numbers = Numbers()
+        numbers.connections = len(self.connections)
+        numbers.in_flight = sum(connection.in_flight for connection in self.connections)
+        for code, name in COMMAND_NAMES.items():
+            if self._commands[code].count:
+                numbers.commands[name] = self._commands[code]
+        if self._other.count:
+            numbers.commands[OTHER] = self._other
+        return numbers
+
+
+class Meters:
+    """The meters of one process; ``retire`` gets the numbers of one that nobody uses any more."""
+
+    def __init__(self, retire: Callable[[str, Numbers], None] | None = None) -> None:
+        self._retire = retire
+        self._open: dict[str, Meter] = {}
+
+    def enter(self, key: str) -> Meter:
+        """The meter of the export with that key, for a connection; pair of ``leave``."""
+        meter = self._open.get(key)
+        if meter is None:
+            meter = self._open[key] = Meter(key)
+        meter.users += 1
+        return meter
+
+    def leave(self, meter: Meter) -> None:
+        """A connection has counted its last request."""
+        meter.users -= 1
+        if not meter.users:
+            del self._open[meter.key]
+            if self._retire is not None:
+                self._retire(meter.key, meter.read())
+
+    def read(self) -> dict[str, Numbers]:
+        """What the meters in use have counted, by key."""
+        return {key: meter.read() for key, meter in self._open.items()}
