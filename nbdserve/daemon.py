@@ -31,6 +31,7 @@ from nbdserve.control.client import Client, path
 from nbdserve.control.server import ControlServer
 from nbdserve.control.state import Host, State
 from nbdserve.fetcher.process import FetcherProcess
+from nbdserve.http.server import HttpServer
 from nbdserve.measuring import Measuring
 from nbdserve.registry import CatalogueExports
 from nbdserve.server import Server
@@ -128,6 +129,7 @@ async def _serve(
     announce: Callable[[str], None],
     stop: asyncio.Event,
 ) -> None:
+    http: HttpServer | None = None
     try:
         for wanted in configuration.listeners:
             tls = None if wanted.tls is None else certificates[wanted.tls]
@@ -135,8 +137,11 @@ async def _serve(
             if wanted.lacks:
                 _warn_of(wanted, limited=any(rule.certificates for rule in configuration.exports))
         control.state.host.listening.extend(server.addresses)
+        http = await _serve_http(configuration, control.state)
         await control.start()
         for listening in server.addresses:
+            announce(listening)
+        for listening in control.state.host.http:
             announce(listening)
         await stop.wait()
         log.info("stopping: requests in flight are answered and data is flushed")
@@ -144,6 +149,22 @@ async def _serve(
         if not await server.drain(DRAIN_SECONDS):
             log.warning("some requests were not answered within %d seconds", DRAIN_SECONDS)
         await control.stop()
+        if http is not None:
+            await http.stop()
+
+
+async def _serve_http(configuration: Configuration, state: State) -> HttpServer | None:
+    watching = configuration.watching
+    if watching.http is None:
+        return None
+    http = HttpServer(state, watching.http, watching.http_hosts)
+    await http.start()
+    state.host.http.extend(http.listening)
+    if watching.is_open:
+        log.warning(
+            "%s is open to the network: whoever reaches it can read /metrics", watching.http
+        )
+    return http
 
 
 async def _listen(server: Server, wanted: ListenerConfiguration, tls: Tls | None) -> None:

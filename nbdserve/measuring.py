@@ -27,6 +27,14 @@ class Process(Protocol):
     def counted(self) -> Mapping[str, Numbers]:
         """What its exports in use had counted when it told last, by key."""
 
+    @property
+    def responding(self) -> bool:
+        """Whether it answered when it was asked last."""
+
+    @property
+    def restarts(self) -> int:
+        """How often it was started again after it had died."""
+
     async def measure(self) -> None:
         """Let it tell; returns in any case, soon."""
 
@@ -48,7 +56,7 @@ class Measuring:
         self.processes: Sequence[Process] = ()
         self._past: dict[str, Numbers] = {}
         self._begun = time.monotonic()
-        self._reading: asyncio.Task[dict[str, Numbers]] | None = None
+        self._asking: asyncio.Task[None] | None = None
 
     @property
     def uptime(self) -> float:
@@ -59,13 +67,22 @@ class Measuring:
         """An export is not used any more, or not by the process that counted this."""
         self._past.setdefault(key, Numbers()).include(numbers.at_rest())
 
+    async def ask(self) -> None:
+        """Let all processes tell; however many want to know, they are asked once at a time."""
+        if self._asking is None:
+            self._asking = asyncio.create_task(self._ask())
+        await asyncio.shield(self._asking)
+
+    async def _ask(self) -> None:
+        try:
+            await asyncio.gather(*(process.measure() for process in self.processes))
+        finally:
+            self._asking = None
+
     async def read(self, names: Names) -> list[Measurement]:
         """Everything that was used since the daemon started and is still there, by name."""
-        # However many ask: the workers are asked once at a time.
-        if self._reading is None:
-            self._reading = asyncio.create_task(self._read())
-            self._reading.add_done_callback(self._has_read)
-        read = await asyncio.shield(self._reading)
+        await self.ask()
+        read = self._sum_up()
         found = names(read)
         for key in self._past.keys() - found.keys():
             del self._past[key]  # deleted, with all that was known of it
@@ -74,12 +91,8 @@ class Measuring:
         ]
         return sorted(measured, key=lambda one: (one.volume, one.snapshot or ""))
 
-    def _has_read(self, task: asyncio.Task[dict[str, Numbers]]) -> None:
-        self._reading = None
-
-    async def _read(self) -> dict[str, Numbers]:
-        await asyncio.gather(*(process.measure() for process in self.processes))
-        # No await from here on: what is retired meanwhile would be counted twice or not at all.
+    def _sum_up(self) -> dict[str, Numbers]:
+        # Without await: what is retired meanwhile would be counted twice or not at all.
         read: dict[str, Numbers] = {}
         counted = (process.counted for process in self.processes)
         for source in (self._past, self.meters.read(), *counted):

@@ -238,6 +238,12 @@ class Catalogue:
                         found[snapshot.id] = (manifest.name, snapshot.name)
         return found
 
+    def failures(self) -> dict[str, str]:
+        """The volumes that refuse writes until the daemon is restarted, by name, and why."""
+        found = self._views.failures()
+        volumes = self._manifests.volumes
+        return {volumes[key].name: why for key, why in found.items() if key in volumes}
+
     def volume_size(self, name: str) -> int:
         """Size of a volume in bytes; NotFoundError."""
         return self._manifests.get(name).size

@@ -113,6 +113,10 @@ class OpenViews:
         """A volume stays read-only, however often it is opened again."""
         self._failures[key] = why
 
+    def failures(self) -> Mapping[str, str]:
+        """The ids of the volumes that are read-only after a failure, and why."""
+        return self._failures
+
     def fail(self, manifest: Manifest, why: str) -> None:
         """Let a volume that is not open be read-only whenever it is opened from now on."""
         _log.error("volume %s is read-only from now on: %s", manifest.name, why)

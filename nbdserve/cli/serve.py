@@ -16,6 +16,7 @@ from nbdserve.configuration.settings import (
     combine,
 )
 from nbdserve.configuration.tls import TLS_MODES, TlsSettings
+from nbdserve.configuration.watching import WatchingSettings
 from nbdserve.logs import write_logs
 
 
@@ -66,6 +67,19 @@ from nbdserve.logs import write_logs
     type=click.Choice(TLS_MODES),
     help="Whether connections are encrypted.  [default: required, given a certificate]",
 )
+@click.option(
+    "--http",
+    metavar="HOST:PORT|unix:PATH",
+    help="Where to serve metrics (/metrics) and health (/health), read-only.  [default: nowhere]",
+)
+@click.option(
+    "--http-host",
+    "http_hosts",
+    metavar="NAME",
+    multiple=True,
+    help="A name that HTTP clients know this host by; may be repeated. Addresses, localhost and"
+    " the host's own name need none.",
+)
 @data_option
 def serve(
     config: Path | None,
@@ -76,6 +90,8 @@ def serve(
     tls_key: Path | None,
     tls_client_ca: Path | None,
     tls: str | None,
+    http: str | None,
+    http_hosts: tuple[str, ...],
 ) -> None:
     """Serve the volumes over NBD until SIGTERM or SIGINT.
 
@@ -85,7 +101,15 @@ def serve(
     file = Settings() if config is None else read_file(config)
     given = TlsSettings(tls, tls_certificate, tls_key, tls_client_ca)
     configuration = combine(
-        Settings(given_data_directory(), listen or None, log_level, given, workers), file
+        Settings(
+            given_data_directory(),
+            listen or None,
+            log_level,
+            given,
+            workers,
+            watching=WatchingSettings(http, http_hosts or None),
+        ),
+        file,
     )
     write_logs(configuration.log_level)
     asyncio.run(daemon.run(configuration, _announce))

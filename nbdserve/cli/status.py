@@ -30,6 +30,7 @@ def status(as_json: bool) -> None:
     fields = {
         "daemon": daemon,
         "listening": ", ".join(document["listening"]) or "-",
+        "http": ", ".join(document["http"]) or "-",
         "workers": ", ".join(map(_describe_worker, document["workers"])) or "-",
         "data": document["data"],
         "free": f"{format_size(document['free'])} of {format_size(document['total'])}",

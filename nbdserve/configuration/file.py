@@ -9,6 +9,8 @@
     tls_key = "/etc/nbdserve/server-key.pem"
     tls_client_ca = "/etc/nbdserve/ca-cert.pem"
     handshake_timeout = 30
+    http = "127.0.0.1:10810"
+    http_hosts = ["storage-1.example.com"]
 
     [[listener]]
     address = "0.0.0.0:10810"
@@ -40,6 +42,7 @@ from nbdserve.configuration.listeners import LISTENER_KEYS, read_listener
 from nbdserve.configuration.settings import LOG_LEVELS, MAX_WORKERS, Settings
 from nbdserve.configuration.table import Table
 from nbdserve.configuration.tls import TLS_KEYS, read_tls
+from nbdserve.configuration.watching import WATCHING_KEYS, read_watching
 
 KEYS: Final = (
     "data",
@@ -48,6 +51,7 @@ KEYS: Final = (
     "workers",
     *TLS_KEYS,
     "handshake_timeout",
+    *WATCHING_KEYS,
     "listener",
     "export",
 )
@@ -74,6 +78,7 @@ def read_file(path: Path) -> Settings:
         tls=read_tls(table),
         workers=table.number("workers", MAX_WORKERS),
         handshake_timeout=table.number("handshake_timeout", MAX_HANDSHAKE_TIMEOUT, "seconds"),
+        watching=read_watching(table),
         listeners=tuple(map(read_listener, table.tables("listener", "address", LISTENER_KEYS))),
         exports=tuple(map(read_export, table.tables("export", "name", EXPORT_KEYS))),
     )

@@ -10,7 +10,7 @@ Each source is read into ``Settings``; ``combine`` makes the ``Configuration`` o
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
@@ -22,6 +22,12 @@ from nbdserve.configuration.listeners import (
     find_listeners,
 )
 from nbdserve.configuration.tls import NOTHING_OF_TLS, TlsSettings, override
+from nbdserve.configuration.watching import (
+    NOTHING_OF_WATCHING,
+    WatchingConfiguration,
+    WatchingSettings,
+    combine_watching,
+)
 from nbdserve.server.connection import HANDSHAKE_TIMEOUT
 from nbdserve.server.permissions import ExportRule
 
@@ -40,6 +46,7 @@ class Settings:
     tls: TlsSettings = NOTHING_OF_TLS
     workers: int | None = None
     handshake_timeout: int | None = None
+    watching: WatchingSettings = NOTHING_OF_WATCHING
     listeners: tuple[ListenerSettings, ...] = ()
     exports: tuple[ExportRule, ...] = ()
 
@@ -57,6 +64,7 @@ class Configuration:
     log_level: str
     workers: int = 1
     handshake_timeout: float = HANDSHAKE_TIMEOUT
+    watching: WatchingConfiguration = field(default_factory=WatchingConfiguration)
     exports: tuple[ExportRule, ...] = ()
 
 
@@ -82,6 +90,7 @@ def combine(command_line: Settings, file: Settings) -> Configuration:
         log_level=command_line.log_level or file.log_level or "info",
         workers=command_line.workers or file.workers or default_workers(),
         handshake_timeout=file.handshake_timeout or HANDSHAKE_TIMEOUT,
+        watching=combine_watching(command_line.watching, file.watching),
         exports=file.exports,
     )
 

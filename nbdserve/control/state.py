@@ -25,6 +25,7 @@ class Host:
     data: Path
     daemon: bool
     listening: list[str] = field(default_factory=list)
+    http: list[str] = field(default_factory=list)
     started: float = field(default_factory=time.time)
 
 

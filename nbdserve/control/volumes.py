@@ -33,6 +33,7 @@ async def status(request: web.Request) -> web.Response:
             "pid": os.getpid(),
             "started": documents.timestamp(state.host.started),
             "listening": state.host.listening,
+            "http": state.host.http,
             "workers": [
                 {"pid": info.pid, "volumes": info.volumes}
                 for info in state.catalogue.list_workers()

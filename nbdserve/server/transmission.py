@@ -499,7 +499,7 @@ class Transmission:
         self._settle()
         if reads or writes:
             self._sent_at = now = perf_counter()
-            if output.empty:
+            if output.head == output.tail and not output.queued:
                 seconds = now - self._received_at
                 place = bisect_left(BOUNDS, seconds)
                 if reads:

@@ -1,0 +1,56 @@
+"""How the daemon can be watched: the HTTP listener, and requests worth a line in the log."""
+
+from dataclasses import dataclass
+from typing import Final
+
+from backends.errors import InvalidError
+from nbdserve.addresses import Address, TcpAddress, parse_address
+from nbdserve.configuration.table import Table
+
+WATCHING_KEYS: Final = ("http", "http_hosts")
+
+
+@dataclass(frozen=True)
+class WatchingSettings:
+    """One source's say; None where it says nothing.
+
+    ``http`` is where metrics and health are served; ``http_hosts`` are names that clients may know
+    it by.
+    """
+
+    http: str | None = None
+    http_hosts: tuple[str, ...] | None = None
+
+
+NOTHING_OF_WATCHING: Final = WatchingSettings()
+
+
+@dataclass(frozen=True)
+class WatchingConfiguration:
+    """``http`` None: no listener."""
+
+    http: Address | None = None
+    http_hosts: tuple[str, ...] = ()
+
+    @property
+    def is_open(self) -> bool:
+        """Whether other machines can read what is served."""
+        return isinstance(self.http, TcpAddress) and not self.http.is_loopback
+
+
+def read_watching(table: Table) -> WatchingSettings:
+    http = table.text("http", "HOST:PORT or unix:PATH")
+    if http is not None:
+        try:
+            parse_address(http)
+        except InvalidError as error:
+            raise InvalidError(f"{table.where}: 'http': {error}") from None
+    return WatchingSettings(http, table.texts("http_hosts", "each a name of this host"))
+
+
+def combine_watching(
+    command_line: WatchingSettings, file: WatchingSettings
+) -> WatchingConfiguration:
+    http = command_line.http or file.http
+    hosts = command_line.http_hosts if command_line.http_hosts is not None else file.http_hosts
+    return WatchingConfiguration(None if http is None else parse_address(http), hosts or ())
