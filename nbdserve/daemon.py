@@ -77,11 +77,12 @@ async def run(configuration: Configuration, announce: Callable[[str], None]) -> 
     try:
         catalogue.hydrate()
         host = Host(configuration.data, daemon=True)
-        control = ControlServer(State(catalogue, store, host, measuring=measuring))
         permissions = Permissions(configuration.exports)
+        state = State(catalogue, store, host, measuring=measuring, rules=permissions)
+        control = ControlServer(state)
         timeout = configuration.handshake_timeout
         exports = CatalogueExports(catalogue, is_rotational(store.path))
-        server = Server(exports, permissions, timeout, measuring.meters)
+        server = Server(exports, permissions, timeout, measuring.meters, state.limiting.of_key)
         await _serve(configuration, certificates, server, control, announce, stop)
     finally:
         await catalogue.close()

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from nbdserve.server.meter import Meters, Numbers
+from snapshots.limits import Limits
 
 Names = Callable[[Iterable[str]], Mapping[str, tuple[str, str | None]]]
 """The volumes and snapshots of these keys, as they are called now; those that are gone left out."""
@@ -37,6 +38,9 @@ class Process(Protocol):
 
     async def measure(self) -> None:
         """Let it tell; returns in any case, soon."""
+
+    def limit(self, key: str, limits: Limits) -> None:
+        """Let other limits hold for an export, if it is in use there."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +70,12 @@ class Measuring:
     def retire(self, key: str, numbers: Numbers) -> None:
         """An export is not used any more, or not by the process that counted this."""
         self._past.setdefault(key, Numbers()).include(numbers.at_rest())
+
+    def limit(self, key: str, limits: Limits) -> None:
+        """Let other limits hold for an export, wherever it is in use."""
+        self.meters.limit(key, limits)
+        for process in self.processes:
+            process.limit(key, limits)
 
     async def ask(self) -> None:
         """Let all processes tell; however many want to know, they are asked once at a time."""

@@ -40,6 +40,7 @@ from snapshots.host import HostLostError, ViewHost
 from snapshots.hydration import Hydration, HydrationInfo
 from snapshots.imports import Imports, KeptRestore
 from snapshots.lazy import LazyLayer, create_lazy
+from snapshots.limits import Limits
 from snapshots.listings import Listings, SnapshotInfo, VolumeInfo, WorkerInfo
 from snapshots.manifest import MAX_LAYERS, Manifest, Snapshot
 from snapshots.manifest_store import ManifestStore, UnreadableVolume
@@ -237,6 +238,23 @@ class Catalogue:
                     if snapshot.id in wanted:
                         found[snapshot.id] = (manifest.name, snapshot.name)
         return found
+
+    def export_keys(self, name: str) -> list[str]:
+        """The ids of a volume and its snapshots; NotFoundError."""
+        manifest = self._manifests.get(name)
+        return [manifest.id, *(snapshot.id for snapshot in manifest.snapshots)]
+
+    def volume_limits(self, name: str) -> Limits | None:
+        """A volume's own limits; None: what the configuration says holds. NotFoundError."""
+        return self._manifests.get(name).limits
+
+    @_to_its_end
+    async def set_limits(self, name: str, limits: Limits | None) -> None:
+        """Give a volume limits of its own, or none of its own."""
+        async with self._turn():
+            manifest = self._manifests.get(name)
+            if manifest.limits != limits:
+                await self._manifests.commit([manifest.changed(limits=limits)])
 
     def failures(self) -> dict[str, str]:
         """The volumes that refuse writes until the daemon is restarted, by name, and why."""

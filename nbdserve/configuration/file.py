@@ -28,6 +28,10 @@
     name = "web*"
     allow_certificates = ["backup.example.com"]
     max_connections = 4
+    iops = 500
+    iops_burst = 5000
+    bandwidth = "50M"
+    bandwidth_burst = "500M"
 
 Errors name the file, the table, the key and what is allowed.
 """

@@ -38,6 +38,7 @@ def _export(one: Measurement) -> Document:
         "snapshot": one.snapshot,
         "connections": numbers.connections,
         "in_flight": numbers.in_flight,
+        "throttled_seconds": numbers.throttled,
         "commands": {name: _command(numbers.commands.get(name, nothing)) for name in _NAMES},
     }
 

@@ -14,6 +14,7 @@ from nbdserve.control import (
     checks,
     claims,
     hydrations,
+    limits,
     measurements,
     reports,
     snapshots,
@@ -73,7 +74,7 @@ async def _answer_errors(request: web.Request, handler: _Handler) -> web.StreamR
 def build_application(state: State) -> web.Application:
     application = web.Application(middlewares=[_answer_errors], client_max_size=MAX_BODY)
     application[STATE] = state
-    for module in (volumes, snapshots, claims, checks, hydrations, reports, measurements):
+    for module in (volumes, snapshots, claims, checks, hydrations, reports, measurements, limits):
         application.add_routes(module.routes)
     return application
 

@@ -13,7 +13,9 @@ from nbdserve.control import history
 from nbdserve.control.history import History
 from nbdserve.control.jobs import Jobs
 from nbdserve.control.operations import Operations
+from nbdserve.limiting import Limiting
 from nbdserve.measuring import Measuring
+from nbdserve.server.permissions import Permissions
 from snapshots.catalogue import Catalogue
 from snapshots.transfer import Import
 
@@ -56,8 +58,11 @@ class State:
     backups: list[BackupClaim] = field(default_factory=list)
     jobs: Jobs = field(default_factory=Jobs)
     history: History = field(init=False)
+    rules: Permissions | None = None
+    limiting: Limiting = field(init=False)
 
     def __post_init__(self) -> None:
+        self.limiting = Limiting(self.catalogue, self.measuring, self.rules)
         self.history = History(self.host.data / history.FILE, self.catalogue.volume_names_by_id)
 
 

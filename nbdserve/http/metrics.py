@@ -92,10 +92,16 @@ def _of_requests(measured: Iterable[Measurement]) -> Iterator[Metric]:
         "Requests that were answered with an error.",
         labels=(*commands, "error"),
     )
+    throttled = CounterMetricFamily(
+        "nbdserve_requests_throttled_seconds",
+        "Seconds that connections have waited because of limits.",
+        labels=["volume"],
+    )
     flight = _labelled("requests_in_flight", "Requests that are not answered.", "volume")
     connections = _labelled("connections", "Clients that have the export open.", "volume")
     for one in measured:
         name = one.volume if one.snapshot is None else f"{one.volume}@{one.snapshot}"
+        throttled.add_metric([name], one.numbers.throttled)
         flight.add_metric([name], one.numbers.in_flight)
         connections.add_metric([name], one.numbers.connections)
         for command, numbers in one.numbers.commands.items():
@@ -103,7 +109,7 @@ def _of_requests(measured: Iterable[Measurement]) -> Iterator[Metric]:
             size.add_metric([name, command], numbers.bytes)
             for error, count in numbers.errors.items():
                 errors.add_metric([name, command, error], count)
-    yield from (seconds, size, errors, flight, connections)
+    yield from (seconds, size, errors, throttled, flight, connections)
 
 
 def _buckets(numbers: CommandNumbers) -> list[tuple[str, float]]:

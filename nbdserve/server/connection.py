@@ -25,6 +25,7 @@ import asyncio
 import contextlib
 import logging
 import socket
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Final
 
@@ -55,6 +56,7 @@ from nbdserve.server.readiness import Readiness
 from nbdserve.server.session import Session, read_to_end
 from nbdserve.server.tls import Tls, TlsError
 from nbdserve.server.tls_relay import Relay
+from snapshots.limits import Limits
 
 HANDSHAKE_TIMEOUT: Final = 30.0
 """Seconds that a client has for the handshake, where nothing else is configured."""
@@ -77,6 +79,7 @@ class Connection:
         permissions: Permissions,
         handshake_timeout: float,
         meters: Meters,
+        limits: Callable[[str], Limits],
     ) -> None:
         self.peer = identity.peer
         self.identity = identity
@@ -85,6 +88,7 @@ class Connection:
         self._registry = registry
         self._permissions = permissions
         self._meters = meters
+        self._limits = limits
         self._entered: str | None = None  # the export whose connections we are counted among
         self._readiness = Readiness(sock)
         self._tls_mode = TlsMode.OFF if tls is None else tls.mode
@@ -269,6 +273,7 @@ class Connection:
             peer=self.peer,
             received=handshake.trailing_data,
             relayed=self._relay is not None,
+            limits=self._limits(export.key),
         )
         serving: Serving
         if isinstance(export, RemoteExport):

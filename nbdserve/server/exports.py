@@ -16,6 +16,7 @@ from typing import Protocol, runtime_checkable
 from nbdserve.protocol.constants import ReplyStyle
 from nbdserve.protocol.options import ExportDescription
 from snapshots.lending import Borrower
+from snapshots.limits import NO_LIMITS, Limits
 
 __all__ = [
     "Agreement",
@@ -32,7 +33,7 @@ class Agreement:
     """What the handshake leads to; ``contexts`` are the metadata contexts chosen, (ID, name).
 
     ``received`` is what the client sent behind the handshake; ``peer`` names it in the log;
-    ``relayed`` says that a relay of ours is what sends and receives.
+    ``relayed`` says that a relay of ours is what sends and receives; ``limits`` are the export's.
     """
 
     style: ReplyStyle
@@ -40,6 +41,7 @@ class Agreement:
     peer: str
     received: bytes
     relayed: bool
+    limits: Limits = NO_LIMITS
 
 
 class Serving(Protocol):

@@ -31,6 +31,8 @@ from nbdserve.protocol.constants import (
     CMD_WRITE_ZEROES,
     ErrorCode,
 )
+from nbdserve.server.throttle import Throttle
+from snapshots.limits import NO_LIMITS, Limits
 
 BOUNDS: Final = (
     *(25e-6, 50e-6, 100e-6, 250e-6, 500e-6),
@@ -102,38 +104,44 @@ class CommandNumbers:
 
 
 class Numbers:
-    """Of one export: ``commands`` by name, those that were never asked for left out."""
+    """Of one export: ``commands`` by name, those that were never asked for left out.
 
-    __slots__ = ("commands", "connections", "in_flight")
+    ``throttled`` are the seconds that its connections have waited because of its limits.
+    """
+
+    __slots__ = ("commands", "connections", "in_flight", "throttled")
 
     def __init__(self) -> None:
         self.connections = 0
         self.in_flight = 0
+        self.throttled = 0.0
         self.commands: dict[str, CommandNumbers] = {}
 
     def include(self, other: Numbers) -> None:
         """Add what another one has counted."""
         self.connections += other.connections
         self.in_flight += other.in_flight
+        self.throttled += other.throttled
         for name, numbers in other.commands.items():
             self.commands.setdefault(name, CommandNumbers()).include(numbers)
 
     def at_rest(self) -> Numbers:
         """The same without connections."""
         numbers = Numbers()
+        numbers.throttled = self.throttled
         numbers.commands = self.commands
         return numbers
 
     def pack(self) -> list[Any]:
         """As plain data."""
         commands = {name: numbers.pack() for name, numbers in self.commands.items()}
-        return [self.connections, self.in_flight, commands]
+        return [self.connections, self.in_flight, self.throttled, commands]
 
     @classmethod
     def unpack(cls, packed: Sequence[Any]) -> Numbers:
         """Inverse of ``pack``."""
         numbers = cls()
-        numbers.connections, numbers.in_flight, commands = packed
+        numbers.connections, numbers.in_flight, numbers.throttled, commands = packed
         numbers.commands = {name: CommandNumbers.unpack(own) for name, own in commands.items()}
         return numbers
 
@@ -145,20 +153,42 @@ class Measured(Protocol):
     def in_flight(self) -> int:
         """Requests that were received and are not answered."""
 
+    def limits_changed(self) -> None:
+        """There are other limits, or none any more."""
+
 
 class Meter:
-    """Of one export; ``connections`` are those that it has in this process."""
+    """Of one export; ``connections`` are those that it has in this process.
+
+    ``throttle`` has its limits; None: there are none.
+    """
 
     def __init__(self, key: str = "") -> None:
         self.key = key
         self.connections: set[Measured] = set()
         self.users = 0
+        self.throttle: Throttle | None = None
+        self._throttled = 0.0
         self._commands = {code: CommandNumbers() for code in COMMAND_NAMES}
         self._other = CommandNumbers()
 
     def command(self, code: int) -> CommandNumbers:
         """The numbers of a command by its code in the protocol."""
         return self._commands.get(code, self._other)
+
+    def limit(self, limits: Limits) -> None:
+        """Let other limits hold, from now on."""
+        before = self.throttle
+        if before is not None and limits:
+            before.change(limits)
+            return
+        if before is not None:
+            self._throttled += before.take_waited()
+            before.close()
+        self.throttle = Throttle(limits) if limits else None
+        if before is not self.throttle:
+            for connection in self.connections:
+                connection.limits_changed()
 
     def failed(self, code: int, error: ErrorCode) -> None:
         """Count an error reply."""
@@ -167,6 +197,9 @@ class Meter:
     def read(self) -> Numbers:
         """What was counted until now; the counting goes on in the same objects."""
         numbers = Numbers()
+        if self.throttle is not None:
+            self._throttled += self.throttle.take_waited()
+        numbers.throttled = self._throttled
         numbers.connections = len(self.connections)
         numbers.in_flight = sum(connection.in_flight for connection in self.connections)
         for code, name in COMMAND_NAMES.items():
@@ -183,20 +216,39 @@ class Meters:
     def __init__(self, retire: Callable[[str, Numbers], None] | None = None) -> None:
         self._retire = retire
         self._open: dict[str, Meter] = {}
+        # Of exports that are not open, with their limits: who comes back soon gets no new burst.
+        self._drained: dict[str, tuple[Throttle, Limits]] = {}
+        self._limits: dict[str, Limits] = {}
 
-    def enter(self, key: str) -> Meter:
+    def enter(self, key: str, limits: Limits = NO_LIMITS) -> Meter:
         """The meter of the export with that key, for a connection; pair of ``leave``."""
         meter = self._open.get(key)
         if meter is None:
             meter = self._open[key] = Meter(key)
+            throttle, known = self._drained.pop(key, (None, NO_LIMITS))
+            if throttle is not None and known == limits:
+                meter.throttle = throttle
+                self._limits[key] = limits
         meter.users += 1
+        self.limit(key, limits)
         return meter
+
+    def limit(self, key: str, limits: Limits) -> None:
+        """Let other limits hold for an export, if it is open here."""
+        meter = self._open.get(key)
+        if meter is not None and self._limits.get(key, NO_LIMITS) != limits:
+            self._limits[key] = limits
+            meter.limit(limits)
 
     def leave(self, meter: Meter) -> None:
         """A connection has counted its last request."""
         meter.users -= 1
         if not meter.users:
             del self._open[meter.key]
+            limits = self._limits.pop(meter.key, NO_LIMITS)
+            self._drained = {k: known for k, known in self._drained.items() if not known[0].full}
+            if meter.throttle is not None and not meter.throttle.full:
+                self._drained[meter.key] = meter.throttle, limits
             if self._retire is not None:
                 self._retire(meter.key, meter.read())
 

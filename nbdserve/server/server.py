@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import socket
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from nbdserve.server.listening import OWNER_ONLY, Listener, bind_tcp, bind_unix
 from nbdserve.server.meter import Meters
 from nbdserve.server.permissions import Permissions
 from nbdserve.server.tls import Tls
+from snapshots.limits import NO_LIMITS, Limits
 
 log = logging.getLogger(__name__)
 
@@ -23,7 +25,7 @@ class Server:
 
     Each listener has TLS if given (see tls.py), an access list and a number of places (see
     entrance.py); which client may have which export is the same on all of them. ``meters`` count
-    the requests that are served in this process.
+    the requests that are served in this process; ``limits`` tells an export's by its key.
     """
 
     def __init__(
@@ -32,11 +34,13 @@ class Server:
         permissions: Permissions | None = None,
         handshake_timeout: float = HANDSHAKE_TIMEOUT,
         meters: Meters | None = None,
+        limits: Callable[[str], Limits] = lambda key: NO_LIMITS,
     ) -> None:
         self._registry = registry
         self._permissions = permissions or Permissions()
         self._handshake_timeout = handshake_timeout
         self.meters = meters or Meters()
+        self._limits = limits
         self._listeners: list[Listener] = []
         self._entrances: list[Entrance] = []
         self._connections: dict[asyncio.Task[None], Connection] = {}
@@ -137,6 +141,7 @@ class Server:
             self._permissions,
             self._handshake_timeout,
             self.meters,
+            self._limits,
         )
         if not entrance.enter(connection):
             sock.close()

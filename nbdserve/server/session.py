@@ -31,7 +31,7 @@ class Session:
         self._readiness = Readiness(sock)
         self._linger = False
         self._meters = meters
-        self._meter = meters.enter(export.key)
+        self._meter = meters.enter(export.key, agreement.limits)
         try:
             self._transmission = Transmission(
                 sock,

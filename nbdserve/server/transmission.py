@@ -27,6 +27,10 @@ more, and goes on when a task ends or the client takes its replies. Memory that 
 alone (a request of the largest payload) is granted when nothing else is in flight. A client
 that has sent very many requests is stalled for one turn of the loop, for others to have theirs.
 
+Limits. Where the export has any (see throttle.py), only requests that were admitted are gone
+through; with others behind them, the connection is stalled. ``finish`` ends that: what was received
+is answered.
+
 End. DISC, the client's end of stream and ``finish`` let everything that was received be answered;
 a wrong magic, an error of the socket and ``abort`` drop the connection at once. Tasks are never
 cancelled, for a thread may be writing on their behalf: ``closed`` is done when the last one is.
@@ -88,6 +92,7 @@ from nbdserve.server.operations import (
 )
 from nbdserve.server.output import BUFFER_SIZE, Output, allocate
 from nbdserve.server.polling import LONGEST, TURN, Polling
+from nbdserve.server.throttle import Throttle
 from snapshots.lending import MIN_LOAN
 
 INPUT_SIZE: Final = (1 << 20) + (64 << 10)
@@ -209,6 +214,7 @@ class Transmission:
         # Answers on their way: where they end in the stream of replies, what counts them, their
         # number and bytes, and when the requests came.
         self._unmeasured: deque[tuple[int, CommandNumbers, int, int, float]] = deque()
+        self._admitted = 0  # bytes from ``start`` on, of requests that the limits let through
         self._received_at = 0.0  # the last time that something was received
         self._sent_at = 0.0  # the last time that answers were seen to be on their way
         self._long_reads = 0
@@ -234,6 +240,8 @@ class Transmission:
         """Receive no more; answer what was received, then end."""
         if not self._ending and not self._gone:
             self._ending = self._linger = True
+            if self._stalled:
+                self._plan_wake()  # what the limits held up
             self._settle()
 
     def abort(self) -> None:
@@ -244,6 +252,7 @@ class Transmission:
         self._stop_reading()
         self._stop_writing()
         self._sock.close()
+        self._leave_throttle()
         self._measure(self._output.end)
         self._output.discard()
         self._large = self._stream = None
@@ -394,6 +403,9 @@ class Transmission:
         writable = -1 if export.read_only else size
         flush_at = _FLUSH_AT
         start, end, tail = self._start, self._end, output.tail
+        throttle = self._meter.throttle
+        if throttle is not None:
+            end = self._admit_more(throttle)
         reads = read_bytes = writes = written_bytes = 0  # answered here
         for _ in range(_MAX_BATCH):
             if end - start < request_size:
@@ -489,12 +501,15 @@ class Transmission:
             if self._stream is not None:  # what follows is its payload
                 break
             if self._ending and request[2] == CMD_DISC:
-                start = end
+                start = self._end
         else:  # other connections have their turn
             self._stalled = True
             self._plan_wake()
         output.tail = tail
-        self._start, self._end = start, end
+        if throttle is not None:
+            incoming = self._stream is not None or self._skip or self._large is not None
+            self._admitted = 0 if incoming else max(0, self._admitted - start + self._start)
+        self._start = start
         self._make_room()
         self._settle()
         if reads or writes:
@@ -545,6 +560,47 @@ class Transmission:
         if not self._skip:
             self._output.append(self._skip_reply)
             self._count(*self._skip_counts)
+
+    # Limits (see throttle.py)
+
+    def next_request(self) -> int | None:
+        """Bytes that the first request moves which is not admitted; None: it has not come."""
+        place = self._start + self._admitted
+        if self._gone or self._end - place < self._layout.size:
+            return None
+        request = self._layout.unpack_from(self._input, place)
+        return min(request[5], MAX_PAYLOAD) if request[2] in (CMD_READ, CMD_WRITE) else 0
+
+    def admit(self) -> None:
+        """That request may be carried out."""
+        place = self._start + self._admitted
+        request = Request(*self._layout.unpack_from(self._input, place)[1:])
+        self._admitted += self._layout.size + payload_length(request, self._style)
+
+    def resume(self) -> None:
+        """Go on with what was admitted."""
+        if self._stalled and not self._gone:
+            self._process()
+
+    def limits_changed(self) -> None:
+        """There are other limits, or none any more."""
+        self._admitted = 0
+        if self._stalled:
+            self._plan_wake()
+
+    def _admit_more(self, throttle: Throttle) -> int:
+        """Where the requests end that may be gone through; with more behind, this is stalled."""
+        if self._linger:
+            self._admitted = 0
+            return self._end
+        if self.next_request() is not None:
+            throttle.enter(self)
+            self._stalled = self.next_request() is not None
+        return min(self._end, self._start + self._admitted)
+
+    def _leave_throttle(self) -> None:
+        if self._meter.throttle is not None:
+            self._meter.throttle.leave(self)
 
     # Requests that are not the plain case
 
@@ -976,3 +1032,4 @@ class Transmission:
         if self._gone:
             self._export.borrowers.discard(self)
             self._meter.connections.discard(self)
+            self._leave_throttle()

@@ -54,6 +54,7 @@ class Connections:
             agreement.peer,
             agreement.received,
             agreement.relayed,
+            agreement.limits.as_map(),
         )
         return serving
 

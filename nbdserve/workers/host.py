@@ -28,6 +28,7 @@ from nbdserve.workers.child import Child, how_it_ended
 from nbdserve.workers.export import Connections, WorkerExport
 from snapshots.extent_log import Run
 from snapshots.host import HostLostError, MergeNames, Watcher
+from snapshots.limits import Limits
 
 LONGEST_PAUSE: Final = 60.0
 """Seconds, at most, from the end of a worker that does not live long to the next one's start."""
@@ -185,6 +186,10 @@ class WorkerHost:
             self.responding = True
         except (HostLostError, TimeoutError):
             self.responding = False
+
+    def limit(self, key: str, limits: Limits) -> None:
+        """Let other limits hold for an export, if the worker serves it."""
+        self._tell("limit", key, limits.as_map())
 
     def told(self, read: Mapping[str, Sequence[Any]]) -> None:
         """Called by the process."""

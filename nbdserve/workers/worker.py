@@ -26,6 +26,7 @@ from nbdserve.server.exports import Agreement
 from nbdserve.server.meter import Meters, Numbers
 from nbdserve.server.session import Session
 from nbdserve.workers.channel import Channel
+from snapshots.limits import limits_from_map
 from snapshots.local_host import LocalHost
 from snapshots.threads import Threads
 
@@ -110,6 +111,9 @@ class Worker:
     def event(self, name: str, arguments: list[Any], sock: socket.socket | None) -> None:
         if name == "serve":
             self._serve(sock, *arguments)
+        elif name == "limit":
+            key, limits = arguments
+            self._meters.limit(key, limits_from_map(limits))
         elif name == "stop":
             self._stop.set()
         elif name in _TOLD:
@@ -151,6 +155,7 @@ class Worker:
         peer: str,
         received: bytes,
         relayed: bool,
+        limits: dict[str, int],
     ) -> None:
         try:
             if sock is None:
@@ -158,7 +163,9 @@ class Worker:
             sock.setblocking(False)
             export = self._host.handle(key, name, bases, _not_here)
             chosen = tuple((number, context) for number, context in contexts)
-            agreement = Agreement(ReplyStyle(style), chosen, peer, received, relayed)
+            agreement = Agreement(
+                ReplyStyle(style), chosen, peer, received, relayed, limits_from_map(limits)
+            )
             session = Session(sock, export, agreement, self._meters)
         except (OSError, MemoryError, StorageError) as error:
             log.error("%s: closed, it cannot be served: %s", peer, error)

@@ -21,6 +21,7 @@ from nbdserve.configuration.tls import TlsConfiguration, TlsSettings
 from nbdserve.protocol.handshake import TlsMode
 from nbdserve.server.entrance import MAX_CONNECTIONS, AccessList
 from nbdserve.server.permissions import ExportRule
+from snapshots.limits import Limits
 
 
 @pytest.mark.parametrize(
@@ -305,11 +306,15 @@ max_connections = 4
 
 [[export]]
 name = "public-[a-c]?"
+iops = 500
+iops_burst = 2000
+bandwidth = "50M"
+bandwidth_burst = 1000
 """,
     )
     assert configuration.exports == (
         ExportRule("web*", frozenset({"backup.example.com", "test client"}), 4),
-        ExportRule("public-[a-c]?"),
+        ExportRule("public-[a-c]?", limits=Limits(500, 2000, 50 << 20, 1000)),
     )
 
 
@@ -373,6 +378,11 @@ def test_what_is_no_listener_on_a_socket(tmp_path: Path, lines: str, mentions: l
         ('name = "web"\ncertificates = []', ["'certificates'", *EXPORT_KEYS]),
         ('name = "web"\nallow_certificates = []', ["[[export]] 'web'", "'allow_certificates'"]),
         ('name = "web"\nmax_connections = 0', ["'max_connections'", "from 1 to"]),
+        ('name = "web"\niops = 0', ["[[export]] 'web'", "'iops'", "from 1 to"]),
+        ('name = "web"\niops = "fast"', ["'iops'", "requests a second"]),
+        ('name = "web"\nbandwidth = "fast"', ["'bandwidth'", "'50M'"]),
+        ('name = "web"\nbandwidth = 0', ["'bandwidth'", "from 1 to"]),
+        ('name = "web"\nbandwidth_burst = "1G"', ["[[export]] 'web'", "without bandwidth"]),
         ('name = "a"\nallow_certificates = ["x"]', ["'a'", "no listener asks", "tls_client_ca"]),
     ],
 )
