@@ -56,13 +56,15 @@ async def run(configuration: Configuration, announce: Callable[[str], None]) -> 
     """
     certificates = _load_certificates(configuration)
     store = LocalLayerStore(configuration.data)
-    measuring = Measuring()
+    slow = configuration.watching.slow_request_seconds
+    measuring = Measuring(slow)
     workers = [
         WorkerHost(
             configuration.data,
             configuration.log_level,
             lambda: store.lock_descriptor,
             measuring.retire,
+            slow,
         )
         for _ in range(configuration.workers)
         if configuration.workers > 1

@@ -53,10 +53,13 @@ class Measurement:
 
 
 class Measuring:
-    """``meters`` are this process's own; ``processes`` are added by whoever starts them."""
+    """``meters`` are this process's own; ``processes`` are added by whoever starts them.
 
-    def __init__(self) -> None:
-        self.meters = Meters(self.retire)
+    Requests that take ``slow_seconds`` are in the log; 0: none are.
+    """
+
+    def __init__(self, slow_seconds: float = 0.0) -> None:
+        self.meters = Meters(self.retire, slow_seconds)
         self.processes: Sequence[Process] = ()
         self._past: dict[str, Numbers] = {}
         self._begun = time.monotonic()

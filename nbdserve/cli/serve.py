@@ -16,7 +16,7 @@ from nbdserve.configuration.settings import (
     combine,
 )
 from nbdserve.configuration.tls import TLS_MODES, TlsSettings
-from nbdserve.configuration.watching import WatchingSettings
+from nbdserve.configuration.watching import MAX_SLOW_SECONDS, WatchingSettings
 from nbdserve.logs import write_logs
 
 
@@ -80,6 +80,12 @@ from nbdserve.logs import write_logs
     help="A name that HTTP clients know this host by; may be repeated. Addresses, localhost and"
     " the host's own name need none.",
 )
+@click.option(
+    "--slow-request-seconds",
+    metavar="SECONDS",
+    type=click.FloatRange(0, MAX_SLOW_SECONDS),
+    help="Log requests that take this long; 0: none.  [default: 10]",
+)
 @data_option
 def serve(
     config: Path | None,
@@ -92,6 +98,7 @@ def serve(
     tls: str | None,
     http: str | None,
     http_hosts: tuple[str, ...],
+    slow_request_seconds: float | None,
 ) -> None:
     """Serve the volumes over NBD until SIGTERM or SIGINT.
 
@@ -107,7 +114,7 @@ def serve(
             log_level,
             given,
             workers,
-            watching=WatchingSettings(http, http_hosts or None),
+            watching=WatchingSettings(http, http_hosts or None, slow_request_seconds),
         ),
         file,
     )

@@ -11,6 +11,7 @@
     handshake_timeout = 30
     http = "127.0.0.1:10810"
     http_hosts = ["storage-1.example.com"]
+    slow_request_seconds = 2.5
 
     [[listener]]
     address = "0.0.0.0:10810"

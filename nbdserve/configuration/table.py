@@ -52,6 +52,16 @@ class Table:
             raise self.error(key, f"a number{unit and ' of '}{unit} from 1 to {most}")
         return value
 
+    def seconds(self, key: str, most: float) -> float | None:
+        """A time from 0 on, with fractions."""
+        value = self._values.get(key)
+        if value is None:
+            return None
+        # What is not a number compares as false.
+        if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value <= most:
+            raise self.error(key, f"a number of seconds from 0 to {most:g}")
+        return float(value)
+
     def text_or_number(self, key: str, meaning: str) -> str | int | None:
         value = self._values.get(key)
         if value is None or (

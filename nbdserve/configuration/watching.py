@@ -6,8 +6,10 @@ from typing import Final
 from backends.errors import InvalidError
 from nbdserve.addresses import Address, TcpAddress, parse_address
 from nbdserve.configuration.table import Table
+from nbdserve.server.slow import DEFAULT_SECONDS
 
-WATCHING_KEYS: Final = ("http", "http_hosts")
+WATCHING_KEYS: Final = ("http", "http_hosts", "slow_request_seconds")
+MAX_SLOW_SECONDS: Final = 3600.0
 
 
 @dataclass(frozen=True)
@@ -15,11 +17,12 @@ class WatchingSettings:
     """One source's say; None where it says nothing.
 
     ``http`` is where metrics and health are served; ``http_hosts`` are names that clients may know
-    it by.
+    it by. Requests that take ``slow_request_seconds`` are in the log; 0: none are.
     """
 
     http: str | None = None
     http_hosts: tuple[str, ...] | None = None
+    slow_request_seconds: float | None = None
 
 
 NOTHING_OF_WATCHING: Final = WatchingSettings()
@@ -31,6 +34,7 @@ class WatchingConfiguration:
 
     http: Address | None = None
     http_hosts: tuple[str, ...] = ()
+    slow_request_seconds: float = DEFAULT_SECONDS
 
     @property
     def is_open(self) -> bool:
@@ -45,7 +49,11 @@ def read_watching(table: Table) -> WatchingSettings:
             parse_address(http)
         except InvalidError as error:
             raise InvalidError(f"{table.where}: 'http': {error}") from None
-    return WatchingSettings(http, table.texts("http_hosts", "each a name of this host"))
+    return WatchingSettings(
+        http,
+        table.texts("http_hosts", "each a name of this host"),
+        table.seconds("slow_request_seconds", MAX_SLOW_SECONDS),
+    )
 
 
 def combine_watching(
@@ -53,4 +61,11 @@ def combine_watching(
 ) -> WatchingConfiguration:
     http = command_line.http or file.http
     hosts = command_line.http_hosts if command_line.http_hosts is not None else file.http_hosts
-    return WatchingConfiguration(None if http is None else parse_address(http), hosts or ())
+    slow = command_line.slow_request_seconds
+    if slow is None:
+        slow = file.slow_request_seconds
+    return WatchingConfiguration(
+        None if http is None else parse_address(http),
+        hosts or (),
+        DEFAULT_SECONDS if slow is None else slow,
+    )

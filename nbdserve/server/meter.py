@@ -31,6 +31,8 @@ from nbdserve.protocol.constants import (
     CMD_WRITE_ZEROES,
     ErrorCode,
 )
+from nbdserve.protocol.requests import Request
+from nbdserve.server.slow import SlowLog, Watch
 from nbdserve.server.throttle import Throttle
 from snapshots.limits import NO_LIMITS, Limits
 
@@ -55,6 +57,15 @@ COMMAND_NAMES: Final = {
 }
 OTHER: Final = "other"
 """Requests of commands that there are not."""
+
+
+def describe(request: Request) -> str:
+    """A request for the log."""
+    name = COMMAND_NAMES.get(request.command, f"command {request.command}").upper()
+    if request.command == CMD_FLUSH:
+        return name
+    return f"{name} of {request.length} bytes at {request.offset}"
+
 
 WITHOUT_BYTES: Final = frozenset((CMD_FLUSH, CMD_BLOCK_STATUS))
 """Commands whose length, if any, is not counted."""
@@ -156,15 +167,20 @@ class Measured(Protocol):
     def limits_changed(self) -> None:
         """There are other limits, or none any more."""
 
+    def look_for_slow(self) -> None:
+        """Tell of requests that are slow already."""
+
 
 class Meter:
     """Of one export; ``connections`` are those that it has in this process.
 
-    ``throttle`` has its limits; None: there are none.
+    ``throttle`` has its limits; None: there are none. ``slow`` tells of its slow requests; None:
+    nobody does.
     """
 
-    def __init__(self, key: str = "") -> None:
+    def __init__(self, key: str = "", slow: SlowLog | None = None) -> None:
         self.key = key
+        self.slow = slow
         self.connections: set[Measured] = set()
         self.users = 0
         self.throttle: Throttle | None = None
@@ -211,10 +227,17 @@ class Meter:
 
 
 class Meters:
-    """The meters of one process; ``retire`` gets the numbers of one that nobody uses any more."""
+    """The meters of one process; ``retire`` gets the numbers of one that nobody uses any more.
 
-    def __init__(self, retire: Callable[[str, Numbers], None] | None = None) -> None:
+    Requests that take ``slow_seconds`` are in the log (slow.py); 0: none are.
+    """
+
+    def __init__(
+        self, retire: Callable[[str, Numbers], None] | None = None, slow_seconds: float = 0.0
+    ) -> None:
         self._retire = retire
+        self._slow_seconds = slow_seconds
+        self._watch = Watch(slow_seconds, self._look_for_slow, lambda: bool(self._open))
         self._open: dict[str, Meter] = {}
         # Of exports that are not open, with their limits: who comes back soon gets no new burst.
         self._drained: dict[str, tuple[Throttle, Limits]] = {}
@@ -224,12 +247,15 @@ class Meters:
         """The meter of the export with that key, for a connection; pair of ``leave``."""
         meter = self._open.get(key)
         if meter is None:
-            meter = self._open[key] = Meter(key)
+            slow = SlowLog(self._slow_seconds) if self._slow_seconds else None
+            meter = self._open[key] = Meter(key, slow)
             throttle, known = self._drained.pop(key, (None, NO_LIMITS))
             if throttle is not None and known == limits:
                 meter.throttle = throttle
                 self._limits[key] = limits
         meter.users += 1
+        if self._slow_seconds:
+            self._watch.start()
         self.limit(key, limits)
         return meter
 
@@ -251,6 +277,11 @@ class Meters:
                 self._drained[meter.key] = meter.throttle, limits
             if self._retire is not None:
                 self._retire(meter.key, meter.read())
+
+    def _look_for_slow(self) -> None:
+        for meter in self._open.values():
+            for connection in meter.connections:
+                connection.look_for_slow()
 
     def read(self) -> dict[str, Numbers]:
         """What the meters in use have counted, by key."""

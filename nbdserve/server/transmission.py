@@ -83,7 +83,7 @@ from nbdserve.protocol.requests import (
     payload_length,
 )
 from nbdserve.server.exports import Export
-from nbdserve.server.meter import BOUNDS, WITHOUT_BYTES, CommandNumbers, Meter
+from nbdserve.server.meter import BOUNDS, WITHOUT_BYTES, CommandNumbers, Meter, describe
 from nbdserve.server.operations import (
     MIN_SPARSE_READ,
     STATUS_SIZE,
@@ -187,6 +187,9 @@ class Transmission:
         self._contexts = len(contexts)
         self._meter = meter = Meter() if meter is None else meter
         meter.connections.add(self)
+        self._slow = meter.slow
+        self._slow_from = float("inf") if meter.slow is None else meter.slow.seconds
+        self._told: set[asyncio.Task[None]] = set()  # that their requests are slow
         self._reads, self._writes = meter.command(CMD_READ), meter.command(CMD_WRITE)
         self._operations = Operations(export, style=style, contexts=contexts, meter=meter)
         self._output = Output(sock)
@@ -209,7 +212,7 @@ class Transmission:
         self._skip_counts = (CMD_WRITE, 0)  # its command, and its bytes that count
         # READs: cookie, offset, length, when they came.
         self._missed: list[tuple[int, int, int, float]] = []
-        # What tasks have not answered yet, and when it came.
+        # What tasks have not answered yet, and when they began with it.
         self._tasks: dict[asyncio.Task[None], tuple[Request, float]] = {}
         # Answers on their way: where they end in the stream of replies, what counts them, their
         # number and bytes, and when the requests came.
@@ -517,6 +520,9 @@ class Transmission:
             if output.head == output.tail and not output.queued:
                 seconds = now - self._received_at
                 place = bisect_left(BOUNDS, seconds)
+                if seconds >= self._slow_from and throttle is None:
+                    what = f"{reads} READ and {writes} WRITE, received together,"
+                    self._tell_slow(what, seconds, ended=True)
                 if reads:
                     numbers = self._reads
                     numbers.buckets[place] += reads
@@ -581,6 +587,20 @@ class Transmission:
         """Go on with what was admitted."""
         if self._stalled and not self._gone:
             self._process()
+
+    def look_for_slow(self) -> None:
+        """Tell of requests that are slow already."""
+        assert self._slow is not None
+        now = perf_counter()
+        for task, (request, begun) in self._tasks.items():
+            if now - begun >= self._slow.seconds and task not in self._told and not task.done():
+                self._told.add(task)
+                task.add_done_callback(self._told.discard)
+                self._tell_slow(describe(request), now - begun, ended=False)
+
+    def _tell_slow(self, what: str, seconds: float, *, ended: bool) -> None:
+        assert self._slow is not None
+        self._slow.report(self._export.name, self._peer, what, seconds, ended=ended)
 
     def limits_changed(self) -> None:
         """There are other limits, or none any more."""
@@ -897,8 +917,9 @@ class Transmission:
             received_at = self._received_at
         self._bytes += size
         self._running += 1
-        task = self._loop.create_task(self._answer(request, operation, size, received_at))
-        self._tasks[task] = request, received_at
+        begun = perf_counter()
+        task = self._loop.create_task(self._answer(request, operation, size, received_at, begun))
+        self._tasks[task] = request, begun
         task.add_done_callback(self._tasks.__delitem__)
 
     async def _answer(
@@ -907,9 +928,13 @@ class Transmission:
         operation: Coroutine[Any, Any, bytes | bytearray],
         size: int,
         received_at: float,
+        begun: float,
     ) -> None:
         try:
             reply = await operation
+            seconds = perf_counter() - begun
+            if seconds >= self._slow_from:
+                self._tell_slow(describe(request), seconds, ended=True)
             if not self._gone:
                 self._output.append(reply)
             self._count(request.command, request.length, received_at)

@@ -92,7 +92,8 @@ class WorkerHost:
     """A ``ViewHost`` (see the module's text).
 
     ``retire`` gets what was counted of an export, by its key, when the worker does not serve it any
-    more. ``restarts`` counts the processes that followed one that died.
+    more. Requests that take ``slow_seconds`` are in the log; 0: none are. ``restarts`` counts the
+    processes that followed one that died.
     """
 
     def __init__(
@@ -101,8 +102,9 @@ class WorkerHost:
         log_level: str,
         lock: Callable[[], int],
         retire: Callable[[str, Numbers], None] = lambda key, numbers: None,
+        slow_seconds: float = 0.0,
     ) -> None:
-        self._arguments = (str(data), log_level)
+        self._arguments = (str(data), log_level, str(slow_seconds))
         self._lock = lock
         self._retire = retire
         self.counted: dict[str, Numbers] = {}

@@ -66,10 +66,10 @@ log = logging.getLogger(__name__)
 class Worker:
     """See the module's text; ``run`` does it all."""
 
-    def __init__(self, sock: socket.socket, data: Path) -> None:
+    def __init__(self, sock: socket.socket, data: Path, slow_seconds: float) -> None:
         self._threads = Threads()
         self._host = LocalHost(LocalLayerStore(data), self._threads)
-        self._meters = Meters(self._retire)
+        self._meters = Meters(self._retire, slow_seconds)
         self._sessions: dict[int, Session] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._stop = asyncio.Event()

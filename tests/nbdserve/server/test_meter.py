@@ -2,8 +2,13 @@
 
 import asyncio
 import errno
+import os
+import time
 
+from nbdserve.server import slow
 from nbdserve.server.meter import BOUNDS, CommandNumbers, Meters, Numbers
+from nbdserve.server.slow import LINES
+from snapshots.limits import Limits
 
 from .harness import serve, settle
 from .memory_export import BLOCK, MemoryExport
@@ -127,3 +132,78 @@ def test_errors_by_their_name():
         }
 
     serve(test, MemoryExport(size=MIB))
+
+
+def test_slow_requests_are_told_while_they_hang_and_when_they_end(caplog, monkeypatch):
+    async def test(harness):
+        harness.server.meters = Meters(slow_seconds=0.05)
+        client = await harness.connect()
+        export = harness.export
+        export.gate = asyncio.Event()
+        client.send(TRIM, 4096, 8192)
+        await settle(lambda: caplog.messages)
+        (line,) = caplog.messages
+        assert line.startswith(f"slow request: disk: unix:pid={os.getpid()},")
+        assert ": TRIM of 8192 bytes at 4096 is under way for 0." in line
+        await asyncio.sleep(0.1)
+        assert caplog.messages == [line]
+        export.gate.set()
+        await client.reply()
+        assert ": TRIM of 8192 bytes at 4096 took 0." in caplog.messages[1]
+        caplog.clear()
+        await client.call(FLUSH)
+        await client.call(READ, 0, 1)
+        assert caplog.messages == []
+
+        export.gate = asyncio.Event()
+        for cookie in range(2, 22):
+            client.send(FLUSH, cookie=cookie)
+        await asyncio.sleep(0.2)
+        export.gate.set()
+        for _ in range(20):
+            await client.reply()
+        assert len(caplog.messages) == LINES - 2
+        caplog.clear()
+        monkeypatch.setattr(slow, "INTERVAL", 0.0)
+        export.gate = asyncio.Event()
+        client.send(FLUSH)
+        await settle(lambda: len(caplog.messages) == 2)
+        left_out = 40 - (LINES - 2)
+        assert caplog.messages[0] == f"slow request: disk: {left_out} more lines"
+        export.gate.set()
+        await client.reply()
+
+    with caplog.at_level("WARNING"):
+        serve(test)
+
+
+def test_a_request_that_blocked_the_loop_is_slow(caplog):
+    async def test(harness):
+        harness.server.meters = Meters(slow_seconds=0.05)
+        client = await harness.connect()
+        export = harness.export
+        write = export.try_write
+
+        def block(offset, data):
+            time.sleep(0.06)
+            return write(offset, data)
+
+        export.try_write = block
+        await client.call(WRITE, 0, data=b"x")
+        assert "0 READ and 1 WRITE, received together, took 0." in caplog.text
+
+    with caplog.at_level("WARNING"):
+        serve(test)
+
+
+def test_waiting_for_limits_is_not_slow(caplog):
+    async def test(harness):
+        harness.server.meters = Meters(slow_seconds=0.05)
+        harness.server._limits = lambda key: Limits(iops=10, iops_burst=1)
+        client = await harness.connect()
+        for command in (READ, FLUSH, TRIM, FLUSH):
+            await client.call(command, 0, 0 if command == FLUSH else 1)
+        assert caplog.messages == []
+
+    with caplog.at_level("WARNING"):
+        serve(test)
