@@ -33,6 +33,7 @@ from nbdserve.control.state import Host, State
 from nbdserve.fetcher.process import FetcherProcess
 from nbdserve.http.server import HttpServer
 from nbdserve.measuring import Measuring
+from nbdserve.pacing import Pacing
 from nbdserve.registry import CatalogueExports
 from nbdserve.server import Server
 from nbdserve.server.permissions import Permissions
@@ -78,6 +79,7 @@ async def run(configuration: Configuration, announce: Callable[[str], None]) -> 
     catalogue = await _open_catalogue(store, workers, fetcher, stop)
     try:
         catalogue.hydrate()
+        catalogue.set_pace(Pacing(measuring).pause)
         host = Host(configuration.data, daemon=True)
         permissions = Permissions(configuration.exports)
         state = State(catalogue, store, host, measuring=measuring, rules=permissions)

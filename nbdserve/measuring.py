@@ -104,6 +104,13 @@ class Measuring:
         ]
         return sorted(measured, key=lambda one: (one.volume, one.snapshot or ""))
 
+    def count(self) -> int:
+        """Requests that were answered and those in flight, as far as is known."""
+        return sum(
+            numbers.in_flight + sum(command.count for command in numbers.commands.values())
+            for numbers in self._sum_up().values()
+        )
+
     def _sum_up(self) -> dict[str, Numbers]:
         # Without await: what is retired meanwhile would be counted twice or not at all.
         read: dict[str, Numbers] = {}

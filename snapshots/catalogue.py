@@ -44,6 +44,7 @@ from snapshots.limits import Limits
 from snapshots.listings import Listings, SnapshotInfo, VolumeInfo, WorkerInfo
 from snapshots.manifest import MAX_LAYERS, Manifest, Snapshot
 from snapshots.manifest_store import ManifestStore, UnreadableVolume
+from snapshots.merge import Pace
 from snapshots.merging import Merging
 from snapshots.names import check_name, check_volume_size
 from snapshots.open_views import OpenViews
@@ -154,6 +155,10 @@ class Catalogue:
             if self._closed:
                 raise UnavailableError("nbdserve is shutting down")
             yield
+
+    def set_pace(self, pace: Pace) -> None:
+        """Let merges call ``pace`` after each chunk, with the seconds that it took."""
+        self._merging.pace = pace
 
     # Lazy volumes
 
