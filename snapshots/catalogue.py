@@ -261,6 +261,10 @@ class Catalogue:
             if manifest.limits != limits:
                 await self._manifests.commit([manifest.changed(limits=limits)])
 
+    def merges(self) -> int:
+        """How many merges are under way or put off."""
+        return len(self._manifests.merges)
+
     def failures(self) -> dict[str, str]:
         """The volumes that refuse writes until the daemon is restarted, by name, and why."""
         found = self._views.failures()

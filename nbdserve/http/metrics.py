@@ -62,6 +62,7 @@ def _of_daemon(state: State) -> Iterator[Metric]:
     build = _labelled("build_info", "1, of this version.", "version")
     build.add_metric([version("nbdserve")], 1)
     yield build
+    yield _gauge("merges", "Merges of layers under way or put off.", state.catalogue.merges())
     yield _gauge("start_time_seconds", "When the daemon started.", state.host.started)
     up = _labelled("worker_up", "Whether the process that serves volumes answers.", "worker")
     processes = state.measuring.processes

@@ -493,12 +493,11 @@ class Transmission:
             request = layout.unpack_from(source, start)
             if request[0] != self._magic:
                 self._drop(f"bad request magic {request[0]:#010x}")
-                return
+                tail = output.tail
+                break
             taken = self._take(Request(*request[1:]), start, end)
             tail = output.tail
             if not taken:
-                if self._gone:
-                    return
                 break
             start += taken
             if self._stream is not None:  # what follows is its payload

@@ -115,6 +115,20 @@ def test_what_was_answered_counts_though_the_client_left_without_its_reply():
     serve(test)
 
 
+def test_what_was_answered_counts_though_rubbish_came_behind_it():
+    async def test(harness):
+        told = {}
+        harness.server.meters._retire = told.__setitem__
+        client = await harness.connect()
+        client.writer.write(request(READ, 0, 1) + request(WRITE, 0, data=b"x") + b"?" * 28)
+        assert (await client.reply()).error == 0
+        await harness.no_connections()
+        commands = told[harness.export.key].commands
+        assert {name: own.count for name, own in commands.items()} == {"read": 1, "write": 1}
+
+    serve(test)
+
+
 def test_errors_by_their_name():
     async def test(harness):
         client = await harness.connect()
