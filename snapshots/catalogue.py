@@ -44,6 +44,7 @@ from snapshots.limits import Limits
 from snapshots.listings import Listings, SnapshotInfo, VolumeInfo, WorkerInfo
 from snapshots.manifest import MAX_LAYERS, Manifest, Snapshot
 from snapshots.manifest_store import ManifestStore, UnreadableVolume
+from snapshots.mapping import Maps, VolumeMap
 from snapshots.merge import Pace
 from snapshots.merging import Merging
 from snapshots.names import check_name, check_volume_size
@@ -95,6 +96,7 @@ class Catalogue:
         self._hydration.on_whole = self._is_whole
         self._sealing = Sealing(store, self._manifests, self._views, self._merging)
         self._listings = Listings(store, self._manifests, self._views, self._hydration)
+        self._maps = Maps(store, self._manifests, self._views, self._turn)
         self._imports = Imports(store, self._manifests)
         self._freeing = Freeing(self._manifests, self._views, self._commits, self._merging)
         self._upkeep = Upkeep(store, self._manifests, self._views, self._merging, self._freeing)
@@ -518,6 +520,14 @@ class Catalogue:
                 return await compare_with_now(self._views, manifest, old)
             new = _find(manifest, newer)
             return await compare_snapshots(self._store, self._views, manifest, old, new)
+
+    @_to_its_end
+    async def map_volume(self, name: str, cells: int, label: str) -> VolumeMap:
+        """Which layer holds which part of a volume, in at most ``cells`` (mapping.py).
+
+        And what was written since the last snapshot that has ``label``. NotFoundError.
+        """
+        return await self._maps.map(name, cells, label)
 
     # Checking
 

@@ -26,6 +26,7 @@ from nbdserve.cli.output import (
 )
 from nbdserve.cli.progress import Progress
 from nbdserve.cli.session import Session
+from nbdserve.cli.volume_map import MOST_CELLS, print_map
 from nbdserve.control.client import path
 from snapshots.names import check_name, parse_size
 
@@ -130,6 +131,31 @@ def show(name: str, as_json: bool) -> None:
         "created": seconds_of(info["created"]),
     }
     print_fields(info, as_json, fields)
+
+
+@volume.command("map")
+@click.argument("name")
+@click.option(
+    "--cells",
+    type=click.IntRange(1, MOST_CELLS),
+    default=1024,
+    show_default=True,
+    help="In at most so many parts.",
+)
+@data_option
+@json_option
+def map_(name: str, cells: int, as_json: bool) -> None:
+    """Draw which layer holds which part of the volume NAME.
+
+    Every snapshot ends a layer: what is written after it goes to the next one. A capital letter
+    stands for a part of which at least half holds data, a dot for one that is empty. What was
+    written since the last backup is in the layers that are marked so; 'snapshot diff' lists it,
+    and what was zeroed too.
+    """
+    where = path("volumes", _checked(name), "map", cells=str(cells))
+    with Session(data_directory()) as session:
+        document = session.client.get(where)
+    print_map(document, as_json)
 
 
 @volume.command()

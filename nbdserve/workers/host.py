@@ -27,7 +27,7 @@ from nbdserve.server.meter import Numbers
 from nbdserve.workers.child import Child, how_it_ended
 from nbdserve.workers.export import Connections, WorkerExport
 from snapshots.extent_log import Run
-from snapshots.host import HostLostError, MergeNames, Watcher
+from snapshots.host import Cell, HostLostError, LayerCells, MergeNames, Watcher
 from snapshots.limits import Limits
 
 LONGEST_PAUSE: Final = 60.0
@@ -270,6 +270,12 @@ class WorkerHost:
 
     async def count_owned(self, key: str) -> int:
         return int(await self._call("count_owned", key))
+
+    async def count_cells(
+        self, key: str, blocks: int, cell_blocks: int, since: str | None
+    ) -> LayerCells:
+        layers, cells = await self._call("count_cells", key, blocks, cell_blocks, since)
+        return [(name, held) for name, held in layers], [Cell(*cell) for cell in cells]
 
     async def list_changed(
         self, key: str, layers: Sequence[str], blocks: int

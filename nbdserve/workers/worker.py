@@ -40,6 +40,7 @@ _METHODS: Final = frozenset(
         "free_hidden",
         "grow",
         "count_owned",
+        "count_cells",
         "list_changed",
         "check_journal",
         "settle",
