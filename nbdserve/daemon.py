@@ -162,12 +162,14 @@ async def _serve_http(configuration: Configuration, state: State) -> HttpServer 
     watching = configuration.watching
     if watching.http is None:
         return None
-    http = HttpServer(state, watching.http, watching.http_hosts)
+    http = HttpServer(state, watching.http, watching.http_hosts, page=watching.web)
     await http.start()
     state.host.http.extend(http.listening)
     if watching.is_open:
         log.warning(
-            "%s is open to the network: whoever reaches it can read /metrics", watching.http
+            "%s is open to the network: whoever reaches it can read /metrics%s",
+            watching.http,
+            " and the page" if watching.web else "",
         )
     return http
 

@@ -86,6 +86,11 @@ from nbdserve.logs import write_logs
     type=click.FloatRange(0, MAX_SLOW_SECONDS),
     help="Log requests that take this long; 0: none.  [default: 10]",
 )
+@click.option(
+    "--web/--no-web",
+    default=None,
+    help="Whether a page for browsers is served at the root of --http.  [default: no]",
+)
 @data_option
 def serve(
     config: Path | None,
@@ -99,6 +104,7 @@ def serve(
     http: str | None,
     http_hosts: tuple[str, ...],
     slow_request_seconds: float | None,
+    web: bool | None,
 ) -> None:
     """Serve the volumes over NBD until SIGTERM or SIGINT.
 
@@ -114,7 +120,7 @@ def serve(
             log_level,
             given,
             workers,
-            watching=WatchingSettings(http, http_hosts or None, slow_request_seconds),
+            watching=WatchingSettings(http, http_hosts or None, slow_request_seconds, web),
         ),
         file,
     )

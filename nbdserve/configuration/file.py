@@ -12,6 +12,7 @@
     http = "127.0.0.1:10810"
     http_hosts = ["storage-1.example.com"]
     slow_request_seconds = 2.5
+    web = true
 
     [[listener]]
     address = "0.0.0.0:10810"

@@ -44,6 +44,12 @@ class Table:
             raise self.error(key, f"one of {', '.join(allowed)}")
         return value
 
+    def flag(self, key: str) -> bool | None:
+        value = self._values.get(key)
+        if value is not None and not isinstance(value, bool):
+            raise self.error(key, "true or false")
+        return value
+
     def number(self, key: str, most: int, unit: str = "") -> int | None:
         value = self._values.get(key)
         if value is None:

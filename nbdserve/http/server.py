@@ -26,6 +26,7 @@ from backends.errors import StorageError, one_line
 from nbdserve.addresses import Address, TcpAddress, UnixAddress
 from nbdserve.control.state import STATE, State
 from nbdserve.http import health, metrics
+from nbdserve.http.page import add_page
 from nbdserve.http.survey import SURVEY, Survey
 from nbdserve.server.listening import bind_tcp, bind_unix
 
@@ -38,6 +39,7 @@ _HOST: Final = re.compile(r"\[(?P<ipv6>[^\]]*)\](:[0-9]*)?|(?P<name>[^:]*)(:[0-9
 _HEADERS: Final = {
     "Cache-Control": "no-store",
     "Content-Security-Policy": "default-src 'none'; frame-ancestors 'none'",
+    "Cross-Origin-Resource-Policy": "same-origin",
     "Referrer-Policy": "no-referrer",
     "X-Content-Type-Options": "nosniff",
     "X-Frame-Options": "DENY",
@@ -51,15 +53,20 @@ _http_log.setLevel(logging.CRITICAL)  # bytes that are no HTTP are the client's 
 
 
 class HttpServer:
-    """Serves ``state`` at ``address``; ``names`` are those that clients may know it by."""
+    """Serves ``state`` at ``address``; ``names`` are those that clients may know it by.
 
-    def __init__(self, state: State, address: Address, names: Iterable[str] = ()) -> None:
+    ``page``: the page for browsers as well.
+    """
+
+    def __init__(
+        self, state: State, address: Address, names: Iterable[str] = (), *, page: bool = False
+    ) -> None:
         self._address = address
         allowed = None
         if isinstance(address, TcpAddress):
             allowed = {"localhost", socket.gethostname().lower(), address.host.lower()}
             allowed.update(name.lower() for name in names)
-        self._application = build_application(state, allowed)
+        self._application = build_application(state, allowed, page=page)
         self._runner = web.AppRunner(
             self._application,
             access_log=None,
@@ -108,7 +115,9 @@ class HttpServer:
         return server()
 
 
-def build_application(state: State, names: Iterable[str] | None) -> web.Application:
+def build_application(
+    state: State, names: Iterable[str] | None, *, page: bool = False
+) -> web.Application:
     """What is served; ``names`` are the host names that are answered to, None: any."""
     allowed = None if names is None else frozenset(names)
 
@@ -131,6 +140,8 @@ def build_application(state: State, names: Iterable[str] | None) -> web.Applicat
     application.on_response_prepare.append(_set_headers)
     for module in (metrics, health):
         application.add_routes(module.routes)
+    if page:
+        add_page(application)
     return application
 
 
@@ -155,7 +166,10 @@ async def _answer_errors(request: web.Request, handler: _Handler) -> web.StreamR
     except web.HTTPException as error:
         text = f"{error.reason}\n"
         if error.status == web.HTTPNotFound.status_code:
-            text = "there are /metrics, /health, /health/live and /health/ready\n"
+            text = (
+                "there are /metrics, /health, /health/live, /health/ready, and where it is turned"
+                " on, the page at /\n"
+            )
         return web.Response(status=error.status, text=text)
     except ConnectionError:
         raise  # the client has gone
