@@ -91,10 +91,10 @@ export class LayerMap {
     const width = this.canvas.clientWidth;
     const fitting = Math.sqrt((width * HEIGHT) / this.count);
     const wanted = Math.min(MOST, Math.max(LEAST, Math.floor(fitting)));
-    this.columns = Math.max(1, Math.floor(width / wanted));
-    // A round number of columns makes rows that begin at round offsets.
-    if (this.columns > 16) this.columns -= this.columns % 8;
-    this.pitch = Math.min(MOST, width / this.columns);
+    // As many columns as make rows begin at round offsets.
+    this.columns = 2 ** Math.ceil(Math.log2(Math.max(1, width / wanted)));
+    if (width / this.columns < LEAST) this.columns /= 2;
+    this.pitch = Math.max(1, Math.min(MOST, Math.floor(width / this.columns)));
     return { width, height: Math.ceil(this.count / this.columns) * this.pitch };
   }
 
