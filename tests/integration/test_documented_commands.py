@@ -46,6 +46,7 @@ DOCUMENTS = [
     PROJECT / "docs" / "backups.md",
     PROJECT / "docs" / "scripting.md",
     PROJECT / "docs" / "monitoring.md",
+    PROJECT / "docs" / "web.md",
     PROJECT / "docs" / "limits.md",
 ]
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)

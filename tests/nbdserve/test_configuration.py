@@ -18,6 +18,7 @@ from nbdserve.configuration.listeners import (
 )
 from nbdserve.configuration.settings import Configuration, Settings, combine
 from nbdserve.configuration.tls import TlsConfiguration, TlsSettings
+from nbdserve.configuration.watching import WatchingSettings
 from nbdserve.protocol.handshake import TlsMode
 from nbdserve.server.entrance import MAX_CONNECTIONS, AccessList
 from nbdserve.server.permissions import ExportRule
@@ -423,3 +424,20 @@ def test_the_file_in_the_documents(tmp_path: Path) -> None:
     for key in (*LISTENER_KEYS, *EXPORT_KEYS):
         assert f"{key} = " in content or key == "tls"
         assert f"`{key}`" in document.read_text()
+
+
+def test_the_page_is_a_part_of_the_http_listener(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.write_text('http = "127.0.0.1:10810"\nweb = true\n')
+    here = Settings(data=tmp_path)
+    assert combine(here, read_file(file)).watching.web
+    assert not combine(here, Settings()).watching.web
+    refused = Settings(data=tmp_path, watching=WatchingSettings(web=False))
+    assert not combine(refused, read_file(file)).watching.web
+    asked = Settings(data=tmp_path, watching=WatchingSettings(web=True))
+    with pytest.raises(InvalidError, match="give --http, for example"):
+        combine(asked, Settings())
+    for value in ("1", '"yes"', "[]"):
+        file.write_text(f"web = {value}\n")
+        with pytest.raises(InvalidError, match="'web' must be true or false"):
+            read_file(file)

@@ -94,7 +94,7 @@ export class LayerMap {
     // As many columns as make rows begin at round offsets.
     this.columns = 2 ** Math.ceil(Math.log2(Math.max(1, width / wanted)));
     if (width / this.columns < LEAST) this.columns /= 2;
-    this.pitch = Math.max(1, Math.min(MOST, Math.floor(width / this.columns)));
+    this.pitch = Math.min(MOST, width / this.columns);
     return { width, height: Math.ceil(this.count / this.columns) * this.pitch };
   }
 
@@ -103,51 +103,55 @@ export class LayerMap {
     const { width, height } = this.layOut();
     const context = prepare(this.canvas, width, height);
     const colours = layerColours(this.document.layers);
-    const size = this.pitch - (this.pitch > 9 ? 2 : 1);
     const empty = colour("--empty");
     for (let number = 0; number < this.count; number += 1) {
-      const left = (number % this.columns) * this.pitch;
-      const top = Math.floor(number / this.columns) * this.pitch;
+      const box = this.boxOf(number);
       context.globalAlpha = 1;
       context.fillStyle = empty;
-      context.fillRect(left, top, size, size);
+      context.fillRect(box.left, box.top, box.width, box.height);
       const cell = this.cells.get(number);
-      if (cell === undefined) continue;
-      this.fill(context, cell, colours, left, top, size);
+      if (cell !== undefined) this.fill(context, cell, colours, box);
     }
     if (this.cursor !== null) {
       context.globalAlpha = 1;
       context.strokeStyle = colour("--text");
       context.lineWidth = 2;
-      const left = (this.cursor % this.columns) * this.pitch;
-      const top = Math.floor(this.cursor / this.columns) * this.pitch;
-      context.strokeRect(left + 1, top + 1, size - 2, size - 2);
+      const { left, top, width: wide, height: high } = this.boxOf(this.cursor);
+      context.strokeRect(left + 1, top + 1, wide - 2, high - 2);
     }
   }
 
+  // Where a cell is drawn: whole pixels, or its edges would be blurred.
+  boxOf(number) {
+    const gap = this.pitch > 9 ? 2 : 1;
+    const edge = (step) => Math.round(step * this.pitch);
+    const [column, row] = [number % this.columns, Math.floor(number / this.columns)];
+    const [left, top] = [edge(column), edge(row)];
+    return { left, top, width: edge(column + 1) - gap - left, height: edge(row + 1) - gap - top };
+  }
+
   // The fuller a cell is, the more of it is coloured.
-  fill(context, cell, colours, left, top, size) {
-    const { layers } = this.document;
-    const length = this.lengthOf(cell);
-    context.globalAlpha = this.highlighted === null || this.highlighted === cell.layer ? 1 : 0.15;
+  fill(context, cell, colours, { left, top, width, height }) {
+    const alpha = this.highlighted === null || this.highlighted === cell.layer ? 1 : 0.15;
     const [red, green, blue] = colours[cell.layer];
-    context.fillStyle = `rgba(${red}, ${green}, ${blue}, 0.3)`; // so that little is seen, too
-    context.fillRect(left, top, size, size);
+    context.globalAlpha = alpha * 0.3; // so that little is seen, too
     context.fillStyle = `rgb(${red}, ${green}, ${blue})`;
-    const high = Math.max(2, Math.round(size * Math.min(1, cell.mapped / length)));
-    context.fillRect(left, top + size - high, size, high);
-    if (cell.changed > 0 && !layers[cell.layer].changed) {
-      // Some of it was written since the last backup, though not most.
-      const mark = Math.max(3, size / 2);
-      const [r, g, b] = colours.at(-1);
-      context.globalAlpha = this.highlighted === null ? 1 : 0.15;
-      context.fillStyle = `rgb(${r}, ${g}, ${b})`;
-      context.beginPath();
-      context.moveTo(left + size - mark, top);
-      context.lineTo(left + size, top);
-      context.lineTo(left + size, top + mark);
-      context.fill();
-    }
+    context.fillRect(left, top, width, height);
+    context.globalAlpha = alpha;
+    const part = Math.min(1, cell.mapped / this.lengthOf(cell));
+    const high = Math.max(2, Math.round(height * part));
+    context.fillRect(left, top + height - high, width, high);
+    if (cell.changed === 0 || this.document.layers[cell.layer].changed) return;
+    // Some of it was written since the last backup, though not most.
+    const mark = Math.max(3, width / 2);
+    const [r, g, b] = colours.at(-1);
+    context.globalAlpha = this.highlighted === null ? 1 : 0.15;
+    context.fillStyle = `rgb(${r}, ${g}, ${b})`;
+    context.beginPath();
+    context.moveTo(left + width - mark, top);
+    context.lineTo(left + width, top);
+    context.lineTo(left + width, top + mark);
+    context.fill();
   }
 
   lengthOf(cell) {
