@@ -4,14 +4,16 @@ Its files are in ``page/`` beside this module, as they are sent: HTML, one style
 JavaScript modules. They ask for the JSON documents below ``/api/``, which are those of the control
 socket. All of it is GET and changes nothing.
 
-Nobody proves who he is, so what this may cost the daemon is bounded: few questions are answered at
-a time, some wait, and the rest is refused.
+Nobody proves who he is, so what this may cost the daemon is bounded. Few questions are answered at
+a time, some wait, and the rest is refused. What is the same for everybody is looked up once for all
+who ask at about the same time, and seldom where that takes long.
 
 A browser is told to load nothing but these files, and to show them in no frame.
 """
 
 import asyncio
 import hashlib
+import time
 from collections.abc import Awaitable, Callable
 from importlib import resources
 from typing import Final
@@ -29,6 +31,11 @@ AT_A_TIME: Final = 4
 
 MOST_WAITING: Final = 20
 """Questions that may wait for that."""
+
+LEAST_SECONDS: Final = 0.5
+"""For so long at least, everybody gets the same answer."""
+
+_SHARE: Final = 4  # for so many times as long as it took, too
 
 _API: Final[dict[str, Handler]] = {
     "status": volumes.status,
@@ -54,7 +61,9 @@ def add_page(application: web.Application) -> None:
             application.router.add_get(where, _file_handler(file.read_bytes(), _TYPES[suffix]))
     limit = _Limit()
     for path, handler in _API.items():
-        application.router.add_get(f"/api/{path}", limit.wrap(handler))
+        same_for_all = "{" not in path
+        answer = _Shared(handler) if same_for_all else handler
+        application.router.add_get(f"/api/{path}", limit.wrap(answer))
 
 
 def _file_handler(content: bytes, content_type: str) -> Handler:
@@ -72,6 +81,28 @@ def _file_handler(content: bytes, content_type: str) -> Handler:
         return response
 
     return answer
+
+
+class _Shared:
+    """A handler whose answer everybody gets for a while."""
+
+    def __init__(self, handler: Handler) -> None:
+        self._handler = handler
+        self._looking = asyncio.Lock()
+        self._body: bytes | None = None
+        self._outdated = 0.0
+
+    async def __call__(self, request: web.Request) -> web.StreamResponse:
+        async with self._looking:
+            begun = time.monotonic()
+            if self._body is None or begun >= self._outdated:
+                response = await self._handler(request)
+                assert isinstance(response, web.Response)
+                assert isinstance(response.body, bytes)
+                self._body = response.body
+                ended = time.monotonic()
+                self._outdated = ended + max(LEAST_SECONDS, _SHARE * (ended - begun))
+            return web.Response(body=self._body, content_type="application/json")
 
 
 class _Limit:

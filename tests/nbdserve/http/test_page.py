@@ -16,6 +16,7 @@ from aiohttp.test_utils import TestServer
 from backends.local_layers import LocalLayerStore
 from nbdserve.control.server import build_application
 from nbdserve.control.state import Host, State
+from nbdserve.http import page
 from nbdserve.http.page import AT_A_TIME, MOST_WAITING
 from nbdserve.http.server import build_application as build_http_application
 from snapshots.catalogue import Catalogue
@@ -35,11 +36,11 @@ def serve(tmp_path: Path, scene: Scene) -> None:
         store = LocalLayerStore(tmp_path / "data")
         catalogue = await Catalogue.open(store)
         state = State(catalogue, store, Host(tmp_path / "data", daemon=True))
-        page = build_http_application(state, {"storage.example.com"}, page=True)
+        application = build_http_application(state, {"storage.example.com"}, page=True)
         timeout = ClientTimeout(60)
         try:
             async with (
-                TestServer(page) as one,
+                TestServer(application) as one,
                 TestServer(build_application(state)) as other,
                 ClientSession(one.make_url("/"), timeout=timeout) as client,
                 ClientSession(other.make_url("/"), timeout=timeout) as control,
@@ -233,6 +234,35 @@ def test_what_is_asked_at_a_time_is_bounded(
         done = await asyncio.gather(*asked[1:])
         assert set(done) == {200}
         assert await ask_status(client) == 200
+
+    serve(tmp_path, scene)
+
+
+def test_many_who_look_cost_as_much_as_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(page, "LEAST_SECONDS", 0.2)
+
+    async def scene(catalogue: Catalogue, client: ClientSession, control: ClientSession) -> None:
+        surveyed, survey = [], catalogue.survey_volumes
+
+        async def counted() -> Any:
+            surveyed.append(1)
+            await asyncio.sleep(0.01)
+            return await survey()
+
+        monkeypatch.setattr(catalogue, "survey_volumes", counted)
+
+        async def names() -> list[str]:
+            async with client.get("/api/volumes") as answer:
+                assert answer.status == 200
+                return [found["name"] for found in (await answer.json())["volumes"]]
+
+        assert await asyncio.gather(*(names() for _ in range(15))) == [[]] * 15
+        assert len(surveyed) == 1
+        await catalogue.create_volume("a", MIB)
+        async with asyncio.timeout(30):
+            while await names() != ["a"]:  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+        assert len(surveyed) == 2
 
     serve(tmp_path, scene)
 
