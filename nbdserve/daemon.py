@@ -27,12 +27,15 @@ from nbdserve.control.client import Client, path
 from nbdserve.control.server import ControlServer
 from nbdserve.control.state import Host, State
 from nbdserve.fetcher.process import FetcherProcess
+from nbdserve.http.server import HttpServer
 from nbdserve.listeners import Listeners, load_certificates
 from nbdserve.logs import Logs, write_logs
+from nbdserve.measuring import Measuring
+from nbdserve.pacing import Pacing
 from nbdserve.registry import CatalogueExports
 from nbdserve.reloading import Outcome, Reloader, change_of
 from nbdserve.server import Server
-from nbdserve.server.permissions import Permissions
+from nbdserve.server.permissions import ExportRule, Permissions
 from nbdserve.signals import Signals
 from nbdserve.systemd.notify import Notifier, take_notifier
 from nbdserve.systemd.sockets import take_passed_sockets
@@ -63,24 +66,39 @@ async def run(
     interval = take_interval()
     certificates = await load_certificates(configuration)
     store = LocalLayerStore(configuration.data)
+    slow = configuration.watching.slow_request_seconds
+    measuring = Measuring(slow)
     workers = [
-        WorkerHost(configuration.data, configuration.logs, lambda: store.lock_descriptor)
+        WorkerHost(
+            configuration.data,
+            configuration.logs,
+            lambda: store.lock_descriptor,
+            measuring.retire,
+            slow,
+        )
         for _ in range(configuration.workers)
         if configuration.workers > 1
     ]
+    measuring.processes = workers
     fetcher = FetcherProcess(configuration.data, configuration.logs, lambda: store.lock_descriptor)
     signals = Signals(workers, fetcher)
     _raise_descriptor_limit()
     catalogue = await _open_catalogue(store, workers, fetcher, signals.stop)
     try:
         catalogue.hydrate()
+        catalogue.set_pace(Pacing(measuring).pause)
         host = Host(configuration.data, daemon=True)
-        state = State(catalogue, store, host)
-        control = ControlServer(state)
         permissions = Permissions(configuration.exports)
+        state = State(catalogue, store, host, measuring=measuring, rules=permissions)
+        control = ControlServer(state)
         exports = CatalogueExports(catalogue, is_rotational(store.path))
-        server = Server(exports, permissions, configuration.handshake_timeout)
+        timeout = configuration.handshake_timeout
+        server = Server(exports, permissions, timeout, measuring.meters, state.limiting.of_key)
         listeners = Listeners(server, passed)
+
+        def change_exports(rules: Sequence[ExportRule]) -> None:
+            permissions.change(rules)
+            state.limiting.change_rules(permissions)
 
         def change_logs(logs: Logs) -> None:
             write_logs(logs)
@@ -93,7 +111,7 @@ async def run(
 
         reloader = Reloader(configuration, read_configuration, notifier)
         reloader.add(listeners.prepare)
-        reloader.add(change_of("exports", lambda c: c.exports, permissions.change, show=None))
+        reloader.add(change_of("exports", lambda c: c.exports, change_exports, show=None))
         reloader.add(change_of("handshake_timeout", lambda c: c.handshake_timeout, change_timeout))
         reloader.add(change_of("drain_seconds", lambda c: c.drain_seconds, lambda _: None))
         reloader.add(change_of("logs", lambda c: c.logs, change_logs, show=Logs.describe))
@@ -107,11 +125,13 @@ async def run(
         tasks = [asyncio.create_task(signals.reload_at_hangup(reload))]
         if interval is not None:
             tasks.append(asyncio.create_task(Watchdog(notifier, workers, interval).run()))
+        http: HttpServer | None = None
         try:
             await listeners.start(configuration, certificates)
             host.listening.extend(server.addresses)
+            http = await _serve_http(configuration, state)
             await control.start()
-            for listening in server.addresses:
+            for listening in (*server.addresses, *host.http):
                 announce(listening)
             notifier.ready("Serving")
             signals.started.set()
@@ -123,6 +143,8 @@ async def run(
                 task.cancel()
             await server.drain(0)
             await control.stop()
+            if http is not None:
+                await http.stop()
     finally:
         await catalogue.close()
 
@@ -161,6 +183,22 @@ def _daemon_serves(data: Path) -> bool:
         return bool(Client(lambda: address.connect(data)).get(path("status"))["daemon"])
     except (OSError, StorageError):
         return False  # it may just be starting or ending
+
+
+async def _serve_http(configuration: Configuration, state: State) -> HttpServer | None:
+    watching = configuration.watching
+    if watching.http is None:
+        return None
+    http = HttpServer(state, watching.http, watching.http_hosts, page=watching.web)
+    await http.start()
+    state.host.http.extend(http.listening)
+    if watching.is_open:
+        log.warning(
+            "%s is open to the network: whoever reaches it can read /metrics%s",
+            watching.http,
+            " and the page" if watching.web else "",
+        )
+    return http
 
 
 def _raise_descriptor_limit() -> None:

@@ -17,6 +17,7 @@ from typing import TypeVar
 from backends.errors import StorageError, UnavailableError, one_line
 from nbdserve.configuration.problems import ConfigurationError
 from nbdserve.configuration.settings import Configuration
+from nbdserve.configuration.watching import WATCHING_KEYS
 from nbdserve.systemd.notify import Notifier
 
 T = TypeVar("T")
@@ -117,7 +118,7 @@ class Reloader:
     async def _reload(self) -> Outcome:
         old = self.configuration
         wanted = await asyncio.to_thread(self._read)
-        new = replace(wanted, data=old.data, workers=old.workers)
+        new = replace(wanted, data=old.data, workers=old.workers, watching=old.watching)
         prepared: list[Change] = []
         try:
             for part in self._parts:
@@ -142,6 +143,10 @@ class Reloader:
                 for name, before, after in (
                     ("data", old.data, wanted.data),
                     ("workers", old.workers, wanted.workers),
+                    *(
+                        (key, getattr(old.watching, key), getattr(wanted.watching, key))
+                        for key in WATCHING_KEYS
+                    ),
                 )
                 if before != after
             ],

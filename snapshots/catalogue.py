@@ -14,7 +14,7 @@ import functools
 import logging
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Mapping, Sequence
 from typing import Any, ParamSpec, TypeVar
 
 from backends.errors import (
@@ -40,9 +40,12 @@ from snapshots.host import HostLostError, ViewHost
 from snapshots.hydration import Hydration, HydrationInfo
 from snapshots.imports import Imports, KeptRestore
 from snapshots.lazy import LazyLayer, create_lazy
+from snapshots.limits import Limits
 from snapshots.listings import Listings, SnapshotInfo, VolumeInfo, WorkerInfo
 from snapshots.manifest import MAX_LAYERS, Manifest, Snapshot
 from snapshots.manifest_store import ManifestStore, UnreadableVolume
+from snapshots.mapping import Maps, VolumeMap
+from snapshots.merge import Pace
 from snapshots.merging import Merging
 from snapshots.names import check_name, check_volume_size
 from snapshots.open_views import OpenViews
@@ -93,6 +96,7 @@ class Catalogue:
         self._hydration.on_whole = self._is_whole
         self._sealing = Sealing(store, self._manifests, self._views, self._merging)
         self._listings = Listings(store, self._manifests, self._views, self._hydration)
+        self._maps = Maps(store, self._manifests, self._views, self._turn)
         self._imports = Imports(store, self._manifests)
         self._freeing = Freeing(self._manifests, self._views, self._commits, self._merging)
         self._upkeep = Upkeep(store, self._manifests, self._views, self._merging, self._freeing)
@@ -153,6 +157,10 @@ class Catalogue:
             if self._closed:
                 raise UnavailableError("nbdserve is shutting down")
             yield
+
+    def set_pace(self, pace: Pace) -> None:
+        """Let merges call ``pace`` after each chunk, with the seconds that it took."""
+        self._merging.pace = pace
 
     # Lazy volumes
 
@@ -222,6 +230,48 @@ class Catalogue:
             if found == name:
                 return identifier
         raise NotFoundError(f"volume {name} does not exist")
+
+    def names_of(self, keys: Iterable[str]) -> dict[str, tuple[str, str | None]]:
+        """The volume, and its snapshot if it is one, of each of these ids that there is."""
+        wanted = set(keys)
+        volumes = self._manifests.volumes
+        found: dict[str, tuple[str, str | None]] = {
+            key: (volumes[key].name, None) for key in wanted & volumes.keys()
+        }
+        wanted -= found.keys()
+        if wanted:
+            for manifest in volumes.values():
+                for snapshot in manifest.snapshots:
+                    if snapshot.id in wanted:
+                        found[snapshot.id] = (manifest.name, snapshot.name)
+        return found
+
+    def export_keys(self, name: str) -> list[str]:
+        """The ids of a volume and its snapshots; NotFoundError."""
+        manifest = self._manifests.get(name)
+        return [manifest.id, *(snapshot.id for snapshot in manifest.snapshots)]
+
+    def volume_limits(self, name: str) -> Limits | None:
+        """A volume's own limits; None: what the configuration says holds. NotFoundError."""
+        return self._manifests.get(name).limits
+
+    @_to_its_end
+    async def set_limits(self, name: str, limits: Limits | None) -> None:
+        """Give a volume limits of its own, or none of its own."""
+        async with self._turn():
+            manifest = self._manifests.get(name)
+            if manifest.limits != limits:
+                await self._manifests.commit([manifest.changed(limits=limits)])
+
+    def merges(self) -> int:
+        """How many merges are under way or put off."""
+        return len(self._manifests.merges)
+
+    def failures(self) -> dict[str, str]:
+        """The volumes that refuse writes until the daemon is restarted, by name, and why."""
+        found = self._views.failures()
+        volumes = self._manifests.volumes
+        return {volumes[key].name: why for key, why in found.items() if key in volumes}
 
     def volume_size(self, name: str) -> int:
         """Size of a volume in bytes; NotFoundError."""
@@ -470,6 +520,14 @@ class Catalogue:
                 return await compare_with_now(self._views, manifest, old)
             new = _find(manifest, newer)
             return await compare_snapshots(self._store, self._views, manifest, old, new)
+
+    @_to_its_end
+    async def map_volume(self, name: str, cells: int, label: str) -> VolumeMap:
+        """Which layer holds which part of a volume, in at most ``cells`` (mapping.py).
+
+        And what was written since the last snapshot that has ``label``. NotFoundError.
+        """
+        return await self._maps.map(name, cells, label)
 
     # Checking
 

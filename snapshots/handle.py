@@ -22,6 +22,10 @@ class Lease(Protocol):
     """An open export, as the catalogue gives it out; ``revoke`` asks its owner to let go of it."""
 
     @property
+    def key(self) -> str:
+        """The id of the volume or snapshot."""
+
+    @property
     def name(self) -> str:
         """As clients know it."""
 
@@ -51,11 +55,13 @@ class Handle:
 
     def __init__(
         self,
+        key: str,
         name: str,
         view: View,
         revoke: Callable[[], None],
         bases: Mapping[str, View | None],
     ) -> None:
+        self.key = key
         self.name = name
         self.view = view
         self.bases = bases

@@ -22,7 +22,7 @@ step, ends the freeze, and lets FLUSHes wait; ``finish_seal`` makes the old head
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from backends.errors import UnavailableError
 from snapshots.extent_log import Run
@@ -30,6 +30,24 @@ from snapshots.handle import Lease
 
 MergeNames = tuple[str, str, str]
 """The lower layer, the upper one and the target of a merge under way."""
+
+
+class Cell(NamedTuple):
+    """A part of a volume, all in blocks: ``number`` times the size of a cell is where it begins.
+
+    ``mapped`` of its blocks hold data; the layer that ``layer`` counts holds ``most`` of them, more
+    than any other; ``changed`` are in layers above the one that was asked about.
+    """
+
+    number: int
+    mapped: int
+    layer: int
+    most: int
+    changed: int
+
+
+LayerCells = tuple[Sequence[tuple[str, int]], Sequence[Cell]]
+"""Layers with how many blocks each holds, in any order, and the cells that hold any, in order."""
 
 
 class HostLostError(UnavailableError):
@@ -126,6 +144,15 @@ class ViewHost(Protocol):
 
     async def count_owned(self, key: str) -> int:
         """How many blocks hold data."""
+
+    async def count_cells(
+        self, key: str, blocks: int, cell_blocks: int, since: str | None
+    ) -> LayerCells:
+        """Which layers hold the first ``blocks`` of a volume, cell by cell.
+
+        ``since`` is the layer above which everything counts as changed. Takes effect while it
+        runs; HostLostError when the view is closed meanwhile.
+        """
 
     async def list_changed(
         self, key: str, layers: Sequence[str], blocks: int

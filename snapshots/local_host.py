@@ -10,11 +10,12 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from backends.layers import LayerStore
+from snapshots.cells import count_cells
 from snapshots.difference import changed_extents, touched_by
 from snapshots.extent_log import Run
 from snapshots.handle import Handle
 from snapshots.head import Head, open_head
-from snapshots.host import HostLostError, MergeNames, Watcher
+from snapshots.host import HostLostError, LayerCells, MergeNames, Watcher
 from snapshots.layer import LayerPool, apply_layer, apply_merge
 from snapshots.manifest import Merge
 from snapshots.names import BLOCK_SHIFT
@@ -90,7 +91,7 @@ class LocalHost:
     ) -> Handle:
         """A client's part of an open view; bases that are closed by now are None."""
         found = {context: self._views.get(base) for context, base in bases.items()}
-        return Handle(name, self.view(key), revoke, found)
+        return Handle(key, name, self.view(key), revoke, found)
 
     # Views
 
@@ -177,6 +178,11 @@ class LocalHost:
 
     async def count_owned(self, key: str) -> int:
         return await asyncio.to_thread(self.view(key).owners.count_owned)
+
+    async def count_cells(
+        self, key: str, blocks: int, cell_blocks: int, since: str | None
+    ) -> LayerCells:
+        return await count_cells(self.view(key), blocks, cell_blocks, since)
 
     async def list_changed(
         self, key: str, layers: Sequence[str], blocks: int

@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 import msgpack
 
 from backends.errors import CorruptError, InvalidError
+from snapshots.limits import Limits, limits_from_map
 from snapshots.names import MAX_NAME, check_name
 from snapshots.records import pack_record, unpack_record
 
@@ -44,7 +45,10 @@ class Snapshot:
 
 @dataclass(frozen=True)
 class Manifest:
-    """One volume (see the module's text); ``parents`` maps each layer to the one below or ''."""
+    """One volume (see the module's text); ``parents`` maps each layer to the one below or ''.
+
+    ``limits`` None: the volume has none of its own, and what the configuration says holds.
+    """
 
     id: str
     name: str
@@ -54,6 +58,7 @@ class Manifest:
     head: str
     parents: dict[str, str]
     snapshots: tuple[Snapshot, ...] = field(default=())
+    limits: Limits | None = None
 
     def stack(self, top: str) -> list[str]:
         """Layers from the oldest to ``top``."""
@@ -110,8 +115,12 @@ class Manifest:
         return pack_record(VERSION, self.as_map())
 
     def as_map(self) -> dict[str, Any]:
-        """As msgpack can hold it."""
-        return asdict(self)
+        """As msgpack can hold it; what few have is left out where it is not."""
+        found = asdict(self)
+        del found["limits"]
+        if self.limits is not None:
+            found["limits"] = self.limits.as_map()
+        return found
 
 
 def unpack_manifest(content: bytes, where: str, volume: str) -> Manifest:
@@ -136,7 +145,8 @@ def salvage_name(content: bytes) -> str | None:
 def manifest_from_map(found: dict[str, Any]) -> Manifest:
     """Inverse of ``as_map``; TypeError, KeyError or ValueError when something does not fit."""
     snapshots = tuple(Snapshot(**snapshot) for snapshot in found["snapshots"])
-    manifest = Manifest(**{**found, "snapshots": snapshots})
+    limits = limits_from_map(found["limits"]) if "limits" in found else None
+    manifest = Manifest(**{**found, "snapshots": snapshots, "limits": limits})
     layers = [manifest.head, *manifest.tops(), *(p for p in manifest.parents.values() if p)]
     if not all(layer in manifest.parents for layer in layers):
         raise ValueError("a layer is named but not listed")

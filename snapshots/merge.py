@@ -24,7 +24,8 @@ record, its log and the source go.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Awaitable, Callable, Iterator
 
 from backends.errors import CorruptError, NoSpaceError
 from backends.layers import LayerStore, LogFile
@@ -62,6 +63,10 @@ async def plan_merge(store: LayerStore, lower: str, upper: str, blocks: int) -> 
     return Merge(lower, upper, lower if down <= up else upper)
 
 
+Pace = Callable[[float], Awaitable[None]]
+"""Called after each chunk with the seconds that it took; returns when the next may be moved."""
+
+
 class Merger:
     """One merge from where it stands to its end (see the module's text)."""
 
@@ -73,6 +78,7 @@ class Merger:
         commits: asyncio.Lock,
         merge: Merge,
         blocks: int,
+        pace: Pace,
     ) -> None:
         self._store = store
         self._manifests = manifests
@@ -80,6 +86,7 @@ class Merger:
         self._commits = commits
         self._merge = merge
         self._blocks = blocks
+        self._pace = pace
         self._sequence = 0
         self._durable = 0
 
@@ -104,7 +111,9 @@ class Merger:
                 for runs in _chunks(todo):
                     if not wanted():
                         return False
+                    begun = time.monotonic()
                     await self._move(source, target, log, runs)
+                    await self._pace(time.monotonic() - begun)
                     done += sum(end - start for start, end, _ in runs)
                     if progress is not None:
                         progress(done << BLOCK_SHIFT, total << BLOCK_SHIFT)

@@ -22,7 +22,7 @@ from snapshots.extent_log import INDEX
 from snapshots.layer import seal_journal
 from snapshots.manifest import Merge
 from snapshots.manifest_store import ManifestStore
-from snapshots.merge import Merger, plan_merge
+from snapshots.merge import Merger, Pace, plan_merge
 from snapshots.names import BLOCK_SHIFT
 from snapshots.open_views import OpenViews
 from snapshots.owner_map import OwnerMap
@@ -34,8 +34,15 @@ _log = logging.getLogger(__name__)
 Progress = Callable[[int, int], None]
 
 
+async def _at_once(seconds: float) -> None:
+    pass
+
+
 class Merging:
-    """See the module's text; ``commits`` is held wherever manifests change."""
+    """See the module's text; ``commits`` is held wherever manifests change.
+
+    ``pace`` is called after each chunk, and may take its time.
+    """
 
     def __init__(
         self,
@@ -48,6 +55,7 @@ class Merging:
     ) -> None:
         self.lock = asyncio.Lock()
         self.deferred = False
+        self.pace: Pace = _at_once
         self._store = store
         self._manifests = manifests
         self._views = views
@@ -181,7 +189,9 @@ class Merging:
                     claims.append(claim)
                 self._claimed.update(_pair(merge))
             blocks = self._blocks(merge.lower)
-            merger = Merger(self._store, self._manifests, self._views, self._commits, merge, blocks)
+            merger = Merger(
+                self._store, self._manifests, self._views, self._commits, merge, blocks, self.pace
+            )
             if await merger.run(lambda: self._wanted(merge), progress):
                 async with self._commits:
                     await self.drop_condemned()

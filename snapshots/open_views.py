@@ -42,8 +42,8 @@ _log = logging.getLogger(__name__)
 class OpenView:
     """A view by its key, who uses it, and for whom; ``layers`` are those it may touch.
 
-    ``freeing`` of its users only wait until space has been given back below the head; ``frees``
-    says that there may be more of it.
+    ``yielding`` of its users let it be closed under them: they only look on, or wait until space
+    has been given back below the head; ``frees`` says that there may be more of that.
     """
 
     key: str
@@ -54,7 +54,7 @@ class OpenView:
     ready: bool = False
     lost: bool = False
     users: int = 0
-    freeing: int = 0
+    yielding: int = 0
     frees: bool = False
     leases: set[Lease] = field(default_factory=set)
     empty: asyncio.Event = field(default_factory=asyncio.Event)
@@ -112,6 +112,10 @@ class OpenViews:
     def failed(self, key: str, why: str) -> None:
         """A volume stays read-only, however often it is opened again."""
         self._failures[key] = why
+
+    def failures(self) -> Mapping[str, str]:
+        """The ids of the volumes that are read-only after a failure, and why."""
+        return self._failures
 
     def fail(self, manifest: Manifest, why: str) -> None:
         """Let a volume that is not open be read-only whenever it is opened from now on."""
@@ -236,11 +240,25 @@ class OpenViews:
                     await self._flush(view)
                     await self._close(view)
 
+    async def acquire_to_look_on(self, manifest: Manifest) -> OpenView:
+        """Open a volume, or share it, for calls that fail when it is closed meanwhile.
+
+        HostLostError says that it was. Pair of ``release_looked_on``.
+        """
+        view = await self.acquire_volume(manifest)
+        view.yielding += 1
+        return view
+
+    async def release_looked_on(self, view: OpenView) -> None:
+        """Undo one ``acquire_to_look_on``."""
+        view.yielding -= 1
+        await self.release(view)
+
     async def discard(self, key: str) -> None:
         """Close a view that nobody reads or writes without flushing it."""
         async with self.stacks:
             view = self._open.get(key)
-            if view is not None and view.users == view.freeing:
+            if view is not None and view.users == view.yielding:
                 await self._close(view)
 
     async def free_hidden(self, manifest: Manifest, layer: str) -> asyncio.Task[None]:
@@ -258,7 +276,7 @@ class OpenViews:
     def _free(self, view: OpenView, layer: str | None) -> asyncio.Task[None]:
         """Use the view until its host has given space back."""
         view.users += 1
-        view.freeing += 1
+        view.yielding += 1
         task = asyncio.get_running_loop().create_task(self._wait_until_freed(view, layer))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
@@ -269,7 +287,7 @@ class OpenViews:
             with contextlib.suppress(HostLostError):
                 await view.host.free_hidden(view.key, layer)
         finally:
-            view.freeing -= 1
+            view.yielding -= 1
             await self.release(view)
 
     async def withdraw(self, key: str) -> None:

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import mmap
 import re
+from collections import Counter
 from collections.abc import Iterator
 
 DATA = 1
@@ -29,6 +30,7 @@ _MAP_NORESERVE = 0x4000
 REACH = 16
 """Most touched regions that are scanned at a time: 2 GiB of volume, some milliseconds at worst."""
 
+_PEELED = 16
 _EMPTY = bytes(REGION)
 _IS_OTHER = bytes((0,)) + bytes((1,)) * 255
 
@@ -82,22 +84,41 @@ class OwnerMap:
             if 1 in touched[regions]:
                 raw.madvise(mmap.MADV_DONTNEED, begin, end - begin)
                 touched[regions] = bytes(len(touched[regions]))
-        for start, stop in self._touched_ranges(first, last):
+        for start, stop in self.touched_regions(first, last):
             raw[start:stop] = bytes(stop - start)
 
     def replace(self, first: int, last: int, old: int, new: int) -> None:
         """Turn every ``old`` between ``first`` and ``last`` (exclusive) into ``new``."""
         table = bytearray(range(256))
         table[old] = new
-        for start, end in self._touched_ranges(first, last):
+        for start, end in self.touched_regions(first, last):
             self.raw[start:end] = self.raw[start:end].translate(table)
 
     def count_owned(self) -> int:
         """How many blocks are not 0."""
         return sum(
             end - start - self.raw[start:end].count(0)
-            for start, end in self._touched_ranges(0, self.blocks)
+            for start, end in self.touched_regions(0, self.blocks)
         )
+
+    def count_values(self, first: int, last: int) -> dict[int, int]:
+        """How many blocks between ``first`` and ``last`` have each value; 0 is left out.
+
+        A region takes 10 µs when it has one value, about 2 ms at worst.
+        """
+        found: Counter[int] = Counter()
+        for start, end in self.touched_regions(first, last):
+            rest = self.raw[start:end]
+            # Value by value, which is the quicker way unless there are many of them.
+            for _ in range(_PEELED):
+                if not rest:
+                    break
+                value, before = rest[:1], len(rest)
+                rest = rest.translate(None, value)
+                found[value[0]] += before - len(rest)
+            found.update(rest)
+        del found[0]
+        return found
 
     def owned_runs(self, first: int, last: int) -> Iterator[tuple[int, int]]:
         """(start, end) of every run between ``first`` and ``last`` that is not 0, merged."""
@@ -183,28 +204,7 @@ class OwnerMap:
                     stop = end - start
                 yield start + begin, start + stop
 
-    def touched_spans(self, first: int, last: int) -> Iterator[tuple[int, int]]:
-        """(start, end) of what may not be 0 between ``first`` and ``last``, region by region."""
-        span: tuple[int, int] | None = None
-        for start, end in self._touched_ranges(first, last):
-            if span is not None and span[1] == start:
-                span = (span[0], end)
-                continue
-            if span is not None:
-                yield span
-            span = (start, end)
-        if span is not None:
-            yield span
-
-    def grown(self, blocks: int) -> OwnerMap:
-        """A larger map with the same content."""
-        larger = OwnerMap(blocks)
-        for start, end in self._touched_ranges(0, self.blocks):
-            larger.raw[start:end] = self.raw[start:end]
-        larger._touched[: len(self._touched)] = self._touched
-        return larger
-
-    def _touched_ranges(self, first: int, last: int) -> Iterator[tuple[int, int]]:
+    def touched_regions(self, first: int, last: int) -> Iterator[tuple[int, int]]:
         """The regions between ``first`` and ``last`` that may hold anything, cut to them."""
         touched = self._touched
         region = first >> REGION_SHIFT
@@ -218,6 +218,27 @@ class OwnerMap:
                 return
             yield start, end
             region += 1
+
+    def touched_spans(self, first: int, last: int) -> Iterator[tuple[int, int]]:
+        """(start, end) of what may not be 0 between ``first`` and ``last``, region by region."""
+        span: tuple[int, int] | None = None
+        for start, end in self.touched_regions(first, last):
+            if span is not None and span[1] == start:
+                span = (span[0], end)
+                continue
+            if span is not None:
+                yield span
+            span = (start, end)
+        if span is not None:
+            yield span
+
+    def grown(self, blocks: int) -> OwnerMap:
+        """A larger map with the same content."""
+        larger = OwnerMap(blocks)
+        for start, end in self.touched_regions(0, self.blocks):
+            larger.raw[start:end] = self.raw[start:end]
+        larger._touched[: len(self._touched)] = self._touched
+        return larger
 
     def _touched_by_either(
         self, other: OwnerMap, first: int, last: int

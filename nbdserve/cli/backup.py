@@ -39,13 +39,11 @@ from nbdserve.cli.snapshot import delete_snapshot
 from nbdserve.cli.transfer import push
 from nbdserve.cli.unlocking import open_repository
 from nbdserve.control.client import path
+from nbdserve.labels import BACKUP
 from snapshots.names import check_name
 from snapshots.repository import PushReport, Repository
 from snapshots.repository.prune import plan_prune
 from snapshots.repository.retention import Rules
-
-LABEL = "backup"
-"""Label of a snapshot that a backup made; its value is the repository's id."""
 
 
 @click.command()
@@ -89,7 +87,7 @@ class _Backup:
         self._repository = repository
         self._url = url
         self._rules = rules
-        self._labels = {LABEL: repository.config.repository_id}
+        self._labels = {BACKUP: repository.config.repository_id}
         self.reports: list[dict[str, Any]] = []
         self.lines: list[str] = []
         self.failures: list[str] = []
@@ -160,7 +158,7 @@ class _Backup:
     def _delete_older(self, volume: str, name: str) -> None:
         """Delete what earlier backups to this repository left; a failed one's rest included."""
         for found in self._snapshots(volume):
-            if found["name"] != name and found["labels"].get(LABEL) == self._labels[LABEL]:
+            if found["name"] != name and found["labels"].get(BACKUP) == self._labels[BACKUP]:
                 self._delete(volume, found["name"])
 
     def _delete(self, volume: str, name: str) -> None:

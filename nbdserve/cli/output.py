@@ -87,6 +87,18 @@ def describe_hydration(hydration: Document | None) -> str:
     )
 
 
+def describe_limits(limits: Document) -> str:
+    """What holds for a volume, and by whose word."""
+    parts = []
+    for rate, unit, show in (("iops", "requests", str), ("bandwidth", "bytes", format_size)):
+        if limits[rate] is not None:
+            burst = limits[f"{rate}_burst"]
+            at_once = "" if burst is None else f" (bursts of {show(burst)})"
+            parts.append(f"{show(limits[rate])} {unit} a second{at_once}")
+    by = ", by the configuration" if limits["source"] == "configuration" and parts else ""
+    return (" and ".join(parts) or "no limits") + by
+
+
 def percentage(hydration: Document) -> str:
     """The part of it that is here."""
     return f"{100 * hydration['fetched'] // max(1, hydration['total'])} %"

@@ -22,6 +22,7 @@ from nbdserve.configuration.settings import (
     combine,
 )
 from nbdserve.configuration.tls import TLS_MODES, TlsSettings
+from nbdserve.configuration.watching import MAX_SLOW_SECONDS, WatchingSettings
 from nbdserve.logs import write_logs
 from nbdserve.server.connection import HANDSHAKE_TIMEOUT
 
@@ -91,6 +92,30 @@ from nbdserve.server.connection import HANDSHAKE_TIMEOUT
     type=click.Choice(TLS_MODES),
     help="Whether connections are encrypted.  [default: required, given a certificate]",
 )
+@click.option(
+    "--http",
+    metavar="HOST:PORT|unix:PATH",
+    help="Where to serve metrics (/metrics) and health (/health), read-only.  [default: nowhere]",
+)
+@click.option(
+    "--http-host",
+    "http_hosts",
+    metavar="NAME",
+    multiple=True,
+    help="A name that HTTP clients know this host by; may be repeated. Addresses, localhost and"
+    " the host's own name need none.",
+)
+@click.option(
+    "--slow-request-seconds",
+    metavar="SECONDS",
+    type=click.FloatRange(0, MAX_SLOW_SECONDS),
+    help="Log requests that take this long; 0: none.  [default: 10]",
+)
+@click.option(
+    "--web/--no-web",
+    default=None,
+    help="Whether a page for browsers is served at the root of --http.  [default: no]",
+)
 @data_option
 def serve(
     config: Path | None,
@@ -104,6 +129,10 @@ def serve(
     tls_key: Path | None,
     tls_client_ca: Path | None,
     tls: str | None,
+    http: str | None,
+    http_hosts: tuple[str, ...],
+    slow_request_seconds: float | None,
+    web: bool | None,
 ) -> None:
     """Serve the volumes over NBD until SIGTERM or SIGINT.
 
@@ -119,6 +148,7 @@ def serve(
         handshake_timeout=handshake_timeout,
         drain_seconds=drain_seconds,
         log_format=log_format,
+        watching=WatchingSettings(http, http_hosts or None, slow_request_seconds, web),
     )
     if config is None and given.data is None and file.DEFAULT_FILE.exists():
         config = file.DEFAULT_FILE

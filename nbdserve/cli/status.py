@@ -13,14 +13,28 @@ from nbdserve.cli.output import (
     seconds_of,
 )
 from nbdserve.cli.session import Session
+from nbdserve.cli.watch import DEFAULT_SECONDS, watch
 from nbdserve.control.client import path
 
 
 @click.command()
+@click.option(
+    "--watch",
+    "seconds",
+    metavar="[SECONDS]",
+    is_flag=False,
+    flag_value=DEFAULT_SECONDS,
+    type=click.FloatRange(0.1, 3600),
+    help="Show what the daemon does, again and again, every 2 seconds unless given: requests and"
+    " bytes a second of each volume, latencies, jobs. With --json a line each time.",
+)
 @data_option
 @json_option
-def status(as_json: bool) -> None:
+def status(seconds: float | None, as_json: bool) -> None:
     """Show whether a daemon serves the data directory, and what it holds."""
+    if seconds is not None:
+        watch(data_directory(), seconds, as_json)
+        return
     with Session(data_directory()) as session:
         document = session.client.get(path("status"))
     if document["daemon"]:
@@ -30,6 +44,7 @@ def status(as_json: bool) -> None:
     fields = {
         "daemon": daemon,
         "listening": ", ".join(document["listening"]) or "-",
+        "http": ", ".join(document["http"]) or "-",
         "workers": ", ".join(map(_describe_worker, document["workers"])) or "-",
         "data": document["data"],
         "free": f"{format_size(document['free'])} of {format_size(document['total'])}",

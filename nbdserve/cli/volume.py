@@ -14,6 +14,7 @@ from nbdserve.cli.options import (
 )
 from nbdserve.cli.output import (
     describe_hydration,
+    describe_limits,
     describe_unreadable,
     format_size,
     percentage,
@@ -25,6 +26,7 @@ from nbdserve.cli.output import (
 )
 from nbdserve.cli.progress import Progress
 from nbdserve.cli.session import Session
+from nbdserve.cli.volume_map import MOST_CELLS, print_map
 from nbdserve.control.client import path
 from snapshots.names import check_name, parse_size
 
@@ -131,6 +133,31 @@ def show(name: str, as_json: bool) -> None:
     print_fields(info, as_json, fields)
 
 
+@volume.command("map")
+@click.argument("name")
+@click.option(
+    "--cells",
+    type=click.IntRange(1, MOST_CELLS),
+    default=1024,
+    show_default=True,
+    help="In at most so many parts.",
+)
+@data_option
+@json_option
+def map_(name: str, cells: int, as_json: bool) -> None:
+    """Draw which layer holds which part of the volume NAME.
+
+    Every snapshot ends a layer: what is written after it goes to the next one. A capital letter
+    stands for a part of which at least half holds data, a dot for one that is empty. What was
+    written since the last backup is in the layers that are marked so; 'snapshot diff' lists it,
+    and what was zeroed too.
+    """
+    where = path("volumes", _checked(name), "map", cells=str(cells))
+    with Session(data_directory()) as session:
+        document = session.client.get(where)
+    print_map(document, as_json)
+
+
 @volume.command()
 @click.argument("name")
 @click.option("--size", required=True, help="The new size, such as 20G; never less than before.")
@@ -194,6 +221,51 @@ def _await_whole(session: Session, name: str) -> None:
             elif line.get("whole"):
                 return
     raise UnavailableError("the daemon closed the connection before the volume was whole")
+
+
+@volume.command()
+@click.argument("name")
+@click.option("--iops", metavar="N", type=click.IntRange(0), help="Requests a second; 0: any.")
+@click.option("--iops-burst", metavar="N", type=click.IntRange(0), help="Requests at once.")
+@click.option("--bandwidth", metavar="SIZE", help="Bytes read and written a second, such as 50M.")
+@click.option("--bandwidth-burst", metavar="SIZE", help="Bytes at once.")
+@click.option("--none", "none", is_flag=True, help="No limits, whatever the configuration says.")
+@click.option("--default", "default", is_flag=True, help="What the configuration says, again.")
+@data_option
+@json_option
+def limit(
+    name: str,
+    iops: int | None,
+    iops_burst: int | None,
+    bandwidth: str | None,
+    bandwidth_burst: str | None,
+    none: bool,
+    default: bool,
+    as_json: bool,
+) -> None:
+    """Limit the requests on the volume NAME, at once; without options, show its limits.
+
+    What is not given stays as it is; 0 takes a limit away. After a pause, a burst may be done at
+    once, a tenth of a second's unless given. The limits hold until they are changed, also after
+    the daemon was restarted.
+    """
+    sizes = {"bandwidth": bandwidth, "bandwidth_burst": bandwidth_burst}
+    given = {
+        "iops": iops,
+        "iops_burst": iops_burst,
+        **{key: None if text is None else parse_size(text) for key, text in sizes.items()},
+    }
+    body: dict[str, object] = {key: value for key, value in given.items() if value is not None}
+    if none + default + bool(body) > 1:
+        raise click.UsageError(
+            "--none, --default and limits exclude each other", click.get_current_context()
+        )
+    if none or default:
+        body = {"none": True} if none else {"default": True}
+    where = path("volumes", _checked(name), "limits")
+    with Session(data_directory()) as session:
+        found = session.client.post(where, body) if body else session.client.get(where)
+    print_result(found, as_json, f"volume {name}: {describe_limits(found)}")
 
 
 @volume.command()

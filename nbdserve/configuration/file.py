@@ -11,6 +11,10 @@
     tls_client_ca = "/etc/nbdserve/ca-cert.pem"
     handshake_timeout = 30
     drain_seconds = 30
+    http = "127.0.0.1:10810"
+    http_hosts = ["storage-1.example.com"]
+    slow_request_seconds = 2.5
+    web = true
 
     [[listener]]
     address = "0.0.0.0:10810"
@@ -28,6 +32,10 @@
     name = "web*"
     allow_certificates = ["backup.example.com"]
     max_connections = 4
+    iops = 500
+    iops_burst = 5000
+    bandwidth = "50M"
+    bandwidth_burst = "500M"
 
 Errors name the file, the line, the table, the key and what is allowed; all are found at once.
 
@@ -55,6 +63,7 @@ from nbdserve.configuration.settings import (
 )
 from nbdserve.configuration.table import Source, Table
 from nbdserve.configuration.tls import TLS_KEYS, read_tls
+from nbdserve.configuration.watching import WATCHING_KEYS, read_watching
 
 DEFAULT_FILE: Final = Path("/etc/nbdserve/nbdserve.toml")
 
@@ -67,6 +76,7 @@ KEYS: Final = (
     *TLS_KEYS,
     "handshake_timeout",
     "drain_seconds",
+    *WATCHING_KEYS,
     "listener",
     "export",
 )
@@ -91,6 +101,7 @@ def read_file(path: Path) -> Settings:
         workers=table.number("workers", MAX_WORKERS),
         handshake_timeout=table.number("handshake_timeout", MAX_HANDSHAKE_TIMEOUT, "seconds"),
         drain_seconds=table.number("drain_seconds", MAX_DRAIN_SECONDS, "seconds"),
+        watching=read_watching(table),
         listeners=table.each("listener", "address", LISTENER_KEYS, read_listener),
         exports=table.each("export", "name", EXPORT_KEYS, read_export),
     )

@@ -10,7 +10,7 @@ Each source is read into ``Settings``; ``combine`` makes the ``Configuration`` o
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Final
@@ -24,6 +24,12 @@ from nbdserve.configuration.listeners import (
 )
 from nbdserve.configuration.problems import Problems
 from nbdserve.configuration.tls import NOTHING_OF_TLS, TlsSettings, override
+from nbdserve.configuration.watching import (
+    NOTHING_OF_WATCHING,
+    WatchingConfiguration,
+    WatchingSettings,
+    combine_watching,
+)
 from nbdserve.logs import DEFAULT_LOGS, Logs
 from nbdserve.server.connection import HANDSHAKE_TIMEOUT
 from nbdserve.server.permissions import ExportRule
@@ -51,6 +57,7 @@ class Settings:
     handshake_timeout: int | None = None
     drain_seconds: int | None = None
     log_format: str | None = None
+    watching: WatchingSettings = NOTHING_OF_WATCHING
     listeners: tuple[ListenerSettings, ...] = ()
     exports: tuple[ExportRule, ...] = ()
 
@@ -69,6 +76,7 @@ class Configuration:
     logs: Logs = DEFAULT_LOGS
     workers: int = 1
     handshake_timeout: float = HANDSHAKE_TIMEOUT
+    watching: WatchingConfiguration = field(default_factory=WatchingConfiguration)
     exports: tuple[ExportRule, ...] = ()
     drain_seconds: float = DRAIN_SECONDS
 
@@ -108,6 +116,7 @@ def combine(command_line: Settings, file: Settings) -> Configuration:
         handshake_timeout=(
             command_line.handshake_timeout or file.handshake_timeout or HANDSHAKE_TIMEOUT
         ),
+        watching=combine_watching(command_line.watching, file.watching),
         exports=file.exports,
         drain_seconds=command_line.drain_seconds or file.drain_seconds or DRAIN_SECONDS,
     )

@@ -105,6 +105,13 @@ class Table:
         self.refuse(self.error(key, f"one of {', '.join(allowed)}"))
         return None
 
+    def flag(self, key: str) -> bool | None:
+        value = self._values.get(key)
+        if value is None or isinstance(value, bool):
+            return value
+        self.refuse(self.error(key, "true or false"))
+        return None
+
     def number(self, key: str, most: int, unit: str = "") -> int | None:
         value = self._values.get(key)
         if value is None or (
@@ -113,6 +120,17 @@ class Table:
             return value
         self.refuse(self.error(key, f"a number{unit and ' of '}{unit} from 1 to {most}"))
         return None
+
+    def seconds(self, key: str, most: float) -> float | None:
+        """A time from 0 on, with fractions."""
+        value = self._values.get(key)
+        if value is None:
+            return None
+        # What is not a number compares as false.
+        if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value <= most:
+            self.refuse(self.error(key, f"a number of seconds from 0 to {most:g}"))
+            return None
+        return float(value)
 
     def text_or_number(self, key: str, meaning: str) -> str | int | None:
         value = self._values.get(key)

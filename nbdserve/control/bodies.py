@@ -5,6 +5,7 @@ they are used, so that every way in gives the same line.
 """
 
 import json
+import re
 from collections.abc import Mapping
 
 from aiohttp import web
@@ -112,3 +113,13 @@ def query_flag(request: web.Request, name: str) -> bool:
     if value not in {"true", "false"}:
         raise InvalidError(f"{name!r} must be true or false")
     return value == "true"
+
+
+def query_number(request: web.Request, name: str, absent: int) -> int:
+    """A whole number of the query string."""
+    value = request.query.get(name)
+    if value is None:
+        return absent
+    if not re.fullmatch("[0-9]{1,9}", value):
+        raise InvalidError(f"{name!r} must be a whole number")
+    return int(value)

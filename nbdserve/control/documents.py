@@ -3,11 +3,14 @@
 import dataclasses
 from datetime import UTC, datetime
 
+from nbdserve.labels import BACKUP
 from snapshots.checking import CheckReport
 from snapshots.comparing import Comparison, State
 from snapshots.listings import SnapshotInfo, VolumeInfo
+from snapshots.manifest import Snapshot
 from snapshots.manifest_store import UnreadableVolume
-from snapshots.names import BLOCK_SIZE
+from snapshots.mapping import VolumeMap
+from snapshots.names import BLOCK_SHIFT, BLOCK_SIZE
 
 Document = dict[str, object]
 
@@ -53,3 +56,34 @@ def comparison(found: Comparison) -> Document:
 def _state(state: State) -> Document:
     created = None if state.created is None else timestamp(state.created)
     return dataclasses.asdict(state) | {"created": created}
+
+
+def volume_map(found: VolumeMap) -> Document:
+    """``layer`` of a cell is an index into ``layers``; cells that hold nothing are left out."""
+    return {
+        "volume": found.volume,
+        "size": found.size,
+        "mapped": found.mapped,
+        "changed": found.changed,
+        "since": None if found.since is None else _base(found.since),
+        "layers": [dataclasses.asdict(layer) for layer in found.layers],
+        "cell_size": found.cell_size,
+        "cells": [
+            {
+                "offset": cell.number * found.cell_size,
+                "mapped": cell.mapped << BLOCK_SHIFT,
+                "layer": cell.layer,
+                "most": cell.most << BLOCK_SHIFT,
+                "changed": cell.changed << BLOCK_SHIFT,
+            }
+            for cell in found.filled
+        ],
+    }
+
+
+def _base(snapshot: Snapshot) -> Document:
+    return {
+        "snapshot": snapshot.name,
+        "created": timestamp(snapshot.created),
+        "repository_id": snapshot.labels[BACKUP],
+    }

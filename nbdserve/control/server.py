@@ -14,6 +14,8 @@ from nbdserve.control import (
     checks,
     claims,
     hydrations,
+    limits,
+    measurements,
     reloads,
     reports,
     snapshots,
@@ -47,7 +49,7 @@ _Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
 @web.middleware
-async def _answer_errors(request: web.Request, handler: _Handler) -> web.StreamResponse:
+async def answer_errors(request: web.Request, handler: _Handler) -> web.StreamResponse:
     """Every error is a JSON object with one line."""
     try:
         return await handler(request)
@@ -71,9 +73,19 @@ async def _answer_errors(request: web.Request, handler: _Handler) -> web.StreamR
 
 
 def build_application(state: State) -> web.Application:
-    application = web.Application(middlewares=[_answer_errors], client_max_size=MAX_BODY)
+    application = web.Application(middlewares=[answer_errors], client_max_size=MAX_BODY)
     application[STATE] = state
-    for module in (volumes, snapshots, claims, checks, hydrations, reloads, reports):
+    for module in (
+        volumes,
+        snapshots,
+        claims,
+        checks,
+        hydrations,
+        reloads,
+        reports,
+        measurements,
+        limits,
+    ):
         application.add_routes(module.routes)
     return application
 

@@ -14,7 +14,10 @@ from nbdserve.control import history
 from nbdserve.control.history import History
 from nbdserve.control.jobs import Jobs
 from nbdserve.control.operations import Operations
+from nbdserve.limiting import Limiting
+from nbdserve.measuring import Measuring
 from nbdserve.reloading import Outcome
+from nbdserve.server.permissions import Permissions
 from snapshots.catalogue import Catalogue
 from snapshots.transfer import Import
 
@@ -26,6 +29,7 @@ class Host:
     data: Path
     daemon: bool
     listening: list[str] = field(default_factory=list)
+    http: list[str] = field(default_factory=list)
     started: float = field(default_factory=time.time)
 
 
@@ -54,11 +58,15 @@ class State:
     reload: Callable[[], Coroutine[Any, Any, Outcome]] | None = None
     """Reads the configuration again; None where a command serves for a daemon."""
     imports: dict[str, Import] = field(default_factory=dict)
+    measuring: Measuring = field(default_factory=Measuring)
     backups: list[BackupClaim] = field(default_factory=list)
     jobs: Jobs = field(default_factory=Jobs)
     history: History = field(init=False)
+    rules: Permissions | None = None
+    limiting: Limiting = field(init=False)
 
     def __post_init__(self) -> None:
+        self.limiting = Limiting(self.catalogue, self.measuring, self.rules)
         self.history = History(self.host.data / history.FILE, self.catalogue.volume_names_by_id)
 
 

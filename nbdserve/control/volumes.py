@@ -8,15 +8,17 @@ from aiohttp import web
 
 from backends.errors import InvalidError
 from nbdserve.control import documents
-from nbdserve.control.bodies import Fields, query_flag
+from nbdserve.control.bodies import Fields, query_flag, query_number
 from nbdserve.control.reports import job_documents
 from nbdserve.control.state import state_of
 from nbdserve.control.streams import stream
+from nbdserve.labels import BACKUP
 from snapshots.names import parse_snapshot_name
 
 routes = web.RouteTableDef()
 
 _EXTENTS_A_WRITE = 2000
+_CELLS = 1024
 
 
 @routes.get("/v1/status")
@@ -33,6 +35,7 @@ async def status(request: web.Request) -> web.Response:
             "pid": os.getpid(),
             "started": documents.timestamp(state.host.started),
             "listening": state.host.listening,
+            "http": state.host.http,
             "workers": [
                 {"pid": info.pid, "volumes": info.volumes}
                 for info in state.catalogue.list_workers()
@@ -159,3 +162,11 @@ async def diff(request: web.Request) -> web.StreamResponse:
                 for extent in extents[start : start + _EXTENTS_A_WRITE]
             )
     return answer.response
+
+
+@routes.get("/v1/volumes/{volume}/map")
+async def map_(request: web.Request) -> web.Response:
+    """Which layer holds which part, in at most ``cells`` parts, and what no backup has yet."""
+    name, cells = request.match_info["volume"], query_number(request, "cells", _CELLS)
+    found = await state_of(request).catalogue.map_volume(name, cells, BACKUP)
+    return web.json_response(documents.volume_map(found))

@@ -25,6 +25,7 @@ import asyncio
 import contextlib
 import logging
 import socket
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Final
 
@@ -49,11 +50,13 @@ from nbdserve.server.exports import (
     Serving,
 )
 from nbdserve.server.identity import Identity
+from nbdserve.server.meter import Meters
 from nbdserve.server.permissions import PermissionRefusedError, Permissions
 from nbdserve.server.readiness import Readiness
 from nbdserve.server.session import Session, read_to_end
 from nbdserve.server.tls import Tls, TlsError
 from nbdserve.server.tls_relay import Relay
+from snapshots.limits import Limits
 
 HANDSHAKE_TIMEOUT: Final = 30.0
 """Seconds that a client has for the handshake, where nothing else is configured."""
@@ -75,12 +78,16 @@ class Connection:
         tls: Tls | None,
         permissions: Permissions,
         handshake_timeout: float,
+        meters: Meters,
+        limits: Callable[[str], Limits],
     ) -> None:
         self.identity = identity
         self.entrance = entrance
         self._sock = sock
         self._registry = registry
         self._permissions = permissions
+        self._meters = meters
+        self._limits = limits
         self._entered: str | None = None  # the export whose connections we are counted among
         self._readiness = Readiness(sock)
         self._tls_mode = TlsMode.OFF if tls is None else tls.mode
@@ -276,12 +283,13 @@ class Connection:
             connection=self.identity.connection,
             received=handshake.trailing_data,
             relayed=self._relay is not None,
+            limits=self._limits(export.key),
         )
         serving: Serving
         if isinstance(export, RemoteExport):
             serving = export.serve(self._sock, agreement)
         else:
-            serving = Session(self._sock, export, agreement)
+            serving = Session(self._sock, export, agreement, self._meters)
         if self._finishing:
             serving.finish()
         return serving

@@ -17,6 +17,7 @@ from nbdserve.logs import about
 from nbdserve.protocol.constants import ReplyStyle
 from nbdserve.protocol.options import ExportDescription
 from snapshots.lending import Borrower
+from snapshots.limits import NO_LIMITS, Limits
 
 __all__ = [
     "Agreement",
@@ -33,8 +34,8 @@ class Agreement:
     """What the handshake leads to; ``contexts`` are the metadata contexts chosen, (ID, name).
 
     ``received`` is what the client sent behind the handshake; ``peer`` and the number of the
-    ``connection`` name it in the log;
-    ``relayed`` says that a relay of ours is what sends and receives.
+    ``connection`` name it in the log; ``relayed`` says that a relay of ours is what sends and
+    receives; ``limits`` are the export's.
     """
 
     style: ReplyStyle
@@ -43,6 +44,7 @@ class Agreement:
     received: bytes
     relayed: bool
     connection: int | None = None
+    limits: Limits = NO_LIMITS
 
     def about(self, export: str) -> dict[str, Mapping[str, object]]:
         """The ``extra`` of a log call about the connection."""
@@ -70,6 +72,10 @@ class Serving(Protocol):
 
 class OpenedExport(Protocol):
     """What every export is to a client, wherever its data is."""
+
+    @property
+    def key(self) -> str:
+        """What it is counted under, whatever its name becomes."""
 
     @property
     def name(self) -> str:

@@ -48,6 +48,7 @@ from nbdserve.protocol.requests import (
     validate_request,
 )
 from nbdserve.server.exports import Export
+from nbdserve.server.meter import Meter
 
 MIN_SPARSE_READ: Final = 16 << 10
 """Shortest structured READ, in bytes, that looks for holes: below, sending zeroes is cheaper."""
@@ -76,9 +77,11 @@ class Operations:
         style: ReplyStyle,
         contexts: Sequence[tuple[int, str]],
         about: Mapping[str, object],
+        meter: Meter,
     ) -> None:
         self._export = export
         self._about = about
+        self._meter = meter
         self._style = style
         self._contexts = contexts
         self._numbers = frozenset(number for number, _ in contexts)
@@ -93,7 +96,8 @@ class Operations:
         )
 
     def refused(self, request: Request, refusal: Refusal) -> bytes:
-        """Encode the reply to a request that is not carried out."""
+        """Count and encode the reply to a request that is not carried out."""
+        self._meter.failed(request.command, refusal.error)
         return error_reply(
             self._style, request.cookie, request.offset, refusal.error, refusal.message
         )
@@ -102,8 +106,8 @@ class Operations:
         """Encode the reply to a request that is done, and whose reply has no data."""
         return success_reply(self._style, request.cookie, request.offset)
 
-    def failed(self, cookie: int, offset: int, error: Exception) -> bytes:
-        """Encode the reply to a request, of that cookie and offset, that failed."""
+    def failed(self, command: int, cookie: int, offset: int, error: Exception) -> bytes:
+        """Count and encode the reply to a request, of that cookie and offset, that failed."""
         if isinstance(error, OSError):
             code = error_code(error)
             message = error.strerror or str(error)
@@ -113,6 +117,7 @@ class Operations:
         else:
             code, message = ErrorCode.EIO, "internal error of the server"
             log.error("a request failed", exc_info=error, extra=self._about)
+        self._meter.failed(command, code)
         return error_reply(self._style, cookie, offset, code, message)
 
     async def block_status(self, request: Request, payload: bytes) -> bytes:
@@ -138,7 +143,7 @@ class Operations:
                         statuses.append((number, self._status(name, request, limit)))
                         await asyncio.sleep(0)
         except Exception as error:
-            return self.failed(request.cookie, request.offset, error)
+            return self.failed(request.command, request.cookie, request.offset, error)
         return block_status_reply(self._style, request.cookie, request.offset, statuses)
 
     def _status(self, context: str, request: Request, limit: int) -> list[tuple[int, int]]:
@@ -162,7 +167,7 @@ class Operations:
             if request.flags & CMD_FLAG_FUA and request.command != CMD_FLUSH:
                 await self._export.flush()
         except Exception as error:
-            return self.failed(request.cookie, request.offset, error)
+            return self.failed(request.command, request.cookie, request.offset, error)
         return self.succeeded(request)
 
     async def flush(self, request: Request) -> bytes:
@@ -170,7 +175,7 @@ class Operations:
         try:
             await self._export.flush()
         except Exception as error:
-            return self.failed(request.cookie, request.offset, error)
+            return self.failed(request.command, request.cookie, request.offset, error)
         return self.succeeded(request)
 
     async def _change(self, request: Request, payload: bytes | bytearray | None) -> None:

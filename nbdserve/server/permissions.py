@@ -27,6 +27,7 @@ from nbdserve.protocol.constants import OptionReply
 from nbdserve.protocol.handshake import TlsMode
 from nbdserve.protocol.options import quoted
 from nbdserve.server.identity import Identity
+from snapshots.limits import NO_LIMITS, Limits
 
 
 class PermissionRefusedError(Exception):
@@ -42,12 +43,14 @@ class ExportRule:
     """``pattern`` is of the shell's kind (``*``, ``?``, ``[a-z]``), over names of volumes.
 
     ``certificates`` are the names of which a client's certificate has to have one, in lower case;
-    none: no certificate is asked for. ``max_connections`` None is without a limit.
+    none: no certificate is asked for. ``limits`` and ``max_connections`` (None: without a limit)
+    are of each volume, and of each snapshot, by itself.
     """
 
     pattern: str
     certificates: frozenset[str] = frozenset()
     max_connections: int | None = None
+    limits: Limits = NO_LIMITS
 
 
 class Permissions:
@@ -78,6 +81,11 @@ class Permissions:
             OptionReply.ERR_POLICY,
             f"export {quoted(name)} is for clients with certain certificates only",
         )
+
+    def limits(self, name: str) -> Limits:
+        """The limits of an export."""
+        rule = self._rule(name)
+        return NO_LIMITS if rule is None else rule.limits
 
     def enter(self, name: str) -> None:
         """Count a connection that is about to open the export; raises PermissionRefusedError."""

@@ -60,9 +60,9 @@ class Polling:
             self._quick = 0
         return True
 
-    def replied(self) -> bool:
-        """Everything received is answered and sent: whether to try to receive again at once."""
-        self._replied = perf_counter()
+    def replied(self, now: float) -> bool:
+        """All that was received is answered and sent: whether to try to receive again at once."""
+        self._replied = now
         return self._quick >= _QUICK
 
     def hit(self) -> None:

@@ -4,7 +4,7 @@ import asyncio
 import itertools
 import logging
 import socket
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,8 +14,10 @@ from nbdserve.server.entrance import EVERYBODY, MAX_CONNECTIONS, AccessList
 from nbdserve.server.exports import ExportRegistry
 from nbdserve.server.identity import Identity
 from nbdserve.server.listening import OWNER_ONLY, Bound, bind_tcp, bind_unix
+from nbdserve.server.meter import Meters
 from nbdserve.server.permissions import Permissions
 from nbdserve.server.tls import Tls
+from snapshots.limits import NO_LIMITS, Limits
 
 log = logging.getLogger(__name__)
 
@@ -26,6 +28,8 @@ class Server:
     Each address has TLS if given (see tls.py), an access list and a number of places (see
     entrance.py); which client may have which export is the same on all of them. All of that, and
     ``handshake_timeout``, in seconds, may be changed, for clients that connect from then on.
+    ``meters`` count the requests that are served in this process; ``limits`` tells an export's by
+    its key.
     """
 
     def __init__(
@@ -33,10 +37,14 @@ class Server:
         registry: ExportRegistry,
         permissions: Permissions | None = None,
         handshake_timeout: float = HANDSHAKE_TIMEOUT,
+        meters: Meters | None = None,
+        limits: Callable[[str], Limits] = lambda key: NO_LIMITS,
     ) -> None:
         self._registry = registry
         self._permissions = permissions or Permissions()
         self.handshake_timeout = handshake_timeout
+        self.meters = meters or Meters()
+        self._limits = limits
         self._doors: list[Door] = []
         self._numbers = itertools.count(1)
         self._connections: dict[asyncio.Task[None], Connection] = {}
@@ -141,6 +149,8 @@ class Server:
             door.tls,
             self._permissions,
             self.handshake_timeout,
+            self.meters,
+            self._limits,
         )
         if not door.entrance.enter(connection):
             sock.close()

@@ -11,6 +11,7 @@ import socket
 from typing import Final
 
 from nbdserve.server.exports import Agreement, Export
+from nbdserve.server.meter import Meters
 from nbdserve.server.readiness import Readiness
 from nbdserve.server.transmission import Transmission
 
@@ -23,23 +24,35 @@ _RECEIVE_SIZE: Final = 64 << 10
 class Session:
     """A ``Serving``; the socket is closed by whoever made it, after ``linger``."""
 
-    def __init__(self, sock: socket.socket, export: Export, agreement: Agreement) -> None:
+    def __init__(
+        self, sock: socket.socket, export: Export, agreement: Agreement, meters: Meters
+    ) -> None:
         self._sock = sock
         self._readiness = Readiness(sock)
         self._linger = False
-        self._transmission = Transmission(
-            sock,
-            export,
-            style=agreement.style,
-            contexts=agreement.contexts,
-            peer=agreement.peer,
-            connection=agreement.connection,
-            relayed=agreement.relayed,
-        )
+        self._meters = meters
+        self._meter = meters.enter(export.key, agreement.limits)
+        try:
+            self._transmission = Transmission(
+                sock,
+                export,
+                style=agreement.style,
+                contexts=agreement.contexts,
+                peer=agreement.peer,
+                connection=agreement.connection,
+                relayed=agreement.relayed,
+                meter=self._meter,
+            )
+        except BaseException:
+            meters.leave(self._meter)
+            raise
         self._transmission.start(agreement.received)
 
     async def transmit(self) -> None:
-        self._linger = await self._transmission.closed
+        try:
+            self._linger = await self._transmission.closed
+        finally:
+            self._meters.leave(self._meter)
 
     async def linger(self) -> None:
         if self._linger:

@@ -27,6 +27,10 @@ more, and goes on when a task ends or the client takes its replies. Memory that 
 alone (a request of the largest payload) is granted when nothing else is in flight. A client
 that has sent very many requests is stalled for one turn of the loop, for others to have theirs.
 
+Limits. Where the export has any (see throttle.py), only requests that were admitted are gone
+through; with others behind them, the connection is stalled. ``finish`` ends that: what was received
+is answered.
+
 End. DISC, the client's end of stream and ``finish`` let everything that was received be answered;
 a wrong magic, an error of the socket and ``abort`` drop the connection at once. Tasks are never
 cancelled, for a thread may be writing on their behalf: ``closed`` is done when the last one is.
@@ -37,6 +41,8 @@ import fcntl
 import logging
 import socket
 import termios
+from bisect import bisect_left
+from collections import deque
 from collections.abc import Coroutine, Sequence
 from struct import Struct
 from time import perf_counter
@@ -78,6 +84,7 @@ from nbdserve.protocol.requests import (
     payload_length,
 )
 from nbdserve.server.exports import Export
+from nbdserve.server.meter import BOUNDS, WITHOUT_BYTES, CommandNumbers, Meter, describe
 from nbdserve.server.operations import (
     MIN_SPARSE_READ,
     STATUS_SIZE,
@@ -86,6 +93,7 @@ from nbdserve.server.operations import (
 )
 from nbdserve.server.output import BUFFER_SIZE, Output, allocate
 from nbdserve.server.polling import LONGEST, TURN, Polling
+from nbdserve.server.throttle import Throttle
 from snapshots.lending import MIN_LOAN
 
 INPUT_SIZE: Final = (1 << 20) + (64 << 10)
@@ -102,6 +110,9 @@ MAX_REQUESTS: Final = 256
 
 MAX_LONG_READS: Final = 4
 """Most READs of one connection that are read piece by piece at the same time."""
+
+MAX_UNMEASURED: Final = 1024
+"""Most answers of one connection whose way to the kernel is followed."""
 
 MAX_BYTES: Final = 8 << 20
 """Most bytes of payloads, of replies being made and of unsent replies outside the buffers."""
@@ -156,6 +167,7 @@ class Transmission:
         peer: str,
         relayed: bool = False,
         connection: int | None = None,
+        meter: Meter | None = None,
     ) -> None:
         self._loop = asyncio.get_running_loop()
         self.closed: asyncio.Future[bool] = self._loop.create_future()
@@ -175,7 +187,15 @@ class Transmission:
             export.borrowers.add(self)
         self._contexts = len(contexts)
         self._about = about(connection=connection, client=peer, export=export.name)
-        self._operations = Operations(export, style=style, contexts=contexts, about=self._about)
+        self._meter = meter = Meter() if meter is None else meter
+        meter.connections.add(self)
+        self._slow = meter.slow
+        self._slow_from = float("inf") if meter.slow is None else meter.slow.seconds
+        self._told: set[asyncio.Task[None]] = set()  # that their requests are slow
+        self._reads, self._writes = meter.command(CMD_READ), meter.command(CMD_WRITE)
+        self._operations = Operations(
+            export, style=style, contexts=contexts, about=self._about, meter=meter
+        )
         self._output = Output(sock)
         self._note = export.note
         self._polling = Polling()
@@ -194,8 +214,17 @@ class Transmission:
         # A refused WRITE: how much of its payload is still to come, and what is then answered.
         self._skip = 0
         self._skip_reply = b""
-        self._missed: list[tuple[int, int, int]] = []  # cookie, offset, length of READs
-        self._tasks: dict[asyncio.Task[None], Request] = {}  # what they have not answered yet
+        self._skip_counts = (CMD_WRITE, 0)  # its command, and its bytes that count
+        # READs: cookie, offset, length, when they came.
+        self._missed: list[tuple[int, int, int, float]] = []
+        # What tasks have not answered yet, and when they began with it.
+        self._tasks: dict[asyncio.Task[None], tuple[Request, float]] = {}
+        # Answers on their way: where they end in the stream of replies, what counts them, their
+        # number and bytes, and when the requests came.
+        self._unmeasured: deque[tuple[int, CommandNumbers, int, int, float]] = deque()
+        self._admitted = 0  # bytes from ``start`` on, of requests that the limits let through
+        self._received_at = 0.0  # the last time that something was received
+        self._sent_at = 0.0  # the last time that answers were seen to be on their way
         self._long_reads = 0
         self._room: asyncio.Future[None] | None = None  # what long READs wait for
         self._running = 0  # tasks, and what was missed
@@ -212,12 +241,15 @@ class Transmission:
         """Begin; ``received`` is what came behind the handshake."""
         self._view[: len(received)] = received
         self._end = len(received)
+        self._received_at = perf_counter()
         self._process()
 
     def finish(self) -> None:
         """Receive no more; answer what was received, then end."""
         if not self._ending and not self._gone:
             self._ending = self._linger = True
+            if self._stalled:
+                self._plan_wake()  # what the limits held up
             self._settle()
 
     def abort(self) -> None:
@@ -228,6 +260,8 @@ class Transmission:
         self._stop_reading()
         self._stop_writing()
         self._sock.close()
+        self._leave_throttle()
+        self._measure(self._output.end)
         self._output.discard()
         self._large = self._stream = None
         self._wake_long_reads()
@@ -237,12 +271,18 @@ class Transmission:
         """End although requests still run: those are answered with ESHUTDOWN, as far as it goes."""
         if self._gone:
             return
-        for task, request in self._tasks.items():
+        for task, (request, _) in self._tasks.items():
             if not task.done():  # else it is answered, and only not forgotten yet
                 # Behind the chunks that a long READ may have in the queue.
                 self._output.enqueue(self._operations.refused(request, _SHUTTING_DOWN))
         self._send()
         self.abort()
+
+    @property
+    def in_flight(self) -> int:
+        """Requests that were received and are not answered, or whose replies are not sent."""
+        incoming = self._stream is not None or self._large is not None
+        return self._running + incoming + sum(entry[2] for entry in self._unmeasured)
 
     def mark(self) -> int:
         """Where the stream of replies ends now, in bytes."""
@@ -264,7 +304,7 @@ class Transmission:
         if self._receive() and not self._relayed:
             if alone and self._is_amid():
                 self._receive_rest()
-            if self._answered() and self._polling.replied():
+            if self._answered() and self._polling.replied(self._sent_at):
                 self._poll()
 
     def _receive(self) -> bool:
@@ -280,7 +320,9 @@ class Transmission:
         if not received:
             self._ending = True
             self._settle()
-        elif missing:
+            return True
+        self._received_at = perf_counter()
+        if missing:
             self._missing = missing[received:]
             if not self._missing:
                 self._launch_large()
@@ -327,8 +369,8 @@ class Transmission:
                 if not self._answered():
                     return
                 self._polling.hit()
-                self._polling.replied()
-                now = perf_counter()
+                now = self._sent_at
+                self._polling.replied(now)
                 give_up = now + LONGEST
             else:
                 now = perf_counter()
@@ -369,6 +411,10 @@ class Transmission:
         writable = -1 if export.read_only else size
         flush_at = _FLUSH_AT
         start, end, tail = self._start, self._end, output.tail
+        throttle = self._meter.throttle
+        if throttle is not None:
+            end = self._admit_more(throttle)
+        reads = read_bytes = writes = written_bytes = 0  # answered here
         for _ in range(_MAX_BATCH):
             if end - start < request_size:
                 break
@@ -378,6 +424,8 @@ class Transmission:
                 if length >= loan_from and self._lend(cookie, offset, length, tail):
                     tail = output.tail
                     start += request_size
+                    reads += 1
+                    read_bytes += length
                     continue
                 if length < sparse or is_data(offset, length):
                     stop = tail + header + length
@@ -393,9 +441,11 @@ class Transmission:
                         done = try_read(offset, target_view[tail + header : stop])
                     except Exception as error:
                         output.tail = tail
-                        output.append(self._operations.failed(cookie, offset, error))
+                        output.append(self._operations.failed(CMD_READ, cookie, offset, error))
                         tail = output.tail
                         start += request_size
+                        reads += 1
+                        read_bytes += length
                         continue
                     if done:
                         if structured:
@@ -407,6 +457,8 @@ class Transmission:
                         else:
                             pack_simple(target, tail, _PLAIN_SUCCESS, cookie)
                         tail = stop
+                        reads += 1
+                        read_bytes += length
                     elif not self._read_later(cookie, offset, length):
                         break
                     start += request_size
@@ -419,16 +471,21 @@ class Transmission:
                         done = try_write(offset, source_view[payload:stop])
                     except Exception as error:
                         output.tail = tail
-                        output.append(self._operations.failed(cookie, offset, error))
+                        output.append(self._operations.failed(CMD_WRITE, cookie, offset, error))
                         tail = output.tail
                         start = stop
+                        writes += 1
+                        written_bytes += length
                         continue
-                    if done and not extended:
-                        pack_simple(target, tail, _PLAIN_SUCCESS, cookie)
-                        tail += _SIMPLE_SIZE
-                    elif done:
-                        pack_extended(target, tail, _EXTENDED_SUCCESS, cookie, offset, 0)
-                        tail += _EXTENDED_SIZE
+                    if done:
+                        if extended:
+                            pack_extended(target, tail, _EXTENDED_SUCCESS, cookie, offset, 0)
+                            tail += _EXTENDED_SIZE
+                        else:
+                            pack_simple(target, tail, _PLAIN_SUCCESS, cookie)
+                            tail += _SIMPLE_SIZE
+                        writes += 1
+                        written_bytes += length
                     elif not self._defer(
                         Request(0, CMD_WRITE, cookie, offset, length),
                         length,
@@ -441,25 +498,48 @@ class Transmission:
             request = layout.unpack_from(source, start)
             if request[0] != self._magic:
                 self._drop(f"bad request magic {request[0]:#010x}")
-                return
+                tail = output.tail
+                break
             taken = self._take(Request(*request[1:]), start, end)
             tail = output.tail
             if not taken:
-                if self._gone:
-                    return
                 break
             start += taken
             if self._stream is not None:  # what follows is its payload
                 break
             if self._ending and request[2] == CMD_DISC:
-                start = end
+                start = self._end
         else:  # other connections have their turn
             self._stalled = True
             self._plan_wake()
         output.tail = tail
-        self._start, self._end = start, end
+        if throttle is not None:
+            incoming = self._stream is not None or self._skip or self._large is not None
+            self._admitted = 0 if incoming else max(0, self._admitted - start + self._start)
+        self._start = start
         self._make_room()
         self._settle()
+        if reads or writes:
+            self._sent_at = now = perf_counter()
+            if output.head == output.tail and not output.queued:
+                seconds = now - self._received_at
+                place = bisect_left(BOUNDS, seconds)
+                if seconds >= self._slow_from and throttle is None:
+                    what = f"{reads} READ and {writes} WRITE, received together,"
+                    self._tell_slow(what, seconds, ended=True)
+                if reads:
+                    numbers = self._reads
+                    numbers.buckets[place] += reads
+                    numbers.bytes += read_bytes
+                    numbers.seconds += reads * seconds
+                if writes:
+                    numbers = self._writes
+                    numbers.buckets[place] += writes
+                    numbers.bytes += written_bytes
+                    numbers.seconds += writes * seconds
+            else:
+                self._expect(self._reads, reads, read_bytes, self._received_at)
+                self._expect(self._writes, writes, written_bytes, self._received_at)
 
     def _lend(self, cookie: int, offset: int, length: int, tail: int) -> bool:
         """Answer a READ from the page cache without a copy; False when that cannot be done."""
@@ -489,6 +569,62 @@ class Transmission:
         self._skip -= skipped
         if not self._skip:
             self._output.append(self._skip_reply)
+            self._count(*self._skip_counts)
+
+    # Limits (see throttle.py)
+
+    def next_request(self) -> int | None:
+        """Bytes that the first request moves which is not admitted; None: it has not come."""
+        place = self._start + self._admitted
+        if self._gone or self._end - place < self._layout.size:
+            return None
+        request = self._layout.unpack_from(self._input, place)
+        return min(request[5], MAX_PAYLOAD) if request[2] in (CMD_READ, CMD_WRITE) else 0
+
+    def admit(self) -> None:
+        """That request may be carried out."""
+        place = self._start + self._admitted
+        request = Request(*self._layout.unpack_from(self._input, place)[1:])
+        self._admitted += self._layout.size + payload_length(request, self._style)
+
+    def resume(self) -> None:
+        """Go on with what was admitted."""
+        if self._stalled and not self._gone:
+            self._process()
+
+    def look_for_slow(self) -> None:
+        """Tell of requests that are slow already."""
+        assert self._slow is not None
+        now = perf_counter()
+        for task, (request, begun) in self._tasks.items():
+            if now - begun >= self._slow.seconds and task not in self._told and not task.done():
+                self._told.add(task)
+                task.add_done_callback(self._told.discard)
+                self._tell_slow(describe(request), now - begun, ended=False)
+
+    def _tell_slow(self, what: str, seconds: float, *, ended: bool) -> None:
+        assert self._slow is not None
+        self._slow.report(self._export.name, self._about, what, seconds, ended=ended)
+
+    def limits_changed(self) -> None:
+        """There are other limits, or none any more."""
+        self._admitted = 0
+        if self._stalled:
+            self._plan_wake()
+
+    def _admit_more(self, throttle: Throttle) -> int:
+        """Where the requests end that may be gone through; with more behind, this is stalled."""
+        if self._linger:
+            self._admitted = 0
+            return self._end
+        if self.next_request() is not None:
+            throttle.enter(self)
+            self._stalled = self.next_request() is not None
+        return min(self._end, self._start + self._admitted)
+
+    def _leave_throttle(self) -> None:
+        if self._meter.throttle is not None:
+            self._meter.throttle.leave(self)
 
     # Requests that are not the plain case
 
@@ -516,8 +652,10 @@ class Transmission:
             if buffered < payload:
                 self._skip = payload - buffered
                 self._skip_reply = reply
+                self._skip_counts = (request.command, 0)
             else:
                 output.append(reply)
+                self._count(request.command, 0)
             return size + buffered
         if request.command == CMD_WRITE:
             return self._take_write(request, start, end)
@@ -539,8 +677,10 @@ class Transmission:
         offset, length, cookie = request.offset, request.length, request.cookie
         if not length:
             output.append(empty_read_reply(self._style, cookie, offset))
+            self._count(CMD_READ, 0)
             return True
         if length >= self._loan_from and self._lend(cookie, offset, length, output.tail):
+            self._count(CMD_READ, length)
             return True
         if length > MAX_IN_PLACE:
             simple = self._style is ReplyStyle.SIMPLE
@@ -562,9 +702,10 @@ class Transmission:
                 if run and not self._export.try_read(begin, output.view[data:place]):
                     return self._defer(request, length)
         except Exception as error:
-            output.append(operations.failed(cookie, offset, error))
-            return True
-        output.tail = place
+            output.append(operations.failed(CMD_READ, cookie, offset, error))
+        else:
+            output.tail = place
+        self._count(CMD_READ, length)
         return True
 
     def _take_write(self, request: Request, start: int, end: int) -> int:
@@ -575,6 +716,7 @@ class Transmission:
         payload = self._view[start + size : min(start + total, end)]
         if not length:
             self._output.append(self._operations.succeeded(request))
+            self._count(CMD_WRITE, 0)
             return total
         if end - start < total:
             if length <= PIECE:
@@ -591,7 +733,10 @@ class Transmission:
         try:
             done = self._export.try_write(request.offset, payload)
         except Exception as error:
-            self._output.append(self._operations.failed(request.cookie, request.offset, error))
+            self._output.append(
+                self._operations.failed(CMD_WRITE, request.cookie, request.offset, error)
+            )
+            self._count(CMD_WRITE, length)
             return total
         if done:
             self._written(request)
@@ -605,6 +750,7 @@ class Transmission:
             self._launch(request, self._operations.flush(request), 0)
         else:
             self._output.append(self._operations.succeeded(request))
+            self._count(CMD_WRITE, request.length)
 
     def _write_stream(self) -> bool:
         """Write what has come of a streamed WRITE; whether what follows it can be looked at."""
@@ -621,7 +767,10 @@ class Transmission:
             except Exception as error:
                 self._stream = None
                 self._skip = left
-                self._skip_reply = self._operations.failed(request.cookie, request.offset, error)
+                self._skip_reply = self._operations.failed(
+                    CMD_WRITE, request.cookie, request.offset, error
+                )
+                self._skip_counts = (CMD_WRITE, request.length)
                 self._skip_payload()
                 return not self._skip
             if not done:
@@ -661,7 +810,7 @@ class Transmission:
             return False
         if not self._missed:
             self._loop.call_soon(self._read_again)
-        self._missed.append((cookie, offset, length))
+        self._missed.append((cookie, offset, length, self._received_at))
         self._bytes += length  # should it become a task
         self._running += 1
         return True
@@ -671,8 +820,8 @@ class Transmission:
         self._running -= len(missed)
         output = self._output
         size = DATA_HEADER[self._style]
-        self._bytes -= sum(length for _, _, length in missed)
-        for cookie, offset, length in () if self._gone else missed:
+        self._bytes -= sum(length for _, _, length, _ in missed)
+        for cookie, offset, length, received_at in () if self._gone else missed:
             place = output.tail + size
             stop = place + length
             try:
@@ -680,15 +829,17 @@ class Transmission:
                     offset, output.view[place:stop]
                 )
             except Exception as error:
-                output.append(self._operations.failed(cookie, offset, error))
+                output.append(self._operations.failed(CMD_READ, cookie, offset, error))
+                self._count(CMD_READ, length, received_at)
                 continue
             if not done:
                 request = Request(0, CMD_READ, cookie, offset, length)
-                self._launch(request, self._operations.perform(request), length)
+                self._launch(request, self._operations.perform(request), length, received_at)
                 continue
             header = data_header(self._style, cookie, offset, length)
             output.view[place - size : place] = header
             output.tail = stop
+            self._count(CMD_READ, length, received_at)
         self._wake()
 
     # Long reads
@@ -721,7 +872,9 @@ class Transmission:
                 self._plan_wake()
         except Exception as error:
             if not self._gone:
-                self._output.enqueue(self._operations.failed(request.cookie, request.offset, error))
+                self._output.enqueue(
+                    self._operations.failed(CMD_READ, request.cookie, request.offset, error)
+                )
         finally:
             self._long_reads -= 1
         return b""
@@ -758,19 +911,37 @@ class Transmission:
         self._launch(request, self._operations.perform(request, memory), len(memory))
 
     def _launch(
-        self, request: Request, operation: Coroutine[Any, Any, bytes | bytearray], size: int
+        self,
+        request: Request,
+        operation: Coroutine[Any, Any, bytes | bytearray],
+        size: int,
+        received_at: float | None = None,
     ) -> None:
+        if received_at is None:
+            received_at = self._received_at
         self._bytes += size
         self._running += 1
-        task = self._loop.create_task(self._answer(operation, size))
-        self._tasks[task] = request
+        begun = perf_counter()
+        task = self._loop.create_task(self._answer(request, operation, size, received_at, begun))
+        self._tasks[task] = request, begun
         task.add_done_callback(self._tasks.__delitem__)
 
-    async def _answer(self, operation: Coroutine[Any, Any, bytes | bytearray], size: int) -> None:
+    async def _answer(
+        self,
+        request: Request,
+        operation: Coroutine[Any, Any, bytes | bytearray],
+        size: int,
+        received_at: float,
+        begun: float,
+    ) -> None:
         try:
             reply = await operation
+            seconds = perf_counter() - begun
+            if seconds >= self._slow_from:
+                self._tell_slow(describe(request), seconds, ended=True)
             if not self._gone:
                 self._output.append(reply)
+            self._count(request.command, request.length, received_at)
         finally:
             self._bytes -= size
             self._running -= 1
@@ -790,6 +961,29 @@ class Transmission:
         else:
             self._settle()
 
+    # Measuring (see meter.py)
+
+    def _count(self, command: int, length: int, received_at: float | None = None) -> None:
+        """Count a request whose reply was just made; by itself it came with what came last."""
+        size = 0 if command in WITHOUT_BYTES else length
+        numbers = self._meter.command(command)
+        self._expect(numbers, 1, size, self._received_at if received_at is None else received_at)
+
+    def _expect(self, numbers: CommandNumbers, count: int, size: int, received_at: float) -> None:
+        """Count requests when all that is now to be sent is sent."""
+        if self._gone or len(self._unmeasured) >= MAX_UNMEASURED:
+            numbers.add(count, size, perf_counter() - received_at)
+        elif count:
+            self._unmeasured.append((self._output.end, numbers, count, size, received_at))
+
+    def _measure(self, sent: int) -> None:
+        """Count what is answered in the first ``sent`` bytes of all replies."""
+        now = self._sent_at = perf_counter()
+        unmeasured = self._unmeasured
+        while unmeasured and unmeasured[0][0] <= sent:
+            _, numbers, count, size, received_at = unmeasured.popleft()
+            numbers.add(count, size, now - received_at)
+
     # Sending
 
     def _send(self) -> bool:
@@ -800,6 +994,8 @@ class Transmission:
         except OSError as error:
             self._loop.call_soon(self._lost, error)
             return False
+        if self._unmeasured:
+            self._measure(self._output.sent)
         if self._room is not None:
             self._wake_long_reads()
         return sent
@@ -865,3 +1061,5 @@ class Transmission:
             self.closed.set_result(self._linger)
         if self._gone:
             self._export.borrowers.discard(self)
+            self._meter.connections.discard(self)
+            self._leave_throttle()

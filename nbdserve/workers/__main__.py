@@ -1,4 +1,4 @@
-"""A worker process; the daemon starts it: ``DATA LOG_LEVEL LOG_FORMAT DESCRIPTOR``."""
+"""A worker process; the daemon starts it: ``DATA LOG_LEVEL LOG_FORMAT SLOW_SECONDS DESCRIPTOR``."""
 
 import asyncio
 import signal
@@ -10,8 +10,8 @@ from nbdserve.logs import Logs, write_logs
 from nbdserve.workers.worker import Worker
 
 
-async def _run(data: Path, descriptor: int) -> None:
-    await Worker(socket.socket(fileno=descriptor), data).run()
+async def _run(data: Path, slow_seconds: float, descriptor: int) -> None:
+    await Worker(socket.socket(fileno=descriptor), data, slow_seconds).run()
 
 
 def main() -> None:
@@ -20,9 +20,9 @@ def main() -> None:
     # And a log line on a terminal that stops background processes for it must not stop us.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGTTOU):
         signal.signal(number, signal.SIG_IGN)
-    data, level, form, descriptor = sys.argv[1:]
+    data, level, form, slow, descriptor = sys.argv[1:]
     write_logs(Logs(level, form), "worker")
-    asyncio.run(_run(Path(data), int(descriptor)))
+    asyncio.run(_run(Path(data), float(slow), int(descriptor)))
 
 
 if __name__ == "__main__":

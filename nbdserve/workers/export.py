@@ -55,6 +55,7 @@ class Connections:
             agreement.received,
             agreement.relayed,
             agreement.connection,
+            agreement.limits.as_map(),
         )
         return serving
 
@@ -120,13 +121,13 @@ class WorkerExport:
         bases: Mapping[str, str],
         revoke: Callable[[], None],
     ) -> None:
+        self.key = key
         self.name = name
         self.size = size
         self.read_only = read_only
         self.revoke = revoke
         self._connections = connections
-        self._key = key
         self._bases = bases
 
     def serve(self, sock: socket.socket, agreement: Agreement) -> RemoteServing:
-        return self._connections.begin(self._key, self.name, self._bases, sock, agreement)
+        return self._connections.begin(self.key, self.name, self._bases, sock, agreement)

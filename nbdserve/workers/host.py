@@ -24,13 +24,18 @@ from typing import Any, Final
 
 from backends.errors import UnavailableError
 from nbdserve.logs import Logs
+from nbdserve.server.meter import Numbers
 from nbdserve.workers.child import Child, how_it_ended
 from nbdserve.workers.export import Connections, WorkerExport
 from snapshots.extent_log import Run
-from snapshots.host import HostLostError, MergeNames, Watcher
+from snapshots.host import Cell, HostLostError, LayerCells, MergeNames, Watcher
+from snapshots.limits import Limits
 
 LONGEST_PAUSE: Final = 60.0
 """Seconds, at most, from the end of a worker that does not live long to the next one's start."""
+
+MEASURE_SECONDS: Final = 1.0
+"""Seconds that a worker has to tell what it has counted."""
 
 STOP_SECONDS: Final = 30.0
 """Seconds that a worker has to end when it is told to; all its views are closed."""
@@ -70,6 +75,10 @@ class _Process:
             self._host.volume_failed(*arguments)
         elif name == "wanted":
             self._host.chunks_wanted(*arguments)
+        elif name == "measured":
+            self._host.told(*arguments)
+        elif name == "retired":
+            self._host.retired(*arguments)
         else:
             raise ValueError(f"event {name!r}")
 
@@ -81,12 +90,29 @@ class _Process:
 
 
 class WorkerHost:
-    """A ``ViewHost`` (see the module's text)."""
+    """A ``ViewHost`` (see the module's text).
 
-    def __init__(self, data: Path, logs: Logs, lock: Callable[[], int]) -> None:
+    ``retire`` gets what was counted of an export, by its key, when the worker does not serve it any
+    more. Requests that take ``slow_seconds`` are in the log; 0: none are. ``restarts`` counts the
+    processes that followed one that died.
+    """
+
+    def __init__(
+        self,
+        data: Path,
+        logs: Logs,
+        lock: Callable[[], int],
+        retire: Callable[[str, Numbers], None] = lambda key, numbers: None,
+        slow_seconds: float = 0.0,
+    ) -> None:
         self._data = data
         self._logs = logs
+        self._slow_seconds = slow_seconds
         self._lock = lock
+        self._retire = retire
+        self.counted: dict[str, Numbers] = {}
+        self.responding = True
+        self.restarts = 0
         self._watcher: Watcher | None = None
         self._process: _Process | None = None
         self._pause = 0.0
@@ -109,7 +135,7 @@ class WorkerHost:
             raise UnavailableError(f"a worker cannot be started: {error.strerror}") from error
 
     def _arguments(self) -> tuple[str, ...]:
-        return (str(self._data), self._logs.level, self._logs.form)
+        return (str(self._data), self._logs.level, self._logs.form, str(self._slow_seconds))
 
     def change_logs(self, logs: Logs) -> None:
         """Log in this way from now on, in processes that are started later, too."""
@@ -123,6 +149,7 @@ class WorkerHost:
         self._restart = None
         try:
             self._process = self._spawn()
+            self.restarts += 1
         except OSError as error:
             log.error("a worker cannot be started: %s", error.strerror)
             self._plan_restart()
@@ -135,6 +162,9 @@ class WorkerHost:
     def process_ended(self, process: _Process, status: int) -> None:
         """Called by the process, before anybody else learns of its end."""
         self._process = None
+        for key, numbers in self.counted.items():
+            self._retire(key, numbers)
+        self.counted = {}
         if self.closing:
             if status:
                 log.warning("worker process %d %s", process.child.pid, how_it_ended(status))
@@ -155,6 +185,33 @@ class WorkerHost:
         """Called by the process."""
         assert self._watcher is not None
         self._watcher.wanted(self, layer, first, end)
+
+    # Measuring
+
+    async def measure(self) -> None:
+        """Ask the worker what it has counted; ``responding`` says whether it has answered."""
+        if self._process is None:
+            self.responding = False
+            return
+        try:
+            async with asyncio.timeout(MEASURE_SECONDS):
+                await self._process.channel.call("measure")
+            self.responding = True
+        except (HostLostError, TimeoutError):
+            self.responding = False
+
+    def limit(self, key: str, limits: Limits) -> None:
+        """Let other limits hold for an export, if the worker serves it."""
+        self._tell("limit", key, limits.as_map())
+
+    def told(self, read: Mapping[str, Sequence[Any]]) -> None:
+        """Called by the process."""
+        self.counted = {key: Numbers.unpack(packed) for key, packed in read.items()}
+
+    def retired(self, key: str, packed: Sequence[Any]) -> None:
+        """Called by the process."""
+        self.counted.pop(key, None)
+        self._retire(key, Numbers.unpack(packed))
 
     async def close(self) -> None:
         self.closing = True
@@ -228,6 +285,12 @@ class WorkerHost:
 
     async def count_owned(self, key: str) -> int:
         return int(await self._call("count_owned", key))
+
+    async def count_cells(
+        self, key: str, blocks: int, cell_blocks: int, since: str | None
+    ) -> LayerCells:
+        layers, cells = await self._call("count_cells", key, blocks, cell_blocks, since)
+        return [(name, held) for name, held in layers], [Cell(*cell) for cell in cells]
 
     async def list_changed(
         self, key: str, layers: Sequence[str], blocks: int

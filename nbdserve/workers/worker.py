@@ -24,8 +24,10 @@ from backends.local_layers import LocalLayerStore
 from nbdserve.logs import Logs, write_logs
 from nbdserve.protocol.constants import ReplyStyle
 from nbdserve.server.exports import Agreement
+from nbdserve.server.meter import Meters, Numbers
 from nbdserve.server.session import Session
 from nbdserve.workers.channel import Channel
+from snapshots.limits import limits_from_map
 from snapshots.local_host import LocalHost
 from snapshots.threads import Threads
 
@@ -39,6 +41,7 @@ _METHODS: Final = frozenset(
         "free_hidden",
         "grow",
         "count_owned",
+        "count_cells",
         "list_changed",
         "check_journal",
         "settle",
@@ -65,9 +68,10 @@ log = logging.getLogger(__name__)
 class Worker:
     """See the module's text; ``run`` does it all."""
 
-    def __init__(self, sock: socket.socket, data: Path) -> None:
+    def __init__(self, sock: socket.socket, data: Path, slow_seconds: float) -> None:
         self._threads = Threads()
         self._host = LocalHost(LocalLayerStore(data), self._threads)
+        self._meters = Meters(self._retire, slow_seconds)
         self._sessions: dict[int, Session] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._stop = asyncio.Event()
@@ -101,6 +105,8 @@ class Worker:
     def call(self, method: str, arguments: list[Any]) -> Coroutine[Any, Any, Any]:
         if method == "ping":
             return asyncio.sleep(0)
+        if method == "measure":
+            return self._measure()
         if method not in _METHODS:
             raise ValueError(f"method {method!r}")
         operation: Coroutine[Any, Any, Any] = getattr(self._host, method)(*arguments)
@@ -109,6 +115,9 @@ class Worker:
     def event(self, name: str, arguments: list[Any], sock: socket.socket | None) -> None:
         if name == "serve":
             self._serve(sock, *arguments)
+        elif name == "limit":
+            key, limits = arguments
+            self._meters.limit(key, limits_from_map(limits))
         elif name == "stop":
             self._stop.set()
         elif name == "logs":
@@ -128,6 +137,16 @@ class Worker:
             log.error("worker process %d ends: %s", os.getpid(), wrong)
         os._exit(1)
 
+    # Measuring
+
+    async def _measure(self) -> None:
+        """Tell what was counted: as an event, which keeps its place among those of ``_retire``."""
+        read = {key: numbers.pack() for key, numbers in self._meters.read().items()}
+        self._channel.event("measured", read)
+
+    def _retire(self, key: str, numbers: Numbers) -> None:
+        self._channel.event("retired", key, numbers.pack())
+
     # Connections
 
     def _serve(
@@ -143,15 +162,24 @@ class Worker:
         received: bytes,
         relayed: bool,
         connection: int | None,
+        limits: dict[str, int],
     ) -> None:
         chosen = tuple((number, context) for number, context in contexts)
-        agreement = Agreement(ReplyStyle(style), chosen, peer, received, relayed, connection)
+        agreement = Agreement(
+            ReplyStyle(style),
+            chosen,
+            peer,
+            received,
+            relayed,
+            connection,
+            limits_from_map(limits),
+        )
         try:
             if sock is None:
                 raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
             sock.setblocking(False)
             export = self._host.handle(key, name, bases, _not_here)
-            session = Session(sock, export, agreement)
+            session = Session(sock, export, agreement, self._meters)
         except (OSError, MemoryError, StorageError) as error:
             log.error("closed, it cannot be served: %s", error, extra=agreement.about(name))
             if sock is not None:

@@ -141,6 +141,13 @@ class Daemon:
                 pytest.fail(f"the daemon does not start:\n{self.read_log()}")
             time.sleep(0.05)
 
+    def measurements(self) -> dict[str, Any]:
+        """What the daemon has counted of its clients' requests."""
+        found: dict[str, Any] = Control(lambda: address.connect(self.data)).get(
+            path("measurements")
+        )
+        return found
+
     def stop(self) -> int:
         """Send SIGTERM; return the exit status."""
         assert self.process is not None

@@ -46,6 +46,9 @@ DOCUMENTS = [
     PROJECT / "docs" / "configuration.md",
     PROJECT / "docs" / "backups.md",
     PROJECT / "docs" / "scripting.md",
+    PROJECT / "docs" / "monitoring.md",
+    PROJECT / "docs" / "web.md",
+    PROJECT / "docs" / "limits.md",
 ]
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 CRON_LINE = re.compile(r"^(?:[\d*/,-]+\s+){5}(.*)$")
@@ -155,6 +158,7 @@ def sandbox(
         "s3://backups": f"s3://{bucket}",
         "https://s3.example.com": s3_server.endpoint,
         "10809": str(daemon.port),
+        "10810": str(find_free_port()),
     }
     try:
         yield Sandbox(tmp_path, daemon, substitutions, environment, kernel_machine)

@@ -18,9 +18,11 @@ from nbdserve.configuration.listeners import (
 )
 from nbdserve.configuration.settings import Configuration, Settings, combine
 from nbdserve.configuration.tls import TlsConfiguration, TlsSettings
+from nbdserve.configuration.watching import WatchingSettings
 from nbdserve.protocol.handshake import TlsMode
 from nbdserve.server.entrance import MAX_CONNECTIONS, AccessList
 from nbdserve.server.permissions import ExportRule
+from snapshots.limits import Limits
 
 
 @pytest.mark.parametrize(
@@ -306,11 +308,15 @@ max_connections = 4
 
 [[export]]
 name = "public-[a-c]?"
+iops = 500
+iops_burst = 2000
+bandwidth = "50M"
+bandwidth_burst = 1000
 """,
     )
     assert configuration.exports == (
         ExportRule("web*", frozenset({"backup.example.com", "test client"}), 4),
-        ExportRule("public-[a-c]?"),
+        ExportRule("public-[a-c]?", limits=Limits(500, 2000, 50 << 20, 1000)),
     )
 
 
@@ -378,6 +384,11 @@ def test_what_is_no_listener_on_a_socket(tmp_path: Path, lines: str, mentions: l
         ),
         ('name = "web"\nallow_certificates = []', ["[[export]] 'web'", "'allow_certificates'"]),
         ('name = "web"\nmax_connections = 0', ["'max_connections'", "from 1 to"]),
+        ('name = "web"\niops = 0', ["[[export]] 'web'", "'iops'", "from 1 to"]),
+        ('name = "web"\niops = "fast"', ["'iops'", "requests a second"]),
+        ('name = "web"\nbandwidth = "fast"', ["'bandwidth'", "'50M'"]),
+        ('name = "web"\nbandwidth = 0', ["'bandwidth'", "from 1 to"]),
+        ('name = "web"\nbandwidth_burst = "1G"', ["[[export]] 'web'", "without bandwidth"]),
         ('name = "a"\nallow_certificates = ["x"]', ["'a'", "no listener asks", "tls_client_ca"]),
     ],
 )
@@ -418,3 +429,20 @@ def test_the_file_in_the_documents(tmp_path: Path) -> None:
     for key in (*LISTENER_KEYS, *EXPORT_KEYS):
         assert f"{key} = " in content or key == "tls"
         assert f"`{key}`" in document.read_text()
+
+
+def test_the_page_is_a_part_of_the_http_listener(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.write_text('http = "127.0.0.1:10810"\nweb = true\n')
+    here = Settings(data=tmp_path)
+    assert combine(here, read_file(file)).watching.web
+    assert not combine(here, Settings()).watching.web
+    refused = Settings(data=tmp_path, watching=WatchingSettings(web=False))
+    assert not combine(refused, read_file(file)).watching.web
+    asked = Settings(data=tmp_path, watching=WatchingSettings(web=True))
+    with pytest.raises(InvalidError, match="give --http, for example"):
+        combine(asked, Settings())
+    for value in ("1", '"yes"', "[]"):
+        file.write_text(f"web = {value}\n")
+        with pytest.raises(InvalidError, match="'web' must be true or false"):
+            read_file(file)

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -363,3 +364,19 @@ def test_stopping_ends_claims_and_keeps_changes(start: Start, data: Path) -> Non
         reader.join(30)
     assert b"the daemon stops" in rest[0]
     assert "a@one" in command("snapshot", "list", "--data", data)
+
+
+def test_http_is_served_where_asked(start: Start, data: Path) -> None:
+    process = start(
+        *PROGRAM, "serve", "--data", data, "--listen", "127.0.0.1:0", "--workers", "2",
+        "--http", "127.0.0.1:0",
+    )  # fmt: skip
+    _, where = read_addresses(process, 2)
+    assert where.startswith("http://127.0.0.1:")
+    with urllib.request.urlopen(f"{where}/health", timeout=20) as answer:
+        assert json.load(answer) == {"status": "ok", "reasons": []}
+    with urllib.request.urlopen(f"{where}/metrics", timeout=20) as answer:
+        lines = answer.read().decode().splitlines()
+    assert 'nbdserve_worker_up{worker="1"} 1.0' in lines
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(20) == 0

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import random
 import re
+from collections import Counter
 from itertools import groupby
 from pathlib import Path
 
 import hypothesis.strategies as st
+import pytest
 from hypothesis import given, settings
 
 from snapshots import owner_map
@@ -49,6 +52,18 @@ def joined(runs: list[tuple[int, int, int]]) -> list[tuple[int, int]]:
     return found
 
 
+@pytest.mark.parametrize("values", [1, 2, 15, 16, 17, 40, 256])
+def test_many_values_are_counted_as_few_are(values: int) -> None:
+    tested = OwnerMap(BLOCKS)
+    source = random.Random(values)
+    for block in source.sample(range(BLOCKS), 5000):
+        tested.set(block, block + 1, source.randrange(values))
+    counted = Counter(tested.raw[:])
+    del counted[0]
+    assert tested.count_values(0, BLOCKS) == counted
+    tested.close()
+
+
 @settings(max_examples=60, deadline=None)
 @given(operations, places, places, st.integers(0, 2 * REGION))
 def test_every_operation_does_what_a_bytearray_does(
@@ -75,6 +90,10 @@ def test_every_operation_does_what_a_bytearray_does(
             assert list(grown.runs(first, last)) == expected
             assert list(grown.owned_runs(first, last)) == joined(expected)
         assert grown.count_owned() == len(model) - model.count(0)
+        for first, last in ((0, grown.blocks), (low, high)):
+            counted = Counter(model[first:last])
+            del counted[0]
+            assert grown.count_values(first, last) == counted
     tested.close()
 
 
@@ -155,7 +174,7 @@ def test_a_scan_reaches_over_a_bounded_number_of_touched_regions() -> None:
     while position < blocks:
         position, before = tested.reach(position, blocks), position
         assert position > before
-        assert len(list(tested._touched_ranges(before, position))) <= owner_map.REACH
+        assert len(list(tested.touched_regions(before, position))) <= owner_map.REACH
         calls += 1
     assert calls == 4
     assert tested.reach(7, 100) == 100

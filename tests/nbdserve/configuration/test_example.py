@@ -43,7 +43,7 @@ def test_with_every_key(tmp_path: Path) -> None:
 def test_what_is_commented_out_is_the_default(tmp_path: Path) -> None:
     """As far as it is one: files and tables are examples."""
     text = EXAMPLE.read_text().partition("#tls = ")[0]
-    without = re.compile(r"^#workers.*\n", re.MULTILINE).sub("", text)
+    without = re.compile(r"^#(workers|http|http_hosts|web) =.*\n", re.MULTILINE).sub("", text)
     assert configuration(tmp_path, COMMENTED_OUT.sub("", without)) == configuration(tmp_path, text)
 
 

@@ -221,3 +221,28 @@ def test_a_server_that_dies_before_it_answers() -> None:
     there.close()
     with pytest.raises(UnavailableError, match="closed the connection"):
         Client(lambda: here).get(path("status"))
+
+
+def test_a_map_of_layers(client: Client, data: Path) -> None:
+    client.post(path("volumes"), {"name": "a", "size": "1G"})
+    empty = client.get(path("volumes", "a", "map"))
+    assert (empty["cells"], empty["cell_size"], empty["changed"]) == ([], 1 << 20, None)
+    assert [(layer["mapped"], layer["changed"]) for layer in empty["layers"]] == [(0, False)]
+    client.post(path("snapshots"), {"snapshots": ["a@s"], "labels": {"backup": "<b>&"}})
+    found = client.get(path("volumes", "a", "map", cells="1"))
+    assert (found["cell_size"], found["changed"]) == (1 << 30, 0)
+    assert (found["since"]["snapshot"], found["since"]["repository_id"]) == ("s", "<b>&")
+    assert [layer["snapshots"] for layer in found["layers"]] == [["s"], []]
+    assert [layer["changed"] for layer in found["layers"]] == [False, True]
+    for query, what in (
+        ("cells=x", "'cells' must be a whole number"),
+        ("cells=", "'cells' must be a whole number"),
+        ("cells=%D9%A3", "'cells' must be a whole number"),
+        ("cells=0", "a map has 1 to 4096 cells, not 0"),
+        ("cells=4097", "a map has 1 to 4096 cells, not 4097"),
+        ("cells=" + "9" * 5000, "'cells' must be a whole number"),
+    ):
+        status, answer = ask(data, "GET", f"/v1/volumes/a/map?{query}")
+        assert (status, answer["error"]) == (400, what)
+    status, answer = ask(data, "GET", "/v1/volumes/b/map")
+    assert (status, answer["error"]) == (404, "volume b does not exist")

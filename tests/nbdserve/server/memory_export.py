@@ -11,6 +11,7 @@ BLOCK = 4096
 class MemoryExport:
     """A bytearray; blocks never written, or trimmed, are holes."""
 
+    key = "of the disk"
     block_size = BLOCK
     contexts = ("base:allocation", "x-test:parity", "x-test:wide")
 

@@ -22,7 +22,7 @@ class Clock:
         for _ in range(times):
             self.now += gap
             client.woken()
-            may = client.replied()
+            may = client.replied(self.now)
         return may
 
 
@@ -46,10 +46,10 @@ def test_polling_in_vain_ends_it(clock: Clock) -> None:
     client.missed()
     client.missed()
     client.hit()
-    assert client.replied()
+    assert client.replied(clock.now)
     for _ in range(3):
         client.missed()
-    assert not client.replied()
+    assert not client.replied(clock.now)
 
 
 def test_nobody_is_polled_while_two_are_served(clock: Clock) -> None:

@@ -22,8 +22,10 @@ import pytest
 
 from backends.local_layers import LocalLayerStore
 from backends.memory_layers import MemoryDataFile, MemoryLayerStore
+from nbdserve.server.meter import Meter
 from nbdserve.server.transmission import Transmission
 from snapshots.catalogue import Catalogue
+from snapshots.limits import Limits
 
 from .nbd_client import EXTENDED, SIMPLE, STRUCTURED
 from .twin import (
@@ -382,17 +384,20 @@ def show(reply):
     return "nothing" if reply is None else (len(reply), reply[:40].hex())
 
 
-async def compare(export, twin, generator, seed, amount, between=None):
+async def compare(export, twin, generator, seed, amount, between=None, meter=None):
     """Drive a Transmission over ``export`` and the twin with ``amount`` requests."""
     ours, theirs = socket.socketpair()
     ours.setblocking(False)
     theirs.setblocking(False)
+    meter = meter or Meter()
+    twin.counted.clear()
     transmission = Transmission(
         theirs,
         export,
         style=twin.style,
         contexts=() if twin.simple else ((CONTEXT, "base:allocation"),),
         peer="twin",
+        meter=meter,
     )
     layout, magic = (LONG_REQUEST, LONG_MAGIC) if twin.extended else (REQUEST, MAGIC)
     transmission.start(b"")
@@ -438,6 +443,12 @@ async def compare(export, twin, generator, seed, amount, between=None):
             await between(done)
     ours.send(layout.pack(magic, 0, DISC, 0, 0, 0))
     assert await asyncio.wait_for(transmission.closed, 20) is False
+    numbers = meter.read()
+    assert (numbers.connections, numbers.in_flight) == (0, 0)
+    assert {
+        name: [found.count, found.bytes, dict(found.errors)]
+        for name, found in numbers.commands.items()
+    } == twin.counted
     with pytest.raises(BlockingIOError):
         ours.recv(1)
     ours.close()
@@ -505,6 +516,50 @@ async def run(store, seed, amount, style, *, long=False):
     await check_all(export, twin, seed)
     await catalogue.close_export(export)
     await catalogue.close()
+
+
+@pytest.mark.parametrize(
+    ("style", "seed"), [(SIMPLE, 21), (STRUCTURED, 22), (EXTENDED, 23)], ids=str
+)
+def test_twin_under_limits_that_change(style, seed):
+    """Limits take time, and nothing else."""
+
+    async def main():
+        catalogue = await Catalogue.open(MemoryLayerStore())
+        await catalogue.create_volume("disk", SIZE)
+        twin = Twin(SIZE, style)
+        generator = Generator(seed, long=False, extended=twin.extended)
+        export = await catalogue.open_volume("disk", lambda: None)
+        meter = Meter()
+        dice = random.Random(seed)
+        loop = asyncio.get_running_loop()
+
+        def change():
+            iops = dice.choice([None, 2000, 20_000, 10**6])
+            bandwidth = dice.choice([None, 100 * MIB, 1000 * MIB])
+            meter.limit(
+                Limits(
+                    iops,
+                    iops and dice.choice([None, 1, 50]),
+                    bandwidth,
+                    bandwidth and dice.choice([None, 1, MIB]),
+                )
+            )
+            nonlocal timer
+            timer = loop.call_later(dice.random() * 0.02, change)
+
+        timer = None
+        change()
+        try:
+            await compare(export, twin, generator, seed, 4000 * TIMES, meter=meter)
+        finally:
+            timer.cancel()
+        await check_all(export, twin, seed)
+        assert meter.read().throttled > 0
+        await catalogue.close_export(export)
+        await catalogue.close()
+
+    asyncio.run(main())
 
 
 @pytest.mark.timeout(300 * TIMES)

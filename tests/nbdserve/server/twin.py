@@ -14,6 +14,7 @@ from nbdserve.protocol.requests import (
     parse_status_payload,
     validate_request,
 )
+from nbdserve.server.meter import COMMAND_NAMES, OTHER
 from nbdserve.server.operations import MAX_READ_RUNS, MIN_SPARSE_READ
 
 BLOCK = 4096
@@ -42,6 +43,7 @@ class Twin:
         self.extended = style is ReplyStyle.EXTENDED
         self.offset = 0  # of the request that is being answered
         self.style = style
+        self.counted = {}  # by command's name: requests, bytes, errors by their number
         self.terms = Terms(size, read_only, style, frozenset(() if self.simple else (CONTEXT,)))
 
     def frozen(self):
@@ -54,6 +56,7 @@ class Twin:
     def answer(self, flags, command, cookie, offset, length, payload):
         """Carry out one request; returns its reply."""
         self.offset = offset
+        asked = length if command in (READ, WRITE, TRIM, WRITE_ZEROES, CACHE) else 0
         request = Request(flags, command, cookie, offset, length)
         refusal = validate_request(request, self.terms)
         if refusal is None and command == BLOCK_STATUS and flags & PAYLOAD_LEN:
@@ -62,6 +65,7 @@ class Twin:
                 request, _ = parsed
                 flags, length = request.flags, request.length
                 refusal = validate_request(request, self.terms)
+        self._count(command, 0 if refusal else asked, refusal and refusal.error)
         if refusal is not None:
             return self._refuse(cookie, refusal.error, refusal.message.encode())
         if command == READ:
@@ -77,6 +81,13 @@ class Twin:
         if self.extended:
             return self._chunk(DONE, 0, cookie, b"")
         return SIMPLE_REPLY.pack(SIMPLE_MAGIC, 0, cookie)
+
+    def _count(self, command, size, error):
+        counted = self.counted.setdefault(COMMAND_NAMES.get(command, OTHER), [0, 0, {}])
+        counted[0] += 1
+        counted[1] += size
+        if error is not None:
+            counted[2][error.name] = counted[2].get(error.name, 0) + 1
 
     def runs(self, offset, length):
         """Pieces of a range in which all blocks hold data, or none does: [(length, data)]."""

@@ -13,7 +13,7 @@ from backends.errors import InUseError, UnavailableError
 from nbdserve.workers.host import WorkerHost
 from snapshots import sealing
 from snapshots.contexts import ALLOCATION_DEPTH
-from snapshots.host import HostLostError
+from snapshots.host import Cell, HostLostError
 from tests.nbdserve.workers.remote import ALLOCATION, RemoteHandle, open_over_workers
 from tests.snapshots.stores import until
 
@@ -452,3 +452,24 @@ def test_a_worker_imports_no_more_than_it_needs():
     loaded = {name.partition(".")[0] for name in done.stdout.decode().split()}
     assert "snapshots" in loaded
     assert not loaded & {"aiohttp", "boto3", "botocore", "click", "lz4"}
+
+
+def test_a_map_is_counted_where_the_volume_is_open(tmp_path):
+    async def scene(catalogue):
+        handle = await connect(catalogue, "a")
+        await handle.write(0, b"x" * 2 * BLOCK)
+        await catalogue.create_snapshots([("a", "one")], {"backup": "r"})
+        await handle.write(BLOCK, b"y" * BLOCK)
+        found = await catalogue.map_volume("a", 256, "backup")
+        assert [layer.mapped for layer in found.layers] == [BLOCK, BLOCK]
+        assert found.filled == (Cell(0, 1, 0, 1, 0), Cell(1, 1, 1, 1, 1))
+        assert found.changed == BLOCK
+        mapping = asyncio.ensure_future(catalogue.map_volume("a", 1, "backup"))
+        await asyncio.sleep(0)
+        worker = next(info for info in catalogue.list_workers() if info.volumes)
+        os.kill(worker.pid, signal.SIGKILL)
+        # What was not flushed is lost with the worker; what a snapshot has is not.
+        assert (await mapping).layers[0].mapped >= BLOCK
+        await handle.end(catalogue)
+
+    run(tmp_path, scene)
