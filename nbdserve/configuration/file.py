@@ -27,6 +27,19 @@
     allow_certificates = ["backup.example.com"]
     max_connections = 4
 
+    [[policy]]
+    name = "nightly"
+    volumes = ["web*", "guest"]
+    exclude = ["web-scratch"]
+    repository = "s3://backups/host-1"
+    schedule = "daily 02:15"
+    keep_daily = 7
+    keep_monthly = 12
+    passphrase_file = "/etc/nbdserve/passphrase"
+    freeze_command = ["/etc/nbdserve/quiesce", "freeze"]
+    thaw_command = ["/etc/nbdserve/quiesce", "thaw"]
+    freeze_timeout = 30
+
 Errors name the file, the table, the key and what is allowed.
 """
 
@@ -37,6 +50,7 @@ from typing import Final
 from backends.errors import InvalidError, NotFoundError
 from nbdserve.configuration.exports import EXPORT_KEYS, read_export
 from nbdserve.configuration.listeners import LISTENER_KEYS, read_listener
+from nbdserve.configuration.policies import POLICY_KEYS, check_policies, read_policy
 from nbdserve.configuration.settings import LOG_LEVELS, MAX_WORKERS, Settings
 from nbdserve.configuration.table import Table
 from nbdserve.configuration.tls import TLS_KEYS, read_tls
@@ -50,6 +64,7 @@ KEYS: Final = (
     "handshake_timeout",
     "listener",
     "export",
+    "policy",
 )
 MAX_HANDSHAKE_TIMEOUT: Final = 3600
 
@@ -76,4 +91,7 @@ def read_file(path: Path) -> Settings:
         handshake_timeout=table.number("handshake_timeout", MAX_HANDSHAKE_TIMEOUT, "seconds"),
         listeners=tuple(map(read_listener, table.tables("listener", "address", LISTENER_KEYS))),
         exports=tuple(map(read_export, table.tables("export", "name", EXPORT_KEYS))),
+        policies=check_policies(
+            table.where, [*map(read_policy, table.tables("policy", "name", POLICY_KEYS))]
+        ),
     )

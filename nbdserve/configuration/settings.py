@@ -21,6 +21,7 @@ from nbdserve.configuration.listeners import (
     combine_listener,
     find_listeners,
 )
+from nbdserve.configuration.policies import Policy
 from nbdserve.configuration.tls import NOTHING_OF_TLS, TlsSettings, override
 from nbdserve.server.connection import HANDSHAKE_TIMEOUT
 from nbdserve.server.permissions import ExportRule
@@ -42,6 +43,7 @@ class Settings:
     handshake_timeout: int | None = None
     listeners: tuple[ListenerSettings, ...] = ()
     exports: tuple[ExportRule, ...] = ()
+    policies: tuple[Policy, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -76,6 +76,12 @@ class Table:
         value = self.items(key, str, f"strings, {meaning}")
         return None if value is None else tuple(map(str, value))
 
+    def command(self, key: str) -> str | tuple[str, ...] | None:
+        """A string that is to be taken apart, or a list of the command's words."""
+        if isinstance(self._values.get(key), list):
+            return self.texts(key, "the command and its arguments")
+        return self.text(key, "a command, or a list of it and its arguments")
+
     def tables(self, key: str, name: str, keys: Sequence[str]) -> "Iterator[Table]":
         """The tables written ``[[key]]``; errors call each by its value of ``name``."""
         value = self._values.get(key, [])
