@@ -37,6 +37,7 @@ def main():
         "damage": damage,
         "store": store,
         "many-snapshots-in-a-repository": backups,
+        "cron": cron,
     }
     parser = argparse.ArgumentParser(prog="python -m tests.torture", description=__doc__)
     parser.add_argument("--minutes", type=float, default=10, help="for fuzz and storm; 10")
@@ -182,6 +183,11 @@ def backups(arguments):
         NBDSERVE_BACKUPS=1000,
         NBDSERVE_BACKUPS_SEED=arguments.seed,
     )
+
+
+def cron(_arguments):
+    """Let cron run a policy for five minutes; whether all was right."""
+    return run_test("tests/integration/test_schedules.py", NBDSERVE_CRON_MINUTES=5)
 
 
 def run_test(test, **environment):
