@@ -75,7 +75,8 @@ def run_hook(
         waiting = [pidfd] if ended is None else [pidfd, ended]
         ready = select.select(waiting, [], [], seconds)[0]
         if pidfd not in ready:
-            os.killpg(process.pid, signal.SIGKILL)
+            with contextlib.suppress(PermissionError):  # of sudo, which is root's
+                os.killpg(process.pid, signal.SIGKILL)
             gone = bool(select.select([pidfd], [], [], _DYING)[0])
             why = "was killed with the backup" if ready else f"took longer than {seconds:g} s"
             done = outcome(None, f"the {named} {why}")

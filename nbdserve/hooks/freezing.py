@@ -1,5 +1,6 @@
 """The backup's side of a freeze: see the package's text."""
 
+import contextlib
 import json
 import os
 import socket
@@ -133,7 +134,8 @@ class Freezing:
         finally:
             self._answers.close()
             self._socket.close()
-        self._process.wait()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(1.0)  # it stays where a freeze command cannot be killed
 
     def _answer(self) -> Document | None:
         """The next line; None at the end."""

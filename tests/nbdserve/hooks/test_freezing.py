@@ -4,8 +4,10 @@ The hooks are shell scripts that write to a file what they were run for; the bac
 that is inside of the context, and is ended there.
 """
 
+import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -18,6 +20,7 @@ import pytest
 from backends.errors import StorageError
 from nbdserve.hooks import commands
 from nbdserve.hooks.freezing import Freezing, Hooks
+from nbdserve.hooks.watcher import watch
 
 # What a backup does, as far as hooks are concerned.
 BACKUP = """
@@ -230,6 +233,31 @@ def test_a_thaw_that_fails_after_the_backup_was_killed_is_said(notes: Notes) -> 
         notes.wait_for("freeze", "thaw", "thaw")
         assert process.stderr is not None
         assert "trying again" in process.stderr.readline()
+
+
+def test_a_freeze_that_cannot_be_killed_is_thawed_twice(
+    notes: Notes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As sudo's child cannot by who is not root: at once, and when it has ended after all."""
+
+    def refuse(group: int, number: int) -> None:
+        raise PermissionError
+
+    monkeypatch.setattr(os, "killpg", refuse)
+    monkeypatch.setattr(commands, "_DYING", 0.1)
+    backup, watched = socket.socketpair()
+    script = f"{notes.freeze}; while test $(wc -l <{notes.file}) -lt 2; do sleep 0.1; done"
+    told = {
+        "freeze": ["sh", "-c", f"{script}; {notes.freeze}"], "thaw": ["sh", "-c", notes.thaw],
+        "seconds": 0.5, "environment": dict(os.environ),
+    }  # fmt: skip
+    with backup, watched:
+        backup.sendall(json.dumps(told).encode() + b"\n")
+        watch(watched)
+        frozen, thawed = backup.recv(1 << 16).splitlines()
+    assert "cannot be killed" in json.loads(frozen)["error"]
+    assert json.loads(thawed)["error"] is None
+    assert notes.read() == ["freeze", "thaw", "freeze", "thaw"]
 
 
 def test_a_backup_that_ends_before_it_freezes_runs_nothing(notes: Notes) -> None:
