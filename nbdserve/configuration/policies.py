@@ -104,15 +104,13 @@ def read_policy(table: Table) -> Policy:
     )  # fmt: skip
     volumes = _patterns(table, "volumes")
     if not volumes:
-        raise InvalidError(
-            f"{table.where}: 'volumes' is missing: names and patterns, as in ['web*']"
-        )
+        raise table.problem("volumes", "'volumes' is missing: names and patterns, as in ['web*']")
     repository = table.required_text("repository", "a URL such as 's3://backups/web'")
     if "@" in repository or not repository.startswith(("s3://", "file:///")):
         raise table.error("repository", "a URL such as 's3://backups/web' or 'file:///srv/backups'")
     key = {key: text for key in KEY_KEYS if (text := table.text(key, "as the option of that name"))}
     if len(key) > 1:
-        raise InvalidError(f"{table.where}: {' and '.join(map(repr, key))} exclude each other")
+        raise table.problem(min(key), f"{' and '.join(map(repr, key))} exclude each other")
     schedule = table.text("schedule", MEANING)
     limits = {name: _rate(table, f"limit_{name}") for name in ("upload", "download")}
     storage_class = table.text("storage_class", "a storage class of S3")
@@ -171,15 +169,13 @@ def _read_hooks(table: Table) -> Hooks | None:
     seconds = table.number("freeze_timeout", MOST_SECONDS, "seconds")
     if freeze is None and thaw is None:
         if seconds is not None:
-            raise InvalidError(
-                f"{table.where}: 'freeze_timeout' is of no use without freeze_command"
+            raise table.problem(
+                "freeze_timeout", "'freeze_timeout' is of no use without freeze_command"
             )
         return None
     if freeze is None or thaw is None:
         lacking = "thaw_command" if thaw is None else "freeze_command"
-        raise InvalidError(
-            f"{table.where}: {lacking!r} is missing: there is no freeze without a thaw"
-        )
+        raise table.problem(lacking, f"{lacking!r} is missing: there is no freeze without a thaw")
     return Hooks(freeze, thaw, seconds or DEFAULT_SECONDS)
 
 
@@ -208,4 +204,4 @@ def _checked(table: Table, key: str, check: Any, value: str) -> Any:
     try:
         return check(value)
     except InvalidError as error:
-        raise InvalidError(f"{table.where}: {key!r}: {error}") from None
+        raise table.problem(key, f"{key!r}: {error}") from None

@@ -16,6 +16,10 @@ class Table:
             if key not in keys:
                 raise InvalidError(f"{where}: unknown key {key!r}; the keys are {', '.join(keys)}")
 
+    def problem(self, key: str, text: str) -> InvalidError:
+        """An error about a key; ``text`` says it all."""
+        return InvalidError(f"{self.where}: {text}")
+
     def error(self, key: str, wanted: str) -> InvalidError:
         return InvalidError(f"{self.where}: {key!r} must be {wanted}")
 
