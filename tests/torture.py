@@ -38,6 +38,7 @@ def main():
         "store": store,
         "many-snapshots-in-a-repository": backups,
         "restarts": restarts,
+        "cron": cron,
     }
     parser = argparse.ArgumentParser(prog="python -m tests.torture", description=__doc__)
     parser.add_argument("--minutes", type=float, default=10, help="for fuzz and storm; 10")
@@ -190,6 +191,11 @@ def backups(arguments):
 def restarts(arguments):
     """Restart the daemon under a guest's load, and kill it; whether the guest saw no error."""
     return run_test("tests/integration/test_restart.py", NBDSERVE_RESTARTS=arguments.rounds)
+
+
+def cron(_arguments):
+    """Let cron run a policy for five minutes; whether all was right."""
+    return run_test("tests/integration/test_schedules.py", NBDSERVE_CRON_MINUTES=5)
 
 
 def run_test(test, **environment):

@@ -22,6 +22,7 @@ _COMMANDS = {
     "snapshot": "nbdserve.cli.snapshot:snapshot",
     "repo": "nbdserve.cli.repo:repo",
     "backup": "nbdserve.cli.backup:backup",
+    "policy": "nbdserve.cli.policy:policy",
     "status": "nbdserve.cli.status:status",
     "check": "nbdserve.cli.check:check",
     "config": "nbdserve.cli.config:config",

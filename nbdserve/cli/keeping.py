@@ -45,6 +45,11 @@ def given_storage_class() -> str | None:
     return given
 
 
+def use_storage_class(name: str) -> None:
+    """As if the command line named it."""
+    click.get_current_context().meta[_CLASS] = name
+
+
 def _keep_time(context: click.Context, parameter: click.Parameter, value: str | None) -> None:
     if value is None:
         return

@@ -3,6 +3,7 @@
 They are taken by every command of a :class:`RepositoryGroup`.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import click
@@ -49,6 +50,11 @@ def given_key_options() -> dict[str, Any]:
     """Those that the command line names, as ``KeySource`` takes them."""
     given: dict[str, Any] = click.get_current_context().meta.get(_SOURCE, {})
     return given
+
+
+def use_key_options(given: Mapping[str, str]) -> None:
+    """As if the command line named these."""
+    click.get_current_context().meta[_SOURCE] = dict(given)
 
 
 def refuse_key_options() -> None:

@@ -3,7 +3,7 @@
 They are kept in the context, and applied where the command opens its repository.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import click
@@ -48,6 +48,11 @@ def limited(store: ObjectStore) -> ObjectStore:
     if not limits:
         return store
     return LimitedObjectStore(store, limits.get("upload"), limits.get("download"))
+
+
+def use_limits(limits: Mapping[str, int]) -> None:
+    """As if the command line gave these: bytes a second of ``upload`` and ``download``."""
+    click.get_current_context().meta[_LIMITS] = dict(limits)
 
 
 def refuse_limits() -> None:

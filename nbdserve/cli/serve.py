@@ -31,6 +31,7 @@ from nbdserve.server.connection import HANDSHAKE_TIMEOUT
 @click.option(
     "--config",
     metavar="FILE",
+    envvar="NBDSERVE_CONFIG",
     type=click.Path(path_type=Path),
     help="TOML with the same settings, as in log_level, which the command line wins over; and with"
     " what there is no option for: TLS and access lists of one address, exports for certain clients"

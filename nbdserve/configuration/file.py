@@ -37,6 +37,19 @@
     bandwidth = "50M"
     bandwidth_burst = "500M"
 
+    [[policy]]
+    name = "nightly"
+    volumes = ["web*", "guest"]
+    exclude = ["web-scratch"]
+    repository = "s3://backups/host-1"
+    schedule = "daily 02:15"
+    keep_daily = 7
+    keep_monthly = 12
+    passphrase_file = "/etc/nbdserve/passphrase"
+    freeze_command = ["/etc/nbdserve/quiesce", "freeze"]
+    thaw_command = ["/etc/nbdserve/quiesce", "thaw"]
+    freeze_timeout = 30
+
 Errors name the file, the line, the table, the key and what is allowed; all are found at once.
 
 A daemon that is told neither a file nor a data directory is the system's, and reads DEFAULT_FILE.
@@ -52,6 +65,7 @@ from nbdserve.addresses import parse_address
 from nbdserve.configuration.exports import EXPORT_KEYS, read_export
 from nbdserve.configuration.lines import find_lines
 from nbdserve.configuration.listeners import LISTENER_KEYS, read_listener
+from nbdserve.configuration.policies import POLICY_KEYS, check_policies, read_policy
 from nbdserve.configuration.problems import ConfigurationError, Problems
 from nbdserve.configuration.settings import (
     LOG_FORMATS,
@@ -79,8 +93,9 @@ KEYS: Final = (
     *WATCHING_KEYS,
     "listener",
     "export",
+    "policy",
 )
-TABLES: Final = {"listener": LISTENER_KEYS, "export": EXPORT_KEYS}
+TABLES: Final = {"listener": LISTENER_KEYS, "export": EXPORT_KEYS, "policy": POLICY_KEYS}
 """The keys of each table that KEYS has."""
 
 _AT: Final = re.compile(r" \(at (?:line (\d+), column \d+|end of document)\)$")
@@ -104,7 +119,9 @@ def read_file(path: Path) -> Settings:
         watching=read_watching(table),
         listeners=table.each("listener", "address", LISTENER_KEYS, read_listener),
         exports=table.each("export", "name", EXPORT_KEYS, read_export),
+        policies=table.each("policy", "name", POLICY_KEYS, read_policy),
     )
+    problems.attempt(lambda: check_policies(table.where, settings.policies))
     problems.check()
     return settings
 

@@ -22,6 +22,7 @@ from nbdserve.configuration.listeners import (
     combine_listener,
     find_listeners,
 )
+from nbdserve.configuration.policies import Policy
 from nbdserve.configuration.problems import Problems
 from nbdserve.configuration.tls import NOTHING_OF_TLS, TlsSettings, override
 from nbdserve.configuration.watching import (
@@ -60,6 +61,7 @@ class Settings:
     watching: WatchingSettings = NOTHING_OF_WATCHING
     listeners: tuple[ListenerSettings, ...] = ()
     exports: tuple[ExportRule, ...] = ()
+    policies: tuple[Policy, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -159,6 +159,12 @@ class Table:
         value = self.items(key, str, f"strings, {meaning}")
         return None if value is None else tuple(map(str, value))
 
+    def command(self, key: str) -> str | tuple[str, ...] | None:
+        """A string that is to be taken apart, or a list of the command's words."""
+        if isinstance(self._values.get(key), list):
+            return self.texts(key, "the command and its arguments")
+        return self.text(key, "a command, or a list of it and its arguments")
+
     def one(self, key: str, keys: Sequence[str], read: Callable[[Table], T]) -> T | None:
         """What ``read`` makes of the table written ``[key]``; None without it, or without sense."""
         value = self._values.get(key)

@@ -5,8 +5,9 @@ exported variables carried from block to block. So that they do no harm and find
 these things are put in place of others, and nothing else is:
 
 - `make` commands run with --dry-run: make must know the targets, but tests do not run tests.
-- /var/lib/nbdserve and /srv/backups are directories of the test; s3://backups is a new bucket, and
-  https://s3.example.com the test's S3 server, whose credentials are in the environment.
+- /var/lib/nbdserve, /etc/nbdserve and /srv/backups are directories of the test; s3://backups is a
+  new bucket, and https://s3.example.com the test's S3 server, whose credentials are in the
+  environment.
 - Port 10809 is a free one; `nbdserve serve` runs in the background, a later one in its place.
 - scripts/ is that of the project.
 - debian.qcow2 is a small image; qemu-system-x86_64 starts with its processors stopped, and quits.
@@ -49,6 +50,7 @@ DOCUMENTS = [
     PROJECT / "docs" / "monitoring.md",
     PROJECT / "docs" / "web.md",
     PROJECT / "docs" / "limits.md",
+    PROJECT / "docs" / "schedules.md",
 ]
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 CRON_LINE = re.compile(r"^(?:[\d*/,-]+\s+){5}(.*)$")
@@ -154,6 +156,7 @@ def sandbox(
         environment.pop(name, None)
     substitutions = {
         "/var/lib/nbdserve": str(data_directory),
+        "/etc/nbdserve/": f"{tmp_path}/",
         "/srv/backups": str(tmp_path / "backups"),
         "s3://backups": f"s3://{bucket}",
         "https://s3.example.com": s3_server.endpoint,

@@ -121,7 +121,9 @@ def test_a_killed_restore_leaves_nothing(cli: CommandLine, url: str) -> None:
 @pytest.mark.usefixtures("daemon")
 def test_a_second_backup_says_that_there_is_one(cli: CommandLine, url: str) -> None:
     with stuck("push", "backup", "a", "--repo", url) as process:
-        assert "being backed up" in cli("backup", "a", "--repo", url).line
+        other = cli("backup", "a", "--repo", url)
+        assert other.status == os.EX_TEMPFAIL
+        assert f"being backed up by process {process.pid} since" in other.err
         assert cli.json("status")["backups"] == ["a"]
         process.terminate()
         assert process.wait(timeout=60) == 143
@@ -131,7 +133,9 @@ def test_a_second_backup_says_that_there_is_one(cli: CommandLine, url: str) -> N
 
 def test_a_second_backup_with_no_daemon_says_it_too(cli: CommandLine, url: str) -> None:
     with stuck("push", "backup", "a", "--repo", url) as process:
-        assert "being backed up" in cli("backup", "a", "--repo", url).line
+        other = cli("backup", "a", "--repo", url)
+        assert other.status == os.EX_TEMPFAIL
+        assert f"being backed up by process {process.pid} since" in other.err
         process.send_signal(signal.SIGINT)
         assert process.wait(timeout=60) == 130
         assert process.stderr is not None

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from backends.errors import UnavailableError
-from nbdserve.cli import backup as backup_command
+from nbdserve.cli import backup_run
 from snapshots.repository import PushReport, Repository, open_repository
 from snapshots.repository.layout import pointer_key
 from snapshots.repository.records import Pointer
@@ -51,7 +51,7 @@ def seconds(monkeypatch: pytest.MonkeyPatch) -> None:
         def now(zone: object) -> datetime:
             return datetime(2026, 1, 2, 3, 4, next(count), tzinfo=UTC)
 
-    monkeypatch.setattr(backup_command, "datetime", Clock)
+    monkeypatch.setattr(backup_run, "datetime", Clock)
 
 
 def test_a_dry_run_explains_and_deletes_nothing(cli: CommandLine, url: str) -> None:

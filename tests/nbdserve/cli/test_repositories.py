@@ -12,7 +12,7 @@ import pytest
 from backends.bandwidth import LimitedObjectStore
 from backends.errors import StorageError, UnavailableError
 from backends.objects import ObjectStore
-from nbdserve.cli import backup as backup_command
+from nbdserve.cli import backup_run
 from snapshots.repository import PushReport, Repository
 from tests.nbdserve.volume_content import read, write
 
@@ -315,7 +315,7 @@ def test_an_older_snapshot_that_cannot_be_deleted_is_only_a_warning(
     def refuse(client: Any, volume: str, name: str) -> None:
         raise StorageError("somebody reads it")
 
-    monkeypatch.setattr(backup_command, "delete_snapshot", refuse)
+    monkeypatch.setattr(backup_run, "delete_snapshot", refuse)
     outcome = cli("backup", "a", "--repo", url)
     assert outcome.status == 0
     assert outcome.err == f"nbdserve: warning: a@{first} stays: somebody reads it\n"
@@ -335,7 +335,7 @@ def test_backups_within_one_second_have_names_of_their_own(
         def now(zone: object) -> datetime:
             return moments.pop(0)
 
-    monkeypatch.setattr(backup_command, "datetime", Clock)
+    monkeypatch.setattr(backup_run, "datetime", Clock)
     monkeypatch.setattr(time, "sleep", waits.append)
     names = [cli.json("backup", "a", "--repo", url)["backups"][0]["snapshot"] for _ in range(2)]
     assert names == ["backup-20240501T120000Z", "backup-20240501T120001Z"]

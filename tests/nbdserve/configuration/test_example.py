@@ -48,6 +48,7 @@ def test_what_is_commented_out_is_the_default(tmp_path: Path) -> None:
 
 
 def test_the_documents_have_every_key() -> None:
-    document = (PROJECT / "docs" / "configuration.md").read_text()
+    pages = ("configuration", "schedules", "space")
+    document = "".join((PROJECT / "docs" / f"{page}.md").read_text() for page in pages)
     for key in (*KEYS, *(key for keys in TABLES.values() for key in keys)):
         assert f"`{key}`" in document or f"`[[{key}]]`" in document, key

@@ -145,6 +145,9 @@ def test_an_older_snapshot_makes_no_backup_younger(client: Client) -> None:
     assert records(client) == before
     succeed(client, snapshot="next", created=2001)
     assert records(client)[0]["snapshot"] == "next"
+    succeed(client, snapshot="by a wrong clock", created=time.time() + 1000)
+    succeed(client, snapshot="last", created=2002)
+    assert records(client)[0]["snapshot"] == "last"
 
 
 def test_a_record_can_be_forgotten(client: Client) -> None:
