@@ -66,6 +66,7 @@ async def run(configuration: Configuration, announce: Callable[[str], None]) -> 
     _raise_descriptor_limit()
     catalogue = await _open_catalogue(store, workers, fetcher, stop)
     try:
+        catalogue.space.policy = configuration.space
         catalogue.hydrate()
         host = Host(configuration.data, daemon=True)
         control = ControlServer(State(catalogue, store, host))

@@ -44,7 +44,10 @@ class Snapshot:
 
 @dataclass(frozen=True)
 class Manifest:
-    """One volume (see the module's text); ``parents`` maps each layer to the one below or ''."""
+    """One volume (see the module's text); ``parents`` maps each layer to the one below or ''.
+
+    ``reserve`` is how many bytes are reserved for it (reservations.py).
+    """
 
     id: str
     name: str
@@ -54,6 +57,7 @@ class Manifest:
     head: str
     parents: dict[str, str]
     snapshots: tuple[Snapshot, ...] = field(default=())
+    reserve: int = 0
 
     def stack(self, top: str) -> list[str]:
         """Layers from the oldest to ``top``."""
@@ -110,8 +114,11 @@ class Manifest:
         return pack_record(VERSION, self.as_map())
 
     def as_map(self) -> dict[str, Any]:
-        """As msgpack can hold it."""
-        return asdict(self)
+        """As msgpack can hold it; without a reservation as programs have it that know of none."""
+        fields = asdict(self)
+        if not self.reserve:
+            del fields["reserve"]
+        return fields
 
 
 def unpack_manifest(content: bytes, where: str, volume: str) -> Manifest:
@@ -137,6 +144,8 @@ def manifest_from_map(found: dict[str, Any]) -> Manifest:
     """Inverse of ``as_map``; TypeError, KeyError or ValueError when something does not fit."""
     snapshots = tuple(Snapshot(**snapshot) for snapshot in found["snapshots"])
     manifest = Manifest(**{**found, "snapshots": snapshots})
+    if not isinstance(manifest.reserve, int) or manifest.reserve < 0:
+        raise ValueError("what is reserved is no number of bytes")
     layers = [manifest.head, *manifest.tops(), *(p for p in manifest.parents.values() if p)]
     if not all(layer in manifest.parents for layer in layers):
         raise ValueError("a layer is named but not listed")
@@ -164,14 +173,34 @@ def unpack_transaction(content: bytes, where: str) -> list[Manifest]:
     )
 
 
-def pack_deletion(layers: Iterable[str]) -> bytes:
-    """Layers that are to be deleted where no manifest lists them."""
-    return pack_record(VERSION, {"layers": sorted(layers)})
+@dataclass(frozen=True)
+class Deletion:
+    """Layers to be deleted where no manifest lists them; ``wipe``: of a volume of this name,
+    and to be overwritten first."""
+
+    layers: frozenset[str]
+    wipe: str | None = None
 
 
-def unpack_deletion(content: bytes, where: str) -> frozenset[str]:
+def pack_deletion(layers: Iterable[str], wipe: str | None = None) -> bytes:
+    """A deletion as a record."""
+    fields: dict[str, Any] = {"layers": sorted(layers)}
+    if wipe is not None:
+        fields["wipe"] = wipe
+    return pack_record(VERSION, fields)
+
+
+def unpack_deletion(content: bytes, where: str) -> Deletion:
     """Read a deletion's record."""
-    return _checked(where, lambda: frozenset(unpack_record(content, VERSION, where)["layers"]))
+
+    def read() -> Deletion:
+        found = unpack_record(content, VERSION, where)
+        wipe = found.get("wipe")
+        return Deletion(
+            frozenset(found["layers"]), None if wipe is None else check_name("volume", wipe)
+        )
+
+    return _checked(where, read)
 
 
 @dataclass(frozen=True)
@@ -207,5 +236,5 @@ def unpack_merge(content: bytes, where: str, target: str) -> Merge:
 def _checked(where: str, read: Callable[[], T]) -> T:
     try:
         return read()
-    except (TypeError, KeyError, ValueError, AttributeError) as error:
+    except (TypeError, KeyError, ValueError, AttributeError, InvalidError) as error:
         raise CorruptError(f"{where}: not what it should be: {error!r}") from error

@@ -7,6 +7,7 @@ import click
 
 from nbdserve import daemon
 from nbdserve.cli.options import data_option, given_data_directory
+from nbdserve.configuration.environment import named_file
 from nbdserve.configuration.file import read_file
 from nbdserve.configuration.settings import (
     LOG_LEVELS,
@@ -15,6 +16,7 @@ from nbdserve.configuration.settings import (
     Settings,
     combine,
 )
+from nbdserve.configuration.space import MOST_OVERCOMMIT, SpaceSettings, parse_threshold
 from nbdserve.configuration.tls import TLS_MODES, TlsSettings
 from nbdserve.logs import write_logs
 
@@ -26,7 +28,7 @@ from nbdserve.logs import write_logs
     type=click.Path(path_type=Path),
     help="TOML with the same settings, as in log_level, which the command line wins over; and with"
     " what there is no option for: TLS and access lists of one address, exports for certain clients"
-    " only, limits.",
+    " only, limits.  [default: what NBDSERVE_CONFIG names]",
 )
 @click.option(
     "--listen",
@@ -66,6 +68,19 @@ from nbdserve.logs import write_logs
     type=click.Choice(TLS_MODES),
     help="Whether connections are encrypted.  [default: required, given a certificate]",
 )
+@click.option(
+    "--max-overcommit",
+    metavar="RATIO",
+    type=click.FloatRange(0, MOST_OVERCOMMIT, min_open=True),
+    help="How many times what the disk can hold may be provisioned.  [default: unbounded]",
+)
+@click.option("--warn-free", metavar="SIZE|PERCENT", help="Warn when less is free.  [default: 10%]")
+@click.option("--critical-free", metavar="SIZE|PERCENT", help="Warn once more.  [default: 3%]")
+@click.option(
+    "--min-free",
+    metavar="SIZE|PERCENT",
+    help="Refuse new volumes and snapshots when less is free.  [default: 16M]",
+)
 @data_option
 def serve(
     config: Path | None,
@@ -76,16 +91,27 @@ def serve(
     tls_key: Path | None,
     tls_client_ca: Path | None,
     tls: str | None,
+    max_overcommit: float | None,
+    warn_free: str | None,
+    critical_free: str | None,
+    min_free: str | None,
 ) -> None:
     """Serve the volumes over NBD until SIGTERM or SIGINT.
 
     The first signal drains: requests in flight are answered and all data is flushed. A second one
     ends the process at once.
     """
+    config = config or named_file()
     file = Settings() if config is None else read_file(config)
     given = TlsSettings(tls, tls_certificate, tls_key, tls_client_ca)
+    thresholds = (
+        None if text is None else parse_threshold(text)
+        for text in (warn_free, critical_free, min_free)
+    )
+    space = SpaceSettings(max_overcommit, *thresholds)
     configuration = combine(
-        Settings(given_data_directory(), listen or None, log_level, given, workers), file
+        Settings(given_data_directory(), listen or None, log_level, given, workers, space=space),
+        file,
     )
     write_logs(configuration.log_level)
     asyncio.run(daemon.run(configuration, _announce))

@@ -27,6 +27,12 @@
     allow_certificates = ["backup.example.com"]
     max_connections = 4
 
+    [space]
+    max_overcommit = 3.0
+    warn_free = "10%"
+    critical_free = "20G"
+    min_free = "1G"
+
 Errors name the file, the table, the key and what is allowed.
 """
 
@@ -38,6 +44,7 @@ from backends.errors import InvalidError, NotFoundError
 from nbdserve.configuration.exports import EXPORT_KEYS, read_export
 from nbdserve.configuration.listeners import LISTENER_KEYS, read_listener
 from nbdserve.configuration.settings import LOG_LEVELS, MAX_WORKERS, Settings
+from nbdserve.configuration.space import SPACE_KEYS, read_space
 from nbdserve.configuration.table import Table
 from nbdserve.configuration.tls import TLS_KEYS, read_tls
 
@@ -50,6 +57,7 @@ KEYS: Final = (
     "handshake_timeout",
     "listener",
     "export",
+    "space",
 )
 MAX_HANDSHAKE_TIMEOUT: Final = 3600
 
@@ -72,6 +80,7 @@ def read_file(path: Path) -> Settings:
         listen=table.texts("listen", "each HOST:PORT or unix:PATH"),
         log_level=table.choice("log_level", LOG_LEVELS),
         tls=read_tls(table),
+        space=read_space(table.table("space", SPACE_KEYS)),
         workers=table.number("workers", MAX_WORKERS),
         handshake_timeout=table.number("handshake_timeout", MAX_HANDSHAKE_TIMEOUT, "seconds"),
         listeners=tuple(map(read_listener, table.tables("listener", "address", LISTENER_KEYS))),

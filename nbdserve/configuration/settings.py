@@ -21,9 +21,11 @@ from nbdserve.configuration.listeners import (
     combine_listener,
     find_listeners,
 )
+from nbdserve.configuration.space import NOTHING_OF_SPACE, SpaceSettings, combine_space
 from nbdserve.configuration.tls import NOTHING_OF_TLS, TlsSettings, override
 from nbdserve.server.connection import HANDSHAKE_TIMEOUT
 from nbdserve.server.permissions import ExportRule
+from snapshots.space import DEFAULT_POLICY, SpacePolicy
 
 LOG_LEVELS: Final = ("debug", "info", "warning", "error")
 MAX_WORKERS: Final = 64
@@ -42,6 +44,7 @@ class Settings:
     handshake_timeout: int | None = None
     listeners: tuple[ListenerSettings, ...] = ()
     exports: tuple[ExportRule, ...] = ()
+    space: SpaceSettings = NOTHING_OF_SPACE
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,7 @@ class Configuration:
     workers: int = 1
     handshake_timeout: float = HANDSHAKE_TIMEOUT
     exports: tuple[ExportRule, ...] = ()
+    space: SpacePolicy = DEFAULT_POLICY
 
 
 def combine(command_line: Settings, file: Settings) -> Configuration:
@@ -83,6 +87,7 @@ def combine(command_line: Settings, file: Settings) -> Configuration:
         workers=command_line.workers or file.workers or default_workers(),
         handshake_timeout=file.handshake_timeout or HANDSHAKE_TIMEOUT,
         exports=file.exports,
+        space=combine_space(command_line.space, file.space),
     )
 
 

@@ -52,6 +52,15 @@ class Table:
             raise self.error(key, f"a number{unit and ' of '}{unit} from 1 to {most}")
         return value
 
+    def decimal(self, key: str, most: float) -> float | None:
+        """A number above 0, with or without a fraction."""
+        value = self._values.get(key)
+        if value is None:
+            return None
+        if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value <= most:
+            raise self.error(key, f"a number above 0, at most {most:g}")
+        return float(value)
+
     def text_or_number(self, key: str, meaning: str) -> str | int | None:
         value = self._values.get(key)
         if value is None or (
@@ -75,6 +84,15 @@ class Table:
     def texts(self, key: str, meaning: str) -> tuple[str, ...] | None:
         value = self.items(key, str, f"strings, {meaning}")
         return None if value is None else tuple(map(str, value))
+
+    def table(self, key: str, keys: Sequence[str]) -> "Table | None":
+        """The table written ``[key]``."""
+        value = self._values.get(key)
+        if value is None:
+            return None
+        if not isinstance(value, dict):
+            raise self.error(key, f"written as a table, [{key}]")
+        return Table(f"{self.where}: [{key}]", value, keys)
 
     def tables(self, key: str, name: str, keys: Sequence[str]) -> "Iterator[Table]":
         """The tables written ``[[key]]``; errors call each by its value of ``name``."""

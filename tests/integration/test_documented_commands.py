@@ -45,6 +45,7 @@ DOCUMENTS = [
     PROJECT / "docs" / "operations.md",
     PROJECT / "docs" / "backups.md",
     PROJECT / "docs" / "scripting.md",
+    PROJECT / "docs" / "space.md",
 ]
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 CRON_LINE = re.compile(r"^(?:[\d*/,-]+\s+){5}(.*)$")

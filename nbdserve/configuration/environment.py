@@ -1,0 +1,30 @@
+"""The configuration file that the environment names, NBDSERVE_CONFIG.
+
+Commands that do the daemon's work in its stead keep to the policy in it, as the daemon would.
+"""
+
+import os
+from pathlib import Path
+
+from nbdserve.configuration.file import read_file
+from nbdserve.configuration.space import NOTHING_OF_SPACE, combine_space
+from snapshots.space import DEFAULT_POLICY, SpacePolicy
+
+VARIABLE = "NBDSERVE_CONFIG"
+
+
+def named_file() -> Path | None:
+    """The file that the environment names."""
+    named = os.environ.get(VARIABLE)
+    return Path(named) if named else None
+
+
+def policy_of(data: Path) -> SpacePolicy:
+    """The policy of a data directory; the default where no file, or one of another, is named."""
+    file = named_file()
+    if file is None:
+        return DEFAULT_POLICY
+    settings = read_file(file)
+    if settings.data is not None and settings.data.absolute() != data.absolute():
+        return DEFAULT_POLICY
+    return combine_space(NOTHING_OF_SPACE, settings.space)
