@@ -53,6 +53,38 @@ def find_extents(descriptor: int, offset: int, length: int, limit: int) -> list[
     Unlike what SEEK_DATA finds they include space that was allocated but never written. Where the
     file system cannot tell, it is all of the range, in pieces.
     """
+    found = _ask_for_extents(descriptor, offset, length, limit)
+    if found is None:
+        starts = range(offset, offset + length, _UNKNOWN)[:limit]
+        return [(start, min(_UNKNOWN, offset + length - start)) for start in starts]
+    return found
+
+
+def find_data(descriptor: int, offset: int, length: int, limit: int) -> list[tuple[int, int]]:
+    """The same, but never a hole: where the file system cannot tell, only what has been written."""
+    found = _ask_for_extents(descriptor, offset, length, limit)
+    if found is not None:
+        return found
+    found = []
+    end = offset + length
+    while offset < end and len(found) < limit:
+        try:
+            begin = os.lseek(descriptor, offset, os.SEEK_DATA)
+        except OSError as error:
+            if error.errno != errno.ENXIO:
+                raise
+            break  # nothing up to the file's end
+        if begin >= end:
+            break
+        offset = min(os.lseek(descriptor, begin, os.SEEK_HOLE), end)
+        found.append((begin, offset - begin))
+    return found
+
+
+def _ask_for_extents(
+    descriptor: int, offset: int, length: int, limit: int
+) -> list[tuple[int, int]] | None:
+    """What FS_IOC_FIEMAP says; None: the file system does not have it."""
     buffer = bytearray(_FIEMAP.size + limit * _EXTENT.size)
     _FIEMAP.pack_into(buffer, 0, offset, length, 0, 0, limit)
     try:
@@ -60,8 +92,7 @@ def find_extents(descriptor: int, offset: int, length: int, limit: int) -> list[
     except OSError as error:
         if error.errno not in (errno.EOPNOTSUPP, errno.ENOTTY, errno.EINVAL):
             raise
-        starts = range(offset, offset + length, _UNKNOWN)[:limit]
-        return [(start, min(_UNKNOWN, offset + length - start)) for start in starts]
+        return None
     count = _FIEMAP.unpack_from(buffer)[3]
     found = []
     for number in range(count):

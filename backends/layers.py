@@ -34,10 +34,12 @@ Buffer = bytes | bytearray | memoryview
 
 @dataclass(frozen=True)
 class Space:
-    """Room on the file system under a store, in bytes."""
+    """Room on the file system under a store, in bytes; and in files, 0 where it has no bound."""
 
     free: int
     total: int
+    inodes_free: int = 0
+    inodes: int = 0
 
 
 @dataclass(frozen=True)
@@ -84,6 +86,12 @@ class DataFile(Protocol):
 
         In order; it may wait for a disk. What is not in them uses none, up to the end of the last
         one when there are ``limit``, else up to the end of the range.
+        """
+
+    def occupied_ranges(self, offset: int, length: int, limit: int) -> list[tuple[int, int]]:
+        """The first ``limit`` ranges of the range with disk space that was ever written; in order.
+
+        Unlike those of ``allocated_ranges`` they never are a hole: overwriting them takes no space.
         """
 
     def cache(self, offset: int, length: int) -> None:
@@ -201,6 +209,24 @@ class LayerStore(Protocol):
 
     async def keep_reserve(self) -> None:
         """Keep that space back again; does nothing when there is none to spare."""
+
+    async def list_held(self) -> dict[str, int]:
+        """What space is held, by the names that it is held under, in bytes."""
+
+    async def hold(self, name: str, length: int) -> int:
+        """Hold ``length`` bytes under a name, no more and no less, as far as there is space.
+
+        Nobody else can take them then. Returns what is held; durable, but for what is let go.
+        """
+
+    def spend(self, name: str, length: int) -> int:
+        """Let go of ``length`` bytes held under a name, or of all; how many they were. Blocking."""
+
+    def holds_any(self) -> bool:
+        """Whether space is held under any name; it may wait for a disk, but hardly ever does."""
+
+    def free_now(self) -> int:
+        """Bytes that are free; blocking in the same way."""
 
     async def list_layers(self) -> list[str]:
         """Names of all layers."""

@@ -29,10 +29,10 @@ import contextlib
 import errno
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from backends.file_calls import fallocate, find_extents, sync_file_range
+from backends.file_calls import fallocate, find_data, find_extents, sync_file_range
 from backends.layers import Buffer
 from backends.page_cache import count_unwritten, is_cached
 
@@ -53,6 +53,9 @@ _ZEROES = memoryview(bytes(1 << 20))
 _NOWAIT = os.RWF_NOWAIT
 
 _SYNC_FILE_RANGE_WRITE = 2
+
+
+Find = Callable[[int, int, int, int], list[tuple[int, int]]]
 
 
 class LocalDataFile:
@@ -211,12 +214,18 @@ class LocalDataFile:
             self._dirty.add(row)
 
     def allocated_ranges(self, offset: int, length: int, limit: int) -> list[tuple[int, int]]:
+        return self._find(find_extents, offset, length, limit)
+
+    def occupied_ranges(self, offset: int, length: int, limit: int) -> list[tuple[int, int]]:
+        return self._find(find_data, offset, length, limit)
+
+    def _find(self, find: Find, offset: int, length: int, limit: int) -> list[tuple[int, int]]:
         found: list[tuple[int, int]] = []
         for row, position, count in _pieces(offset, length):
             descriptor = self._rows.get(row)
             if descriptor is not None and len(found) < limit:
                 base = row << ROW_SHIFT
-                extents = find_extents(descriptor, position, count, limit - len(found))
+                extents = find(descriptor, position, count, limit - len(found))
                 found += [(base + start, size) for start, size in extents]
         return found
 

@@ -5,6 +5,7 @@
     DATA/lock                        held (flock) by the process that owns the directory; says
                                      "clean" once that and its workers ended in an orderly way
     DATA/reserve                     space kept back for metadata when the disk is full
+    DATA/reservations/<name>         space that is held, allocated to a file without content
     DATA/<kind>/<name>               records, one file each
     DATA/layers/<layer>/data-00000   a layer's data, a file a TiB (see local_data.py)
     DATA/layers/<layer>/<log>        a layer's logs
@@ -287,7 +288,9 @@ class LocalLayerStore:
 
     async def space(self) -> Space:
         status = await asyncio.to_thread(os.statvfs, self.path)
-        return Space(status.f_bavail * status.f_frsize, status.f_blocks * status.f_frsize)
+        unit = status.f_frsize
+        free, total = status.f_bavail * unit, status.f_blocks * unit
+        return Space(free, total, status.f_favail, status.f_files)
 
     async def release_reserve(self) -> bool:
         try:
@@ -308,6 +311,81 @@ class LocalLayerStore:
                 except OSError:
                     # An empty one would be taken for the reserve.
                     await aiofiles.os.unlink(path)
+
+    async def list_held(self) -> dict[str, int]:
+        def look() -> dict[str, int]:
+            with contextlib.suppress(FileNotFoundError), os.scandir(self._held()) as entries:
+                return {entry.name: entry.stat().st_blocks * 512 for entry in entries}
+            return {}
+
+        return await asyncio.to_thread(look)
+
+    async def hold(self, name: str, length: int) -> int:
+        made = length > 0 and not await aiofiles.os.path.exists(self._held() / name)
+        held = await asyncio.to_thread(self._hold_now, self._held() / name, length)
+        if made:
+            await _sync_directory(self._held())
+            await _sync_directory(self.path)
+        return held
+
+    def _hold_now(self, path: Path, length: int) -> int:
+        if length == 0:
+            with contextlib.suppress(FileNotFoundError):
+                path.unlink()
+            return 0
+        if not path.parent.exists():
+            path.parent.mkdir(mode=0o700, exist_ok=True)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            held = os.fstat(descriptor).st_blocks * 512
+            if os.fstat(descriptor).st_size > length:
+                os.ftruncate(descriptor, length)
+            elif held < length:
+                self._allocate(descriptor, held, length)
+                os.fsync(descriptor)
+            return min(length, os.fstat(descriptor).st_blocks * 512)
+        finally:
+            os.close(descriptor)
+
+    def _allocate(self, descriptor: int, held: int, length: int) -> None:
+        """Allocate a file up to ``length``, or as far as there is space."""
+        status = os.statvfs(self.path)
+        room = held + status.f_bavail * status.f_frsize
+        length = min(length, room - room % 4096)
+        while length > held:
+            try:
+                os.posix_fallocate(descriptor, 0, length)
+                return
+            except OSError as error:
+                if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                    raise
+            # The file system needs some itself, or somebody else was faster.
+            length -= max(1 << 20, (length - held) // 16)
+
+    def spend(self, name: str, length: int) -> int:
+        try:
+            descriptor = os.open(self._held() / name, os.O_RDWR | os.O_CLOEXEC)
+        except FileNotFoundError:
+            return 0
+        try:
+            size = os.fstat(descriptor).st_size
+            left = max(0, size - length) // 4096 * 4096
+            os.ftruncate(descriptor, left)
+            return size - left
+        finally:
+            os.close(descriptor)
+
+    def holds_any(self) -> bool:
+        with contextlib.suppress(FileNotFoundError), os.scandir(self._held()) as entries:
+            return any(entry.stat().st_size for entry in entries)
+        return False
+
+    def free_now(self) -> int:
+        status = os.statvfs(self.path)
+        return status.f_bavail * status.f_frsize
+
+    def _held(self) -> Path:
+        return self.path / "reservations"
 
     # Layers
 

@@ -81,6 +81,9 @@ class MemoryDataFile:
                 found.append((start, _PAGE))
         return found
 
+    def occupied_ranges(self, offset: int, length: int, limit: int) -> list[tuple[int, int]]:
+        return self.allocated_ranges(offset, length, limit)
+
     def cache(self, offset: int, length: int) -> None:
         pass
 
@@ -162,6 +165,7 @@ class MemoryLayerStore:
         self._locked = False
         self._data: dict[str, dict[int, bytearray]] = {}
         self._logs: dict[str, dict[str, bytearray]] = {}
+        self._held: dict[str, int] = {}
         self._records: dict[tuple[str, str], bytes] = {}
         self.lost: dict[str, dict[int, bytearray]] = {}
 
@@ -187,6 +191,31 @@ class MemoryLayerStore:
 
     async def keep_reserve(self) -> None:
         pass
+
+    async def list_held(self) -> dict[str, int]:
+        return dict(self._held)
+
+    async def hold(self, name: str, length: int) -> int:
+        held = self._held.pop(name, 0)
+        self.take(-held)
+        held = min(length, held + max(0, self.capacity - self.used - held))
+        self.take(held)
+        if held:
+            self._held[name] = held
+        return held
+
+    def spend(self, name: str, length: int) -> int:
+        spent = min(length, self._held.get(name, 0))
+        if spent:
+            self._held[name] -= spent
+            self.take(-spent)
+        return spent
+
+    def holds_any(self) -> bool:
+        return any(self._held.values())
+
+    def free_now(self) -> int:
+        return self.capacity - self.used
 
     async def list_layers(self) -> list[str]:
         return sorted(self._data)

@@ -42,6 +42,7 @@ from nbdserve.systemd.sockets import take_passed_sockets
 from nbdserve.systemd.watchdog import Watchdog, take_interval
 from nbdserve.workers.host import WorkerHost
 from snapshots.catalogue import Catalogue
+from snapshots.space import SpacePolicy
 
 log = logging.getLogger(__name__)
 
@@ -85,6 +86,7 @@ async def run(
     _raise_descriptor_limit()
     catalogue = await _open_catalogue(store, workers, fetcher, signals.stop)
     try:
+        catalogue.space.policy = configuration.space
         catalogue.hydrate()
         catalogue.set_pace(Pacing(measuring).pause)
         host = Host(configuration.data, daemon=True)
@@ -106,6 +108,9 @@ async def run(
                 worker.change_logs(logs)
             fetcher.change_logs(logs)
 
+        def change_space(policy: SpacePolicy) -> None:
+            catalogue.space.policy = policy
+
         def change_timeout(seconds: float) -> None:
             server.handshake_timeout = seconds
 
@@ -114,6 +119,7 @@ async def run(
         reloader.add(change_of("exports", lambda c: c.exports, change_exports, show=None))
         reloader.add(change_of("handshake_timeout", lambda c: c.handshake_timeout, change_timeout))
         reloader.add(change_of("drain_seconds", lambda c: c.drain_seconds, lambda _: None))
+        reloader.add(change_of("space", lambda c: c.space, change_space, show=None))
         reloader.add(change_of("logs", lambda c: c.logs, change_logs, show=Logs.describe))
 
         async def reload() -> Outcome:

@@ -15,6 +15,7 @@ import logging
 import secrets
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, ParamSpec, TypeVar
 
 from backends.errors import (
@@ -22,13 +23,12 @@ from backends.errors import (
     ExistsError,
     InUseError,
     InvalidError,
-    NoSpaceError,
     NotFoundError,
     StorageError,
     UnavailableError,
     one_line,
 )
-from backends.layers import LayerStore
+from backends.layers import LayerStore, Space
 from snapshots.checking import Checker, CheckReport
 from snapshots.comparing import Comparison, compare_snapshots, compare_with_now
 from snapshots.contexts import base_of, context_names
@@ -50,9 +50,13 @@ from snapshots.merging import Merging
 from snapshots.names import check_name, check_volume_size
 from snapshots.open_views import OpenViews
 from snapshots.pins import Pins
-from snapshots.sealing import LOW_WATER, Sealing
+from snapshots.reservations import Reservations, check_reserve
+from snapshots.sealing import Sealing
+from snapshots.space import SpaceAccount
+from snapshots.space_watch import SpaceWarning
 from snapshots.transfer import Import, Origin, Pin
 from snapshots.upkeep import Upkeep
+from snapshots.wiping import Deleted, Wipe, Wiping
 
 _log = logging.getLogger(__name__)
 
@@ -98,8 +102,29 @@ class Catalogue:
         self._listings = Listings(store, self._manifests, self._views, self._hydration)
         self._maps = Maps(store, self._manifests, self._views, self._turn)
         self._imports = Imports(store, self._manifests)
+        self.space = SpaceAccount(store, self._manifests, self._imports.size)
+        self._reservations = Reservations(store, self._manifests)
         self._freeing = Freeing(self._manifests, self._views, self._commits, self._merging)
-        self._upkeep = Upkeep(store, self._manifests, self._views, self._merging, self._freeing)
+        self._wiping = Wiping(
+            store,
+            self._manifests,
+            self._commits,
+            self._views.threads,
+            lambda: self._merging.in_use() | self._hydration.ending,
+            self._merging.settled,
+            self._views.any_clients,
+        )
+        self._upkeep = Upkeep(
+            store,
+            self._manifests,
+            self._views,
+            self._merging,
+            self._freeing,
+            self.space,
+            self._wiping,
+            self._reservations,
+            self._commits,
+        )
         self._upkeep_task: asyncio.Task[None] | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._closed = False
@@ -137,6 +162,7 @@ class Catalogue:
         self._freeing.stop()
         await self._hydration.stop()
         await self._merging.stop()
+        await self._wiping.stop()
         if self._upkeep_task is not None:
             self._upkeep_task.cancel()
             await asyncio.gather(self._upkeep_task, return_exceptions=True)
@@ -170,7 +196,14 @@ class Catalogue:
 
     @_to_its_end
     async def restore_lazily(
-        self, name: str, url: str, volume: str, snapshot: str, rate: int | None = None
+        self,
+        name: str,
+        url: str,
+        volume: str,
+        snapshot: str,
+        rate: int | None = None,
+        *,
+        force: bool = False,
     ) -> VolumeInfo:
         """Make a volume from a snapshot in a repository, whose data comes when it is read.
 
@@ -183,6 +216,7 @@ class Catalogue:
             check_volume_size(record.size)
             async with self._turn():
                 self._check_free(name)
+                await self._check_space(name, record.size, force)
                 return await self._create_lazy(name, record)
         except BaseException:
             # A volume that may be found at the next start needs the snapshot.
@@ -306,16 +340,29 @@ class Catalogue:
             return await self._listings.volume(self._manifests.get(name))
 
     @_to_its_end
-    async def create_volume(self, name: str, size: int) -> VolumeInfo:
-        """Make a volume of ``size`` bytes that reads as zeroes."""
+    async def create_volume(
+        self, name: str, size: int, *, reserve: int = 0, force: bool = False
+    ) -> VolumeInfo:
+        """Make a volume of ``size`` bytes that reads as zeroes; ``reserve``: see reservations.py.
+
+        ``force``, here and below: although more is provisioned then than the policy allows.
+        """
         check_volume_size(size)
         async with self._turn():
             self._check_free(name)
-            return await self._create(name, size, "", {})
+            await self._check_space(name, size, force)
+            return await self._create(name, size, "", {}, reserve)
 
     @_to_its_end
     async def clone_volume(
-        self, name: str, source: str, snapshot: str, size: int | None = None
+        self,
+        name: str,
+        source: str,
+        snapshot: str,
+        size: int | None = None,
+        *,
+        reserve: int = 0,
+        force: bool = False,
     ) -> VolumeInfo:
         """Make a volume that begins as a snapshot, sharing its layers; it may be larger."""
         async with self._turn():
@@ -330,10 +377,11 @@ class Catalogue:
                     f"size {size} is smaller than the snapshot's {found.size}: a clone cannot be"
                 )
             self._check_layers(source, manifest.stack(found.layer))
-            return await self._create(name, size, found.layer, manifest.parents)
+            await self._check_space(name, size, force)
+            return await self._create(name, size, found.layer, manifest.parents, reserve)
 
     @_to_its_end
-    async def resize_volume(self, name: str, size: int) -> VolumeInfo:
+    async def resize_volume(self, name: str, size: int, *, force: bool = False) -> VolumeInfo:
         """Make a volume larger; the new part reads as zeroes. Clients see it on reconnecting."""
         check_volume_size(size)
         async with self._turn():
@@ -344,11 +392,19 @@ class Catalogue:
                     " behind the new end would be lost; create a smaller volume and copy"
                 )
             if size > manifest.size:
+                await self.space.check_provisioned(name, size - manifest.size, force)
                 await self._manifests.commit([manifest.changed(size=size)])
                 opened = self._views.get(manifest.id)
                 if opened is not None:
                     with contextlib.suppress(HostLostError):
                         await opened.host.grow(opened.key, size)
+            return await self._listings.volume_if_readable(self._manifests.get(name))
+
+    @_to_its_end
+    async def reserve_space(self, name: str, reserve: int) -> VolumeInfo:
+        """Reserve so many bytes for a volume from now on (reservations.py); 0 is none."""
+        async with self._turn():
+            await self._reservations.change(self._manifests.get(name), reserve)
             return await self._listings.volume_if_readable(self._manifests.get(name))
 
     @_to_its_end
@@ -362,32 +418,35 @@ class Catalogue:
             return await self._listings.volume_if_readable(self._manifests.get(new))
 
     @_to_its_end
-    async def delete_volume(self, name: str, with_snapshots: bool = False) -> None:
-        """Remove a volume; with its snapshots only when asked to. Or a half restored one."""
+    async def delete_volume(
+        self,
+        name: str,
+        with_snapshots: bool = False,
+        *,
+        wipe: bool = False,
+        progress: Progress | None = None,
+    ) -> Deleted:
+        """Remove a volume; with its snapshots only when asked to. Or a half restored one.
+
+        With ``wipe`` what no other volume uses is overwritten before it is given back (wiping.py);
+        progress in bytes. The volume is gone as soon as that is committed; a wipe that is
+        interrupted goes on later by itself. For a deleted volume whose wipe has failed it begins
+        anew, or without ``wipe`` is given up.
+        """
         async with self._turn():
-            if self._imports.discard(name):
-                await self._merging.drop_condemned()
-                return
-            manifest = self._manifests.get(name)
-            self._check_unused(manifest)
-            if manifest.snapshots and not with_snapshots:
-                count = len(manifest.snapshots)
-                raise InUseError(
-                    f"volume {name} has {count} snapshot{'s' if count > 1 else ''}; delete them"
-                    " first, or ask for the volume to be deleted with its snapshots"
-                )
-            self._manifests.check()
-            await self._views.discard(manifest.id)
-            try:
-                await self._manifests.remove(manifest)
-            except BaseException:
-                self._refuse_writes_in_doubt(manifest, "deletion")
-                raise
-            self._listings.forget(manifest.id)
-            await self._merging.drop_condemned()
-            self._hydration.prune()
+            deleted = await self._delete_volume(name, with_snapshots, wipe)
         self._merging.resume()
-        self._start(self._freeing.free_shared(manifest.parents))
+        if wipe:
+            deleted = replace(deleted, wiped=await self._wiping.wipe_now(name, progress))
+        return deleted
+
+    def wiping(self) -> list[Wipe]:
+        """Deleted volumes that are being wiped, or cannot be."""
+        return self._wiping.wipes()
+
+    def warnings(self, space: Space) -> list[SpaceWarning]:
+        """What an operator should know, ``space`` being what is there."""
+        return self.space.warnings(space) + self._reservations.warnings() + self._wiping.warnings()
 
     # Snapshots
 
@@ -407,7 +466,8 @@ class Catalogue:
                 if manifest.find(name):
                     raise ExistsError(f"snapshot {volume}@{name} exists already")
                 self._check_layers(volume, manifest.stack(manifest.head))
-            await self._check_space()
+            await self.space.check_free("a snapshot")
+            await self._reservations.prepare(manifests)
             created = time.time()
             snapshots = [
                 Snapshot(
@@ -506,6 +566,7 @@ class Catalogue:
             self._listings.forget(manifest.id)
             await self._merging.drop_condemned()
             self._hydration.prune()
+            await self._reservations.keep()
             info = await self._listings.volume_if_readable(self._manifests.get(volume))
         self._merging.resume()
         return info
@@ -638,7 +699,9 @@ class Catalogue:
         return pin
 
     @_to_its_end
-    async def begin_import(self, volume: str, size: int, origin: Origin | None = None) -> Import:
+    async def begin_import(
+        self, volume: str, size: int, origin: Origin | None = None, *, force: bool = False
+    ) -> Import:
         """Make a layer for another process to fill, and keep the volume's name for it.
 
         One that was begun with the same ``origin`` and given up is gone on with.
@@ -646,6 +709,8 @@ class Catalogue:
         check_volume_size(size)
         async with self._turn():
             self._check_name_free(volume)
+            if volume not in self._imports.kept:
+                await self._check_space(volume, size, force)
             return await self._imports.begin(volume, size, origin)
 
     def half_restored(self) -> list[KeptRestore]:
@@ -668,20 +733,80 @@ class Catalogue:
     # Steps; the caller holds ``_commits``
 
     async def _create(
-        self, name: str, size: int, below: str, parents: Mapping[str, str]
+        self, name: str, size: int, below: str, parents: Mapping[str, str], reserve: int
     ) -> VolumeInfo:
+        check_reserve(reserve, size)
         self._manifests.check()
         layer = secrets.token_hex(8)
         try:
             await create_head(self._store, layer)
             manifest = Manifest(
-                _new_id(), name, size, time.time(), 0, layer, {**parents, layer: below}
+                _new_id(),
+                name,
+                size,
+                time.time(),
+                0,
+                layer,
+                {**parents, layer: below},
+                reserve=reserve,
             ).changed()
+            await self._reservations.prepare([manifest])
             await self._manifests.commit([manifest])
         except BaseException:
             await self._take_back(layer)
             raise
         return await self._listings.volume_if_readable(manifest)
+
+    async def _delete_volume(self, name: str, with_snapshots: bool, wipe: bool) -> Deleted:
+        if self._manifests.find(name) is None and await self._delete_rest(name, wipe):
+            return Deleted(name)
+        manifest = self._manifests.get(name)
+        self._check_unused(manifest)
+        if manifest.snapshots and not with_snapshots:
+            count = len(manifest.snapshots)
+            raise InUseError(
+                f"volume {name} has {count} snapshot{'s' if count > 1 else ''}; delete them"
+                " first, or ask for the volume to be deleted with its snapshots"
+            )
+        self._manifests.check()
+        deleted = await self._describe_deletion(manifest) if wipe else Deleted(name)
+        await self._views.discard(manifest.id)
+        try:
+            await self._manifests.remove(manifest, wipe=wipe)
+        except BaseException:
+            self._refuse_writes_in_doubt(manifest, "deletion")
+            raise
+        self._listings.forget(manifest.id)
+        await self._merging.drop_condemned()
+        self._hydration.prune()
+        await self._reservations.keep()
+        self._start(self._freeing.free_shared(manifest.parents))
+        return deleted
+
+    async def _delete_rest(self, name: str, wipe: bool) -> bool:
+        """Delete what there is of a volume that is half restored, or half wiped."""
+        kept = self._imports.kept.get(name)
+        if kept is not None:
+            if wipe:
+                await self._manifests.wipe_condemned(kept.layer, name)
+            self._imports.discard(name)
+        elif not self._wiping.has(name):
+            return False
+        elif not wipe:
+            await self._wiping.give_up(name)
+        await self._merging.drop_condemned()
+        return True
+
+    async def _describe_deletion(self, manifest: Manifest) -> Deleted:
+        """What a wipe of a volume leaves, because others use it."""
+        others: set[str] = set()
+        shared = 0
+        for layer in manifest.parents:
+            users = {user.name for user in self._manifests.uses(layer)} - {manifest.name}
+            if users:
+                others |= users
+                shared += await self._store.allocated(layer)
+        return Deleted(manifest.name, 0, shared, tuple(sorted(others)))
 
     async def _create_lazy(self, name: str, record: LazyLayer) -> VolumeInfo:
         self._manifests.check()
@@ -745,13 +870,10 @@ class Catalogue:
                 " or push them to a repository and delete them here"
             )
 
-    async def _check_space(self) -> None:
-        free = (await self._store.space()).free
-        if free < LOW_WATER:
-            raise NoSpaceError(
-                f"{free >> 20} MiB are free, {LOW_WATER >> 20} MiB are needed for a snapshot:"
-                " delete snapshots or make room"
-            )
+    async def _check_space(self, volume: str, size: int, force: bool) -> None:
+        """Whether the policy allows a new volume."""
+        await self.space.check_free("a new volume")
+        await self.space.check_provisioned(volume, size, force)
 
     def _check_unused(self, manifest: Manifest) -> None:
         for key in (manifest.id, *(snapshot.id for snapshot in manifest.snapshots)):

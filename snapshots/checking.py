@@ -251,7 +251,8 @@ class Checker:
         store = self._store
         where = store.describe_record("deletions", name)
         try:
-            self._condemned |= unpack_deletion(await store.read_record("deletions", name), where)
+            content = await store.read_record("deletions", name)
+            self._condemned |= unpack_deletion(content, where).layers
         except (OSError, CorruptError) as error:
             advice = (
                 "--repair removes it: the layers that it names belong to no volume, and are moved"

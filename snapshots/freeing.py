@@ -78,8 +78,7 @@ class Freeing:
 
     async def free_shared(self, layers: Iterable[str]) -> None:
         """The same for all volumes that stand on ``layers``, behind the merges that wait."""
-        async with self._merging.lock:
-            pass
+        await self._merging.settled()
         shared = set(layers)
         for manifest in list(self._manifests.volumes.values()):
             if not shared.isdisjoint(manifest.parents):

@@ -94,6 +94,9 @@ class Head:
         self._captured = 0
         self._idle: asyncio.Future[None] | None = None
         self.write_limit = 0
+        # The same for writes that cannot ask for space first (rationing.py).
+        self.try_limit = 0
+        self.rationed = False
         self.zero_limit = 0
         self.recent: Recent | None = None
         self.last_noted: Run | None = None
@@ -258,11 +261,17 @@ class Head:
         self._reserved_end = max(self._reserved_end, size)
         self._set_limits()
 
+    def ration(self, *, begun: bool) -> None:
+        """Let no write take new blocks without asking for space first, or any write again."""
+        self.rationed = begun
+        self._set_limits()
+
     def _set_limits(self) -> None:
         # A mark, and the zeroes that end the log.
         room = self._reserved_end - self._end - 2 * SECTOR
         self.write_limit = self._runs_in(room - RESERVED)
         self.zero_limit = self._runs_in(room)
+        self.try_limit = 0 if self.rationed else self.write_limit
 
     def _runs_in(self, room: int) -> int:
         extents = room // SECTOR * EXTENTS_PER_SECTOR - self._captured

@@ -78,6 +78,8 @@ class Hydration:
         self._done: dict[str, int] = {}
         self._problems: dict[str, str] = {}
         self._released: dict[str, LazyLayer] = {}
+        # What the fetcher may still write to, of no volume any more.
+        self.ending: set[str] = set()
         self._running = False
         self._stopping = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -215,6 +217,7 @@ class Hydration:
             record = self._records.pop(layer)
             self._forget(layer)
             if self._fetcher is not None:
+                self.ending.add(layer)
                 self._start(self._end_quietly(self._fetcher, layer, record))
 
     def _forget(self, layer: str) -> None:
@@ -224,7 +227,10 @@ class Hydration:
 
     async def _end_quietly(self, fetcher: Fetcher, layer: str, record: LazyLayer) -> None:
         try:
-            await fetcher.end(layer)
+            try:
+                await fetcher.end(layer)
+            finally:
+                self.ending.discard(layer)
             await fetcher.let_go(record)
         except StorageError as error:
             _log.warning(

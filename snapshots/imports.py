@@ -64,6 +64,11 @@ class Imports:
     def __contains__(self, volume: str) -> bool:
         return volume in self._under_way
 
+    def size(self) -> int:
+        """Bytes of all volumes that are being restored, or can be gone on with."""
+        under_way = sum(imported.sink.size for imported in self._under_way.values())
+        return under_way + sum(kept.size for kept in self.kept.values())
+
     async def start(self) -> None:
         """Find what is kept; the manifests have been read, nothing condemned is deleted yet."""
         condemned = {layer for layers in self._manifests.condemned.values() for layer in layers}

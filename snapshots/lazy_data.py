@@ -99,6 +99,9 @@ class LazyDataFile:
     def lend(self, offset: int, length: int) -> tuple[int, int] | None:
         return None if self._lacks(*self._chunks(offset, length)) else self._lend(offset, length)
 
+    def occupied_ranges(self, offset: int, length: int, limit: int) -> list[tuple[int, int]]:
+        return self.data.occupied_ranges(offset, length, limit)
+
     def cache(self, offset: int, length: int) -> None:
         first, end = self._chunks(offset, length)
         if not self._lacks(first, end):

@@ -23,6 +23,7 @@ class VolumeInfo:
     ``mapped`` is what the volume holds data for, ``own`` the disk space of layers that only it
     uses, ``shared`` that of layers that other volumes use too; None: its files cannot be read.
     ``hydration`` says how far a volume is that was restored lazily, and is not whole yet.
+    ``reserved`` is what it can write however full the disk gets (reservations.py).
     """
 
     name: str
@@ -36,6 +37,7 @@ class VolumeInfo:
     shared: int | None
     clients: int
     hydration: HydrationInfo | None = None
+    reserved: int = 0
 
 
 @dataclass(frozen=True)
@@ -118,6 +120,7 @@ class Listings:
             shared=shared,
             clients=self._views.clients(manifest.id),
             hydration=self._hydration.info(manifest),
+            reserved=manifest.reserve,
         )
 
     async def _count_mapped(self, manifest: Manifest) -> int:

@@ -105,7 +105,7 @@ class LocalHost:
         failure: str | None,
     ) -> None:
         owners = OwnerMap(size >> BLOCK_SHIFT)
-        volume = Volume(name, size, owners, self._threads, self._store)
+        volume = Volume(name, size, owners, self._threads, self._store, key)
         volume.on_failure = functools.partial(self._failed, key)
         try:
             await load_stack(volume, list(stack[:-1]), _merges(merges), self._store, self._pool)

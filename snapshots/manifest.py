@@ -25,6 +25,7 @@ from snapshots.records import pack_record, unpack_record
 T = TypeVar("T")
 
 VERSION = 1
+WIPING_VERSION = 2  # of a deletion whose layers are to be wiped
 MAX_LAYERS = 250
 # A manifest begins with its id, of 32 digits, and its name.
 _NAME_KEY = msgpack.packb("name")
@@ -48,6 +49,7 @@ class Manifest:
     """One volume (see the module's text); ``parents`` maps each layer to the one below or ''.
 
     ``limits`` None: the volume has none of its own, and what the configuration says holds.
+    ``reserve`` is how many bytes are reserved for it (reservations.py).
     """
 
     id: str
@@ -59,6 +61,7 @@ class Manifest:
     parents: dict[str, str]
     snapshots: tuple[Snapshot, ...] = field(default=())
     limits: Limits | None = None
+    reserve: int = 0
 
     def stack(self, top: str) -> list[str]:
         """Layers from the oldest to ``top``."""
@@ -120,6 +123,8 @@ class Manifest:
         del found["limits"]
         if self.limits is not None:
             found["limits"] = self.limits.as_map()
+        if not self.reserve:
+            del found["reserve"]
         return found
 
 
@@ -147,6 +152,8 @@ def manifest_from_map(found: dict[str, Any]) -> Manifest:
     snapshots = tuple(Snapshot(**snapshot) for snapshot in found["snapshots"])
     limits = limits_from_map(found["limits"]) if "limits" in found else None
     manifest = Manifest(**{**found, "snapshots": snapshots, "limits": limits})
+    if not isinstance(manifest.reserve, int) or manifest.reserve < 0:
+        raise ValueError("what is reserved is no number of bytes")
     layers = [manifest.head, *manifest.tops(), *(p for p in manifest.parents.values() if p)]
     if not all(layer in manifest.parents for layer in layers):
         raise ValueError("a layer is named but not listed")
@@ -174,14 +181,35 @@ def unpack_transaction(content: bytes, where: str) -> list[Manifest]:
     )
 
 
-def pack_deletion(layers: Iterable[str]) -> bytes:
-    """Layers that are to be deleted where no manifest lists them."""
-    return pack_record(VERSION, {"layers": sorted(layers)})
+@dataclass(frozen=True)
+class Deletion:
+    """Layers to be deleted where no manifest lists them; ``wipe``: of a volume of this name,
+    and to be overwritten first."""
+
+    layers: frozenset[str]
+    wipe: str | None = None
 
 
-def unpack_deletion(content: bytes, where: str) -> frozenset[str]:
+def pack_deletion(layers: Iterable[str], wipe: str | None = None) -> bytes:
+    """A deletion as a record."""
+    fields: dict[str, Any] = {"layers": sorted(layers)}
+    if wipe is not None:
+        fields["wipe"] = wipe
+    # A program that knows nothing of wiping must not delete what was to be wiped.
+    return pack_record(VERSION if wipe is None else WIPING_VERSION, fields)
+
+
+def unpack_deletion(content: bytes, where: str) -> Deletion:
     """Read a deletion's record."""
-    return _checked(where, lambda: frozenset(unpack_record(content, VERSION, where)["layers"]))
+
+    def read() -> Deletion:
+        found = unpack_record(content, WIPING_VERSION, where)
+        wipe = found.get("wipe")
+        return Deletion(
+            frozenset(found["layers"]), None if wipe is None else check_name("volume", wipe)
+        )
+
+    return _checked(where, read)
 
 
 @dataclass(frozen=True)
@@ -217,5 +245,5 @@ def unpack_merge(content: bytes, where: str, target: str) -> Merge:
 def _checked(where: str, read: Callable[[], T]) -> T:
     try:
         return read()
-    except (TypeError, KeyError, ValueError, AttributeError) as error:
+    except (TypeError, KeyError, ValueError, AttributeError, InvalidError) as error:
         raise CorruptError(f"{where}: not what it should be: {error!r}") from error

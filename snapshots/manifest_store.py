@@ -91,6 +91,8 @@ class ManifestStore:
         self.volumes: dict[str, Manifest] = {}
         self.merges: dict[str, Merge] = {}
         self.condemned: dict[str, frozenset[str]] = {}
+        # The volumes whose layers are overwritten before they are deleted, by the records' names.
+        self.wipes: dict[str, str] = {}
         self.provisional: set[str] = set()
         self.in_doubt: str | None = None
         self.unreadable: dict[str, UnreadableVolume] = {}
@@ -121,7 +123,10 @@ class ManifestStore:
             where = store.describe_record(_DELETIONS, name)
             try:
                 content = await store.read_record(_DELETIONS, name)
-                self.condemned[name] = unpack_deletion(content, where)
+                deletion = unpack_deletion(content, where)
+                self.condemned[name] = deletion.layers
+                if deletion.wipe is not None:
+                    self.wipes[name] = deletion.wipe
             except (OSError, CorruptError) as error:
                 # Its layers belong to no volume: they are set aside.
                 _log.warning("a deletion is not finished: %s", error)
@@ -273,10 +278,13 @@ class ManifestStore:
             self.volumes[manifest.id] = manifest
             self._names[manifest.name] = manifest.id
 
-    async def remove(self, manifest: Manifest) -> None:
-        """Forget a volume durably; layers that nothing lists then are condemned."""
+    async def remove(self, manifest: Manifest, *, wipe: bool = False) -> None:
+        """Forget a volume durably; layers that nothing lists then are condemned.
+
+        With ``wipe`` they are left to be overwritten first (wiping.py).
+        """
         self.check()
-        await self._condemn({manifest.id: None})
+        await self._condemn({manifest.id: None}, manifest.name if wipe else None)
         try:
             await self._store.delete_record(_VOLUMES, manifest.id)
         except BaseException as error:
@@ -288,7 +296,7 @@ class ManifestStore:
 
     # Condemned layers
 
-    async def _condemn(self, new: Mapping[str, Manifest | None]) -> None:
+    async def _condemn(self, new: Mapping[str, Manifest | None], wipe: str | None = None) -> None:
         """Note the layers that no manifest lists any more once ``new`` replaces what there is."""
         lost: set[str] = set()
         for volume in new:
@@ -298,35 +306,63 @@ class ManifestStore:
             if lost and manifest is not None and (volume in new or lost & manifest.parents.keys()):
                 lost.difference_update(manifest.parents)
         if lost:
-            await self._note_deletion(frozenset(lost))
+            await self._note_deletion(frozenset(lost), wipe)
 
     async def condemn_unless_committed(self, layer: str) -> None:
         """Note a layer to be made that goes unless a manifest lists it; it is ``provisional``."""
         self.provisional.add(layer)
         await self._note_deletion(frozenset((layer,)))
 
-    async def _note_deletion(self, layers: frozenset[str]) -> None:
+    async def _note_deletion(self, layers: frozenset[str], wipe: str | None = None) -> None:
         name = secrets.token_hex(8)
         # Whether a failed one is there does not matter: it touches no layer that is listed.
-        await with_reserve(
-            self._store,
-            lambda: self._store.commit_record(_DELETIONS, name, pack_deletion(layers)),
-        )
+        await self._commit_deletion(name, pack_deletion(layers, wipe))
         self.condemned[name] = layers
+        if wipe is not None:
+            self.wipes[name] = wipe
 
     async def delete_condemned(self, keep: Set[str]) -> None:
-        """Delete condemned layers but for those in ``keep``, which live or are still in use."""
+        """Delete condemned layers but for those in ``keep``, which live or are still in use.
+
+        Those to be wiped are left to ``end_wiping``.
+        """
         if self.unreadable:
             return
         live = self.live_layers()
-        keep = keep | self.provisional
+        to_wipe = frozenset[str]().union(*(self.condemned[name] for name in self.wipes))
+        keep = keep | self.provisional | to_wipe
         for name, layers in list(self.condemned.items()):
-            waiting = layers & keep - live
+            if name in self.wipes:
+                continue
+            waiting = layers & keep - live - to_wipe
             for layer in layers - keep - live:
                 await self._store.delete_layer(layer)
             if not waiting:
                 await self._store.delete_record(_DELETIONS, name)
                 del self.condemned[name]
+
+    async def end_wiping(self, name: str) -> None:
+        """Forget a deletion whose layers have been wiped and deleted, but for those that live."""
+        await self._store.delete_record(_DELETIONS, name)
+        del self.condemned[name]
+        del self.wipes[name]
+
+    async def wipe_condemned(self, layer: str, volume: str) -> None:
+        """Let a condemned layer be wiped first, as one of a volume of that name."""
+        for name, layers in self.condemned.items():
+            if layer in layers:
+                await self._commit_deletion(name, pack_deletion(layers, volume))
+                self.wipes[name] = volume
+
+    async def _commit_deletion(self, name: str, content: bytes) -> None:
+        await with_reserve(
+            self._store, lambda: self._store.commit_record(_DELETIONS, name, content)
+        )
+
+    async def give_up_wiping(self, name: str) -> None:
+        """Let the layers of a deletion go as they are."""
+        await self._commit_deletion(name, pack_deletion(self.condemned[name]))
+        del self.wipes[name]
 
     async def begin_merge(self, merge: Merge) -> None:
         """Note durably that a merge is under way, with an empty log."""

@@ -83,6 +83,11 @@ class Merging:
         while self._running is not None and self._pins.touch(_pair(self._running)):
             await self._ended.wait()
 
+    async def settled(self) -> None:
+        """Return when what was merged, or is no use any more, is done with for now."""
+        async with self.lock:
+            pass
+
     async def drop_condemned(self) -> None:
         """Delete condemned layers as far as nothing uses them; the caller holds ``commits``.
 

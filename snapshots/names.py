@@ -19,6 +19,7 @@ MAX_NAME = 127
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,126}", re.ASCII)
 _SIZE = re.compile(r"([0-9]{1,20})([KMGTP]?)(?:i?B)?", re.ASCII | re.IGNORECASE)
 _UNITS = "KMGTP"
+_SHOWN_UNITS = "KMGTPE"
 
 
 def check_name(kind: str, name: str) -> str:
@@ -48,6 +49,17 @@ def parse_size(text: str) -> int:
     number, unit = match.groups()
     shift = 10 * (_UNITS.index(unit.upper()) + 1) if unit else 0
     return int(number) << shift
+
+
+def format_size(size: float) -> str:
+    """``size`` in bytes as ``512``, ``4K`` or ``1.5G`` (powers of 1024)."""
+    if size < 1024:
+        return f"{size:.0f}"
+    for unit in _SHOWN_UNITS:
+        size /= 1024
+        if round(size, 1) < 1024 or unit == _SHOWN_UNITS[-1]:
+            break
+    return f"{size:.1f}".removesuffix(".0") + unit
 
 
 def check_volume_size(size: int) -> int:

@@ -141,6 +141,10 @@ class OpenViews:
         """The ids of the volumes that are open and can be called."""
         return [view.key for view in self._open.values() if view.key == view.volume and view.ready]
 
+    def any_clients(self) -> bool:
+        """Whether any lease is out."""
+        return bool(self._leases)
+
     def volumes_on(self, host: ViewHost) -> int:
         """How many volumes have views on a host."""
         return len({view.volume for view in self._open.values() if view.host is host})

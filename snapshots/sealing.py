@@ -36,9 +36,6 @@ from snapshots.open_views import OpenView, OpenViews
 
 _log = logging.getLogger(__name__)
 
-# Below this much free space a snapshot is refused: its new head and the manifest need some of it.
-LOW_WATER = 16 << 20
-
 _FREEZE_SECONDS = 2.0
 """How long several hosts may take until all have frozen; then the snapshot is given up."""
 

@@ -16,6 +16,9 @@ from snapshots.merging import Merging
 from snapshots.names import BLOCK_SHIFT
 from snapshots.open_views import OpenViews
 from snapshots.recent import read_recent
+from snapshots.reservations import Reservations
+from snapshots.space import SpaceAccount
+from snapshots.wiping import Wiping
 
 _log = logging.getLogger(__name__)
 
@@ -32,18 +35,27 @@ class Upkeep:
         views: OpenViews,
         merging: Merging,
         freeing: Freeing,
+        space: SpaceAccount,
+        wiping: Wiping,
+        reservations: Reservations,
+        commits: asyncio.Lock,
     ) -> None:
         self._store = store
         self._manifests = manifests
         self._views = views
         self._merging = merging
         self._freeing = freeing
+        self._space = space
+        self._wiping = wiping
+        self._reservations = reservations
+        self._commits = commits
 
     async def start(self) -> None:
         """Finish what a crash left half done; the manifests have all been read."""
         await self._merging.drop_condemned()
         await self._adopt_recent()
         await self._set_strangers_aside()
+        await self._reservations.keep()
 
     def resume(self) -> None:
         """Go on in the background with indexes and merges that were not finished."""
@@ -51,6 +63,7 @@ class Upkeep:
         for layer in self._manifests.live_layers() - heads:
             self._merging.index(layer)
         self._merging.resume()
+        self._wiping.resume()
 
     async def run(self) -> None:
         """Bound what a crash can lose of blocks that nobody flushed, and the space they hold."""
@@ -60,8 +73,13 @@ class Upkeep:
             self._freeing.go_round()
             with contextlib.suppress(OSError):
                 await self._store.keep_reserve()
+                await self._space.watch()
+            if self._reservations.any:
+                async with self._commits:
+                    await self._reservations.keep()
             if self._merging.deferred:
                 self._merging.resume()
+            self._wiping.go_on()
 
     async def _adopt_recent(self) -> None:
         """Give heads what a killed process was about to (recent.py, gates.py).

@@ -15,6 +15,8 @@ what is pending and lets the head persist it (head.py). When that fails, the pag
 be written may be gone from the cache, and no later sync could tell: the volume refuses writes
 and flushes from then on.
 
+**On a full disk** a write may still get space that is reserved for its volume (rationing.py).
+
 **Dirty pages** are bounded: a volume that writes faster than its disk has its writes held for a
 while (dirty_pages.py), before the kernel would hold up the event loop.
 
@@ -29,21 +31,23 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import functools
 import logging
-from collections.abc import Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any
 
 from backends.errors import NoSpaceError, StorageError
 from backends.layers import Buffer, LayerStore
 from snapshots.dirty_pages import Pacing
 from snapshots.extent_log import Run
-from snapshots.head import Head
+from snapshots.head import JOURNAL_STEP, Head
 from snapshots.hidden import Hidden
 from snapshots.layer import OpenLayer, apply_layer
 from snapshots.names import BLOCK_SHIFT, BLOCK_SIZE
 from snapshots.owner_map import DATA, ZERO, OwnerMap, Regions
 from snapshots.punching import Punching, gaps
 from snapshots.range_lock import RangeLock
+from snapshots.rationing import Rationing
 from snapshots.threads import Threads
 from snapshots.view import View
 
@@ -73,6 +77,7 @@ class Volume(View):
         owners: OwnerMap,
         threads: Threads,
         store: LayerStore,
+        key: str = "",
     ) -> None:
         super().__init__(name, size, owners, threads)
         self.head: Head
@@ -87,6 +92,7 @@ class Volume(View):
         self._tasks: set[asyncio.Task[Any]] = set()
         self._sealing: list[Head] = []
         self._pacing = Pacing(self, threads)
+        self._rationing = Rationing(store, key, threads)
         self._punching = Punching(self, self._locks, threads)
         self.hidden = Hidden(self, threads)
 
@@ -144,14 +150,20 @@ class Volume(View):
             if head.written > head.check_at:
                 self._pacing.spent()
             return True
-        if len(head.pending) >= head.write_limit:
+        if len(head.pending) >= head.try_limit:
             return False
         if (offset | end) & _BLOCK_MASK:
             whole = self._try_complete(offset, data, first, last)
             if whole is None:
                 return False
             offset, data = whole
-        self._put(head, offset, data, first, last)
+        try:
+            self._put(head, offset, data, first, last)
+        except OSError as error:
+            if not self._rationing.begins(error):
+                raise
+            head.ration(begun=True)
+            return False
         self._take(head, first, last)
         return True
 
@@ -181,20 +193,41 @@ class Volume(View):
             try:
                 if (offset | end) & _BLOCK_MASK:
                     offset, data = await self._complete(head, offset, data, first, last)
-                if len(data) > INLINE_WRITE:
-                    await asyncio.shield(
-                        self._threads.transfer(self._put, head, offset, data, first, last)
-                    )
-                else:
-                    self._put(head, offset, data, first, last)
+                put = functools.partial(self._put_anywhere, head, offset, data, first, last)
                 if owned:
+                    await put()
                     head.written += len(data)
                     if head.written > head.check_at:
                         self._pacing.spent()
                 else:
+                    await self._with_space(head, len(data), put)
                     self._take(head, first, last)
             finally:
                 head.end_write()
+
+    async def _with_space(
+        self, head: Head, length: int, put: Callable[[], Awaitable[None]]
+    ) -> None:
+        """``put``, which takes new blocks, with whatever space there is for it (rationing.py)."""
+        tries = 0
+        while True:
+            await self._rationing.claim(head, length)
+            try:
+                await put()
+                return
+            except OSError as error:
+                tries += 1
+                if not self._rationing.helps(error, tries):
+                    raise
+                head.ration(begun=True)
+
+    async def _put_anywhere(
+        self, head: Head, offset: int, data: Buffer, first: int, last: int
+    ) -> None:
+        if len(data) > INLINE_WRITE:
+            await asyncio.shield(self._threads.transfer(self._put, head, offset, data, first, last))
+        else:
+            self._put(head, offset, data, first, last)
 
     def _put(self, head: Head, offset: int, data: Buffer, first: int, last: int) -> None:
         """Write into the head's data; after an error nothing is left in blocks it does not own."""
@@ -274,8 +307,17 @@ class Volume(View):
             return
         await self._sync_head()
         head = self.head
-        if len(head.pending) >= head.write_limit:
-            raise OSError(errno.ENOSPC, "no space left for the journal")
+        if len(head.pending) < head.write_limit:
+            return
+        full = OSError(errno.ENOSPC, "no space left for the journal")
+        if not self._rationing.helps(full, 1):
+            raise full
+        await self._rationing.claim(head, JOURNAL_STEP)
+        async with head.lock:
+            await self._threads.sync(head.extend)
+        head.ration(begun=True)
+        if head.sealed or len(head.pending) >= head.write_limit:
+            raise full
 
     def note(self) -> None:
         head = self.head
@@ -330,7 +372,13 @@ class Volume(View):
             head = self.head
             head.begin_write()
             try:
-                await asyncio.shield(self._threads.transfer(self._put_zeroes, head, first, last))
+                await self._with_space(
+                    head,
+                    (last - first) << BLOCK_SHIFT,
+                    lambda: asyncio.shield(
+                        self._threads.transfer(self._put_zeroes, head, first, last)
+                    ),
+                )
                 self._take(head, first, last)
             finally:
                 head.end_write()
@@ -497,6 +545,7 @@ class Volume(View):
             head.recent.follow(old.layer.name)
         self._sealing.append(old)
         head.check_at = head.written + max(0, old.check_at - old.written)
+        head.ration(begun=old.rationed)
         self.head = head
         self.hidden.forget()
         return old, runs

@@ -9,7 +9,8 @@ import click
 
 from backends.errors import NotFoundError
 from nbdserve.cli.options import given_data_directory
-from nbdserve.configuration.file import read_file
+from nbdserve.configuration.environment import named_file
+from nbdserve.configuration.file import DEFAULT_FILE, read_file
 from nbdserve.configuration.policies import Policy
 from nbdserve.configuration.settings import Settings
 
@@ -22,13 +23,15 @@ def config_option(function: Decorated) -> Decorated:
         "--config",
         metavar="FILE",
         envvar="NBDSERVE_CONFIG",
+        callback=lambda context, parameter, value: value or named_file(),
         type=click.Path(path_type=Path),
-        help="The configuration file; NBDSERVE_CONFIG in the environment says the same.",
+        help="The configuration file; NBDSERVE_CONFIG in the environment says the same."
+        f"  [default: {DEFAULT_FILE}, if it exists]",
     )(function)
 
 
 def read_config(config: Path | None) -> Settings:
-    """What the file says; a usage error when none is named."""
+    """What the file says; a usage error when there is none."""
     if config is None:
         raise click.UsageError(
             "no configuration file: give --config FILE or set NBDSERVE_CONFIG",

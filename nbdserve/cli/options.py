@@ -44,6 +44,13 @@ def json_option(function: Decorated) -> Decorated:
     )(function)
 
 
+def force_option(function: Decorated) -> Decorated:
+    """``--force`` of what makes volumes larger or more."""
+    return click.option(
+        "--force", is_flag=True, help="Go beyond the max_overcommit of the configuration."
+    )(function)
+
+
 def skip_damaged_option(function: Decorated) -> Decorated:
     """``--skip-damaged``."""
     return click.option(

@@ -6,9 +6,9 @@ from typing import Any
 
 import click
 
-Document = Mapping[str, Any]
+from snapshots.names import format_size as format_size  # noqa: PLC0414 - for all that print
 
-_UNITS = "KMGTPE"
+Document = Mapping[str, Any]
 
 
 def print_json(value: object) -> None:
@@ -102,17 +102,6 @@ def describe_limits(limits: Document) -> str:
 def percentage(hydration: Document) -> str:
     """The part of it that is here."""
     return f"{100 * hydration['fetched'] // max(1, hydration['total'])} %"
-
-
-def format_size(size: float) -> str:
-    """``size`` in bytes as ``512``, ``4K`` or ``1.5G`` (powers of 1024)."""
-    if size < 1024:
-        return f"{size:.0f}"
-    for unit in _UNITS:
-        size /= 1024
-        if round(size, 1) < 1024 or unit == _UNITS[-1]:
-            break
-    return f"{size:.1f}".removesuffix(".0") + unit
 
 
 def seconds_of(timestamp: str) -> str:

@@ -8,6 +8,7 @@ from nbdserve.cli.limits import limit_options, refuse_limits
 from nbdserve.cli.options import (
     data_directory,
     data_option,
+    force_option,
     json_option,
     parse_rate,
     rate_option,
@@ -33,6 +34,7 @@ from snapshots.names import check_name, parse_snapshot_name
 @at_option
 @limit_options
 @skip_damaged_option
+@force_option
 @data_option
 @json_option
 def restore(
@@ -42,6 +44,7 @@ def restore(
     lazy: bool,
     rate: str | None,
     skip_damaged: bool,
+    force: bool,
     as_json: bool,
 ) -> None:
     """Make the volume NEWVOL from a snapshot at URL; everything read is verified."""
@@ -54,7 +57,9 @@ def restore(
         # What reads a repository takes longer to import than all that a lazy restore does here.
         from nbdserve.cli.whole_restore import restore_whole  # noqa: PLC0415
 
-        restore_whole(data, url, snapshot, new, skip_damaged=skip_damaged, as_json=as_json)
+        restore_whole(
+            data, url, snapshot, new, skip_damaged=skip_damaged, force=force, as_json=as_json
+        )
         return
     if skip_damaged:
         raise click.UsageError(
@@ -64,7 +69,8 @@ def restore(
     refuse_key_options()
     refuse_limits()
     refuse_time()
-    body = {"volume": new, "url": url, "snapshot": snapshot, "rate": parse_rate(rate)}
+    body: dict[str, object] = {"volume": new, "url": url, "snapshot": snapshot, "force": force}
+    body["rate"] = parse_rate(rate)
     with Session(data, create=True) as session:
         made = session.client.post(path("restores"), body)
     line = f"made volume {new} of {snapshot}, {format_size(made['size'])}; its data is fetched"

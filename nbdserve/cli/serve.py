@@ -21,6 +21,7 @@ from nbdserve.configuration.settings import (
     Settings,
     combine,
 )
+from nbdserve.configuration.space import MOST_OVERCOMMIT, SpaceSettings, parse_threshold
 from nbdserve.configuration.tls import TLS_MODES, TlsSettings
 from nbdserve.configuration.watching import MAX_SLOW_SECONDS, WatchingSettings
 from nbdserve.logs import write_logs
@@ -117,6 +118,19 @@ from nbdserve.server.connection import HANDSHAKE_TIMEOUT
     default=None,
     help="Whether a page for browsers is served at the root of --http.  [default: no]",
 )
+@click.option(
+    "--max-overcommit",
+    metavar="RATIO",
+    type=click.FloatRange(0, MOST_OVERCOMMIT, min_open=True),
+    help="How many times what the disk can hold may be provisioned.  [default: unbounded]",
+)
+@click.option("--warn-free", metavar="SIZE|PERCENT", help="Warn when less is free.  [default: 10%]")
+@click.option("--critical-free", metavar="SIZE|PERCENT", help="Warn once more.  [default: 3%]")
+@click.option(
+    "--min-free",
+    metavar="SIZE|PERCENT",
+    help="Refuse new volumes and snapshots when less is free.  [default: 16M]",
+)
 @data_option
 def serve(
     config: Path | None,
@@ -134,12 +148,20 @@ def serve(
     http_hosts: tuple[str, ...],
     slow_request_seconds: float | None,
     web: bool | None,
+    max_overcommit: float | None,
+    warn_free: str | None,
+    critical_free: str | None,
+    min_free: str | None,
 ) -> None:
     """Serve the volumes over NBD until SIGTERM or SIGINT.
 
     The first signal drains: requests in flight are answered and all data is flushed. A second one
     ends the process at once. The exit status is 0 when all requests were answered.
     """
+    thresholds = (
+        None if text is None else parse_threshold(text)
+        for text in (warn_free, critical_free, min_free)
+    )
     given = Settings(
         data=given_data_directory(),
         listen=listen or None,
@@ -150,6 +172,7 @@ def serve(
         drain_seconds=drain_seconds,
         log_format=log_format,
         watching=WatchingSettings(http, http_hosts or None, slow_request_seconds, web),
+        space=SpaceSettings(max_overcommit, *thresholds),
     )
     if config is None and given.data is None and file.DEFAULT_FILE.exists():
         config = file.DEFAULT_FILE

@@ -48,6 +48,11 @@ def status(seconds: float | None, as_json: bool) -> None:
         "workers": ", ".join(map(_describe_worker, document["workers"])) or "-",
         "data": document["data"],
         "free": f"{format_size(document['free'])} of {format_size(document['total'])}",
+        "used": f"{format_size(document['used'])} by volumes and snapshots",
+        "reserved": f"{format_size(document['reserved'])}, of which"
+        f" {format_size(document['held'])} are kept back",
+        "provisioned": _describe_provisioned(document),
+        "warnings": "; ".join(found["message"] for found in document["warnings"]) or "-",
         "volumes": str(document["volumes"]),
         "unreadable": "; ".join(map(describe_unreadable, document["unreadable"])) or "-",
         "snapshots": str(document["snapshots"]),
@@ -58,9 +63,26 @@ def status(seconds: float | None, as_json: bool) -> None:
             for found in document["hydrations"]
         )
         or "-",
+        "wiping": "; ".join(map(_describe_wipe, document["wiping"])) or "-",
         "version": document["version"],
     }
     print_fields(document, as_json, fields)
+
+
+def _describe_provisioned(document: dict[str, Any]) -> str:
+    most = document["max_overcommit"]
+    bound = "" if most is None else f", at most {most:g}"
+    return (
+        f"{format_size(document['provisioned'])}, {document['overcommit']:.2f} times what the disk"
+        f" can hold{bound}"
+    )
+
+
+def _describe_wipe(wipe: dict[str, Any]) -> str:
+    if wipe["problem"] is not None:
+        return f"volume {wipe['volume']}, deleted: {wipe['problem']}"
+    done, total = format_size(wipe["done"]), format_size(wipe["total"])
+    return f"volume {wipe['volume']}, deleted: {done} of {total}"
 
 
 def _describe_worker(worker: dict[str, Any]) -> str:

@@ -61,6 +61,7 @@ def restore(
     new: str,
     *,
     skip_damaged: bool = False,
+    force: bool = False,
 ) -> tuple[RestoreReport, Document]:
     """Make the volume ``new`` from a snapshot in the repository, and show the progress.
 
@@ -73,7 +74,7 @@ def restore(
         "push": found.push,
         "source": f"{volume}@{snapshot} in {repository.store.name}",
     }
-    body = {"volume": new, "size": found.size, "origin": origin}
+    body = {"volume": new, "size": found.size, "origin": origin, "force": force}
     with session.client.stream("POST", path("imports"), body) as claim:
         begun = claim.first()
         description = SinkDescription(**begun["sink"])

@@ -8,6 +8,7 @@ from backends.errors import UnavailableError
 from nbdserve.cli.options import (
     data_directory,
     data_option,
+    force_option,
     json_option,
     parse_rate,
     rate_option,
@@ -36,6 +37,7 @@ _COLUMNS = {
     "mapped": lambda v: format_size(v["mapped"]),
     "own": lambda v: format_size(v["own"]),
     "shared": lambda v: format_size(v["shared"]),
+    "reserved": lambda v: format_size(v["reserved"]) if v["reserved"] else "-",
     "snapshots": lambda v: str(v["snapshots"]),
     "clients": lambda v: str(v["clients"]),
     "fetched": lambda v: _fetched(v["hydration"]),
@@ -50,7 +52,12 @@ def _fetched(hydration: dict[str, Any] | None) -> str:
 
 @click.group()
 def volume() -> None:
-    """Volumes: create, list, show, resize, rename, delete."""
+    """Volumes: create, list, show, resize, reserve, rename, delete."""
+
+
+reserve_option = click.option(
+    "--reserve", metavar="SIZE", help="Reserve so much space; see 'volume reserve'."
+)
 
 
 def _checked(name: str) -> str:
@@ -66,17 +73,28 @@ def _print(info: dict[str, Any], as_json: bool, done: str) -> None:
 @click.argument("name")
 @click.option("--size", help="Size, such as 10G; with --from it may only be larger.")
 @click.option("--from", "source", metavar="VOL@SNAP", help="Clone this snapshot.")
+@reserve_option
+@force_option
 @data_option
 @json_option
-def create(name: str, size: str | None, source: str | None, as_json: bool) -> None:
+def create(
+    name: str,
+    size: str | None,
+    source: str | None,
+    reserve: str | None,
+    force: bool,
+    as_json: bool,
+) -> None:
     """Create the volume NAME: empty, or as a clone that shares a snapshot's data."""
     if size is None and source is None:
         raise click.UsageError("Missing option '--size'", click.get_current_context())
-    body: dict[str, object] = {"name": name}
+    body: dict[str, object] = {"name": name, "force": force}
     if size is not None:
         body["size"] = parse_size(size)
     if source is not None:
         body["from"] = source
+    if reserve is not None:
+        body["reserve"] = parse_size(reserve)
     with Session(data_directory(), create=True) as session:
         info = session.client.post(path("volumes"), body)
     _print(info, as_json, "created")
@@ -89,7 +107,8 @@ def list_(as_json: bool) -> None:
     """List the volumes.
 
     MAPPED is what the guest sees as data; OWN and SHARED are bytes on disk, in layers of this
-    volume alone and in layers that other volumes use too. FETCHED is how much of what was restored
+    volume alone and in layers that other volumes use too. RESERVED is what it can write since its
+    last snapshot however full the disk gets. FETCHED is how much of what was restored
     lazily is here. Volumes that cannot be read are named on
     standard error.
     """
@@ -124,6 +143,7 @@ def show(name: str, as_json: bool) -> None:
         "mapped": f"{format_size(info['mapped'])} (holds data, as the guest sees it)",
         "own": f"{format_size(info['own'])} (on disk, used by this volume alone)",
         "shared": f"{format_size(info['shared'])} (on disk, used by other volumes too)",
+        "reserved": format_size(info["reserved"]) if info["reserved"] else "-",
         "layers": str(info["layers"]),
         "snapshots": str(info["snapshots"]),
         "clients": str(info["clients"]),
@@ -161,14 +181,32 @@ def map_(name: str, cells: int, as_json: bool) -> None:
 @volume.command()
 @click.argument("name")
 @click.option("--size", required=True, help="The new size, such as 20G; never less than before.")
+@force_option
 @data_option
 @json_option
-def resize(name: str, size: str, as_json: bool) -> None:
+def resize(name: str, size: str, force: bool, as_json: bool) -> None:
     """Grow the volume NAME."""
-    bytes_ = parse_size(size)
+    body = {"size": parse_size(size), "force": force}
     with Session(data_directory()) as session:
-        info = session.client.post(path("volumes", _checked(name), "resize"), {"size": bytes_})
+        info = session.client.post(path("volumes", _checked(name), "resize"), body)
     _print(info, as_json, "resized")
+
+
+@volume.command()
+@click.argument("name")
+@click.argument("size", metavar="SIZE|none")
+@data_option
+@json_option
+def reserve(name: str, size: str, as_json: bool) -> None:
+    """Reserve SIZE for the volume NAME.
+
+    That much it can write to new places since its last snapshot, however full others make the disk.
+    """
+    body = {"reserve": 0 if size == "none" else parse_size(size)}
+    with Session(data_directory()) as session:
+        info = session.client.post(path("volumes", _checked(name), "reserve"), body)
+    shown = format_size(info["reserved"]) if info["reserved"] else "nothing"
+    print_result(info, as_json, f"reserved {shown} for volume {name}")
 
 
 @volume.command()
@@ -271,11 +309,43 @@ def limit(
 @volume.command()
 @click.argument("name")
 @click.option("--with-snapshots", is_flag=True, help="Delete its snapshots with it.")
+@click.option(
+    "--wipe", is_flag=True, help="Overwrite what it has on the disk, and no other volume uses."
+)
 @data_option
 @json_option
-def delete(name: str, with_snapshots: bool, as_json: bool) -> None:
-    """Delete the volume NAME."""
-    query = "true" if with_snapshots else None
+def delete(name: str, with_snapshots: bool, wipe: bool, as_json: bool) -> None:
+    """Delete the volume NAME.
+
+    It is gone at once. When Ctrl-C interrupts the wiping, the daemon goes on; without a daemon the
+    next command that opens the data directory does.
+    """
+    snapshots = "true" if with_snapshots else None
     with Session(data_directory()) as session:
-        document = session.client.delete(path("volumes", _checked(name), with_snapshots=query))
-    print_result(document, as_json, f"deleted volume {name}")
+        if wipe:
+            where = path("volumes", _checked(name), with_snapshots=snapshots, wipe="true")
+            document = _follow_wipe(session, name, where)
+        else:
+            where = path("volumes", _checked(name), with_snapshots=snapshots)
+            document = session.client.delete(where)
+    print_result(document, as_json, _deleted_line(name, document))
+
+
+def _follow_wipe(session: Session, name: str, where: str) -> dict[str, Any]:
+    with session.client.stream("DELETE", where) as answer, Progress(f"wiping {name}") as progress:
+        for line in answer.lines():
+            if "done" in line:
+                progress.update(line["done"], line["total"])
+            else:
+                return line
+    raise UnavailableError("the daemon closed the connection before the volume was wiped")
+
+
+def _deleted_line(name: str, document: dict[str, Any]) -> str:
+    line = f"deleted volume {name}"
+    if "wiped" in document:
+        line += f", wiped {format_size(document['wiped'])}"
+    if document.get("shared"):
+        others = ", ".join(document["others"])
+        line += f"; not wiped: {format_size(document['shared'])} that {others} use too"
+    return line

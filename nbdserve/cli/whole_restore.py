@@ -12,14 +12,21 @@ from snapshots.names import parse_snapshot_name
 
 
 def restore_whole(
-    data: Path, url: str, snapshot: str, new: str, *, skip_damaged: bool, as_json: bool
+    data: Path, url: str, snapshot: str, new: str, *, skip_damaged: bool, force: bool, as_json: bool
 ) -> None:
     """Make the volume ``new`` in ``data`` of a snapshot at ``url``, and say what was done."""
     volume, name = parse_snapshot_name(snapshot)
     repository = open_repository(url)
     with Session(data, create=True) as session:
         report, restored = restore_snapshot(
-            session, repository, url, volume, name, new, skip_damaged=skip_damaged
+            session,
+            repository,
+            url,
+            volume,
+            name,
+            new,
+            skip_damaged=skip_damaged,
+            force=force,
         )
     line = (
         f"restored {snapshot} as volume {new}: {format_size(report.written)} of data,"

@@ -50,6 +50,12 @@
     thaw_command = ["/etc/nbdserve/quiesce", "thaw"]
     freeze_timeout = 30
 
+    [space]
+    max_overcommit = 3.0
+    warn_free = "10%"
+    critical_free = "20G"
+    min_free = "1G"
+
 Errors name the file, the line, the table, the key and what is allowed; all are found at once.
 
 A daemon that is told neither a file nor a data directory is the system's, and reads DEFAULT_FILE.
@@ -75,6 +81,7 @@ from nbdserve.configuration.settings import (
     MAX_WORKERS,
     Settings,
 )
+from nbdserve.configuration.space import NOTHING_OF_SPACE, SPACE_KEYS, read_space
 from nbdserve.configuration.table import Source, Table
 from nbdserve.configuration.tls import TLS_KEYS, read_tls
 from nbdserve.configuration.watching import WATCHING_KEYS, read_watching
@@ -94,8 +101,14 @@ KEYS: Final = (
     "listener",
     "export",
     "policy",
+    "space",
 )
-TABLES: Final = {"listener": LISTENER_KEYS, "export": EXPORT_KEYS, "policy": POLICY_KEYS}
+TABLES: Final = {
+    "listener": LISTENER_KEYS,
+    "export": EXPORT_KEYS,
+    "policy": POLICY_KEYS,
+    "space": SPACE_KEYS,
+}
 """The keys of each table that KEYS has."""
 
 _AT: Final = re.compile(r" \(at (?:line (\d+), column \d+|end of document)\)$")
@@ -119,6 +132,7 @@ def read_file(path: Path) -> Settings:
         watching=read_watching(table),
         listeners=table.each("listener", "address", LISTENER_KEYS, read_listener),
         exports=table.each("export", "name", EXPORT_KEYS, read_export),
+        space=table.one("space", SPACE_KEYS, read_space) or NOTHING_OF_SPACE,
         policies=table.each("policy", "name", POLICY_KEYS, read_policy),
     )
     problems.attempt(lambda: check_policies(table.where, settings.policies))

@@ -24,6 +24,7 @@ from nbdserve.configuration.listeners import (
 )
 from nbdserve.configuration.policies import Policy
 from nbdserve.configuration.problems import Problems
+from nbdserve.configuration.space import NOTHING_OF_SPACE, SpaceSettings, combine_space
 from nbdserve.configuration.tls import NOTHING_OF_TLS, TlsSettings, override
 from nbdserve.configuration.watching import (
     NOTHING_OF_WATCHING,
@@ -34,6 +35,7 @@ from nbdserve.configuration.watching import (
 from nbdserve.logs import DEFAULT_LOGS, Logs
 from nbdserve.server.connection import HANDSHAKE_TIMEOUT
 from nbdserve.server.permissions import ExportRule
+from snapshots.space import DEFAULT_POLICY, SpacePolicy
 
 LOG_LEVELS: Final = ("debug", "info", "warning", "error")
 LOG_FORMATS: Final = ("text", "json")
@@ -62,6 +64,7 @@ class Settings:
     listeners: tuple[ListenerSettings, ...] = ()
     exports: tuple[ExportRule, ...] = ()
     policies: tuple[Policy, ...] = ()
+    space: SpaceSettings = NOTHING_OF_SPACE
 
 
 @dataclass(frozen=True)
@@ -81,6 +84,7 @@ class Configuration:
     watching: WatchingConfiguration = field(default_factory=WatchingConfiguration)
     exports: tuple[ExportRule, ...] = ()
     drain_seconds: float = DRAIN_SECONDS
+    space: SpacePolicy = DEFAULT_POLICY
 
 
 def combine(command_line: Settings, file: Settings) -> Configuration:
@@ -121,6 +125,7 @@ def combine(command_line: Settings, file: Settings) -> Configuration:
         watching=combine_watching(command_line.watching, file.watching),
         exports=file.exports,
         drain_seconds=command_line.drain_seconds or file.drain_seconds or DRAIN_SECONDS,
+        space=combine_space(command_line.space, file.space),
     )
 
 

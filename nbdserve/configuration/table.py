@@ -132,6 +132,16 @@ class Table:
             return None
         return float(value)
 
+    def decimal(self, key: str, most: float) -> float | None:
+        """A number above 0, with or without a fraction."""
+        value = self._values.get(key)
+        if value is None:
+            return None
+        if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value <= most:
+            self.refuse(self.error(key, f"a number above 0, at most {most:g}"))
+            return None
+        return float(value)
+
     def text_or_number(self, key: str, meaning: str) -> str | int | None:
         value = self._values.get(key)
         if value is None or (

@@ -108,18 +108,20 @@ def _process(request: web.Request) -> int:
 
 @routes.post("/v1/imports")
 async def begin_import(request: web.Request) -> web.StreamResponse:
-    """``{"volume", "size", "origin"}``; first line: ``{"import": id, "sink": where the layer is}``.
+    """``{"volume", "size", "origin", "force"}``; first line: ``{"import": id, "sink": …}``.
 
+    The sink says where the layer is.
     ``origin`` is ``{"repository", "push", "source"}`` or absent: with one, what is left of an
-    earlier import is gone on with, and what is left of this one is kept.
+    earlier import is gone on with, and what is left of this one is kept. ``force`` goes beyond the
+    policy's overcommit.
     """
     state = state_of(request)
     fields = await Fields.of(request)
     volume, size = fields.text("volume"), fields.size("size")
-    origin = _origin(fields.labels("origin"))
+    origin, force = _origin(fields.labels("origin")), fields.flag("force")
     fields.end()
     identifier = secrets.token_hex(8)
-    begun = state.operations.start(_begin(state, identifier, volume, size, origin))
+    begun = state.operations.start(_begin(state, identifier, volume, size, origin, force))
     try:
         imported = await asyncio.shield(begun)
         return await hold(
@@ -139,9 +141,9 @@ def _origin(values: dict[str, str]) -> Origin | None:
 
 
 async def _begin(
-    state: State, identifier: str, volume: str, size: int, origin: Origin | None
+    state: State, identifier: str, volume: str, size: int, origin: Origin | None, force: bool
 ) -> Import:
-    imported = await state.catalogue.begin_import(volume, size, origin)
+    imported = await state.catalogue.begin_import(volume, size, origin, force=force)
     state.imports[identifier] = imported
     return imported
 

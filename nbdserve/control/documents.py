@@ -11,6 +11,7 @@ from snapshots.manifest import Snapshot
 from snapshots.manifest_store import UnreadableVolume
 from snapshots.mapping import VolumeMap
 from snapshots.names import BLOCK_SHIFT, BLOCK_SIZE
+from snapshots.wiping import Deleted, Wipe
 
 Document = dict[str, object]
 
@@ -29,6 +30,19 @@ def timestamp(seconds: float) -> str:
 
 def volume(info: VolumeInfo) -> Document:
     return dataclasses.asdict(info) | {"created": timestamp(info.created)}
+
+
+def deleted(found: Deleted) -> Document:
+    return {
+        "deleted": found.volume,
+        "wiped": found.wiped,
+        "shared": found.shared,
+        "others": list(found.others),
+    }
+
+
+def wipe(found: Wipe) -> Document:
+    return {name: getattr(found, name) for name in ("volume", "done", "total", "problem")}
 
 
 def check_report(report: CheckReport) -> Document:

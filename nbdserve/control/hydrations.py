@@ -20,13 +20,19 @@ _SECONDS = 0.5
 
 @routes.post("/v1/restores")
 async def restore(request: web.Request) -> web.Response:
-    """``{"volume", "url", "snapshot": "VOL@SNAP", "rate"}``: rate a second, null or absent: any."""
+    """``{"volume", "url", "snapshot": "VOL@SNAP", "rate"}``: rate a second, null or absent: any.
+
+    ``"force": true`` goes beyond the policy's overcommit.
+    """
     state = state_of(request)
     fields = await Fields.of(request)
     name, url = fields.text("volume"), fields.text("url")
     source, rate = parse_snapshot_name(fields.text("snapshot")), fields.optional_size("rate")
+    force = fields.flag("force")
     fields.end()
-    info = await state.operations.run(state.catalogue.restore_lazily(name, url, *source, rate))
+    info = await state.operations.run(
+        state.catalogue.restore_lazily(name, url, *source, rate, force=force)
+    )
     return web.json_response(documents.volume(info), status=201)
 
 

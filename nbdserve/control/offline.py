@@ -12,6 +12,7 @@ from concurrent.futures import Future
 from pathlib import Path
 
 from backends.local_layers import LocalLayerStore
+from nbdserve.configuration.environment import policy_of
 from nbdserve.control.server import ControlServer
 from nbdserve.control.state import Host, State
 from nbdserve.fetcher.process import FetcherProcess
@@ -31,6 +32,7 @@ class OfflineServer:
 
     def __init__(self, data: Path) -> None:
         self._data = data
+        self._policy = policy_of(data)
         self._ready: Future[asyncio.AbstractEventLoop] = Future()
         self._leave = asyncio.Event()
         self._thread = threading.Thread(target=self._run, name="offline control", daemon=True)
@@ -60,6 +62,7 @@ class OfflineServer:
         # It finds what is to be restored lazily; fetching it is left to the daemon.
         fetcher = FetcherProcess(self._data, _LOGS, lambda: store.lock_descriptor)
         catalogue = await Catalogue.open(store, fetcher=fetcher)
+        catalogue.space.policy = self._policy
         try:
             await self._serve_until_left(store, catalogue)
         finally:

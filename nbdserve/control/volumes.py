@@ -9,6 +9,7 @@ from aiohttp import web
 from backends.errors import InvalidError
 from nbdserve.control import documents
 from nbdserve.control.bodies import Fields, query_flag, query_number
+from nbdserve.control.following import Progress, follow
 from nbdserve.control.reports import job_documents
 from nbdserve.control.state import state_of
 from nbdserve.control.streams import stream
@@ -26,7 +27,8 @@ async def status(request: web.Request) -> web.Response:
     state = state_of(request)
     volumes, unreadable = await state.catalogue.survey_volumes()
     snapshots = state.catalogue.list_snapshots()
-    space = await state.store.space()
+    room = await state.catalogue.space.measure()
+    space = room.space
     return web.json_response(
         {
             "version": version("nbdserve"),
@@ -53,8 +55,20 @@ async def status(request: web.Request) -> web.Response:
                 {"volume": name, **dataclasses.asdict(info)}
                 for name, info in state.catalogue.hydrations().items()
             ],
+            "wiping": [documents.wipe(found) for found in state.catalogue.wiping()],
             "free": space.free,
             "total": space.total,
+            "used": room.used,
+            "reserved": room.reserved,
+            "held": room.held,
+            "provisioned": room.provisioned,
+            "overcommit": room.overcommit,
+            "max_overcommit": state.catalogue.space.policy.max_overcommit,
+            "inodes_free": space.inodes_free,
+            "inodes": space.inodes,
+            "warnings": [
+                dataclasses.asdict(warning) for warning in state.catalogue.warnings(space)
+            ],
         }
     )
 
@@ -77,18 +91,23 @@ async def list_volumes(request: web.Request) -> web.Response:
 
 @routes.post("/v1/volumes")
 async def create_volume(request: web.Request) -> web.Response:
-    """``{"name", "size"}``, or ``{"name", "from": "VOL@SNAP"}`` with or without a size."""
+    """``{"name", "size"}``, or ``{"name", "from": "VOL@SNAP"}`` with or without a size.
+
+    ``"force": true`` goes beyond the policy's overcommit; ``"reserve"`` is a size.
+    """
     state = state_of(request)
     fields = await Fields.of(request)
     name, source, size = fields.text("name"), fields.optional_text("from"), None
+    force, reserve = fields.flag("force"), fields.optional_size("reserve") or 0
     if source is None:
         size = fields.size("size")
         fields.end()
-        change = state.catalogue.create_volume(name, size)
+        change = state.catalogue.create_volume(name, size, reserve=reserve, force=force)
     else:
         size = fields.optional_size("size")
         fields.end()
-        change = state.catalogue.clone_volume(name, *parse_snapshot_name(source), size)
+        origin = parse_snapshot_name(source)
+        change = state.catalogue.clone_volume(name, *origin, size, reserve=reserve, force=force)
     info = await state.operations.run(change)
     return web.json_response(documents.volume(info), status=201)
 
@@ -100,23 +119,51 @@ async def show_volume(request: web.Request) -> web.Response:
 
 
 @routes.delete("/v1/volumes/{volume}")
-async def delete_volume(request: web.Request) -> web.Response:
+async def delete_volume(request: web.Request) -> web.StreamResponse:
+    """``?with_snapshots=true``. With ``?wipe=true``, lines of ``{"done", "total"}`` in bytes come
+    before ``{"deleted", "wiped", "shared", "others"}``.
+    """
     state = state_of(request)
+    name = request.match_info["volume"]
     with_snapshots = query_flag(request, "with_snapshots")
-    await state.operations.run(
-        state.catalogue.delete_volume(request.match_info["volume"], with_snapshots)
-    )
-    return web.json_response({"deleted": request.match_info["volume"]})
+    if query_flag(request, "wipe"):
+
+        async def wipe(progress: Progress) -> documents.Document:
+            deleted = await state.catalogue.delete_volume(
+                name, with_snapshots, wipe=True, progress=progress
+            )
+            return documents.deleted(deleted)
+
+        cut_off = (
+            f"volume {name} is deleted; the daemon stops before all of it is wiped, and goes on"
+            " when it runs again"
+        )
+        return await follow(request, wipe, cut_off)
+    await state.operations.run(state.catalogue.delete_volume(name, with_snapshots))
+    return web.json_response({"deleted": name})
 
 
 @routes.post("/v1/volumes/{volume}/resize")
 async def resize_volume(request: web.Request) -> web.Response:
     state = state_of(request)
     fields = await Fields.of(request)
-    size = fields.size("size")
+    size, force = fields.size("size"), fields.flag("force")
     fields.end()
     info = await state.operations.run(
-        state.catalogue.resize_volume(request.match_info["volume"], size)
+        state.catalogue.resize_volume(request.match_info["volume"], size, force=force)
+    )
+    return web.json_response(documents.volume(info))
+
+
+@routes.post("/v1/volumes/{volume}/reserve")
+async def reserve_space(request: web.Request) -> web.Response:
+    """``{"reserve"}``: a size; null or 0 for none."""
+    state = state_of(request)
+    fields = await Fields.of(request)
+    reserve = fields.optional_size("reserve") or 0
+    fields.end()
+    info = await state.operations.run(
+        state.catalogue.reserve_space(request.match_info["volume"], reserve)
     )
     return web.json_response(documents.volume(info))
 

@@ -8,7 +8,7 @@ reasons, which starting it anew would not mend.
 from aiohttp import web
 
 from nbdserve.control.state import State, state_of
-from snapshots.sealing import LOW_WATER
+from snapshots.names import format_size
 
 routes = web.RouteTableDef()
 
@@ -36,10 +36,10 @@ async def find_reasons(state: State) -> list[str]:
         if not process.responding:
             reasons.append(f"worker {number} does not answer")
     try:
-        free = (await state.store.space()).free
+        space = await state.store.space()
     except OSError as error:
         reasons.append(f"the data directory cannot be examined: {error.strerror}")
     else:
-        if free < LOW_WATER:
-            reasons.append(f"the disk is full: {free >> 20} MiB are free")
+        if space.free < state.catalogue.space.policy.min_free.of(space.total):
+            reasons.append(f"the disk is full: {format_size(space.free)} are free")
     return reasons

@@ -126,6 +126,14 @@ def _of_volumes(state: State, seen: Seen | None) -> Iterator[Metric]:
         "How long ago the volumes were looked at.",
         max(0.0, time.monotonic() - seen.at),
     )
+    room = seen.room
+    if room is not None:
+        yield _gauge("provisioned_bytes", "Sizes of all volumes.", room.provisioned)
+        yield _gauge("used_bytes", "Disk space that volumes and snapshots use.", room.used)
+        yield _gauge("reserved_bytes", "Disk space that volumes are promised.", room.reserved)
+        yield _gauge(
+            "overcommit_ratio", "Provisioned over what the disk can hold.", room.overcommit
+        )
     yield _gauge("volumes", "Volumes that can be read.", len(seen.volumes))
     yield _gauge("volumes_unreadable", "Volumes that cannot be read.", len(seen.unreadable))
     readings: tuple[tuple[str, str, Callable[[VolumeInfo], int | None]], ...] = (

@@ -20,6 +20,7 @@ from backends.errors import StorageError
 from snapshots.catalogue import Catalogue
 from snapshots.listings import VolumeInfo
 from snapshots.manifest_store import UnreadableVolume
+from snapshots.space import Room
 
 PATIENCE: Final = 2.0
 """Seconds that somebody who asks waits for a new look."""
@@ -30,10 +31,11 @@ _SHARE: Final = 10  # of the time between two looks, one part is looking
 
 @dataclass(frozen=True)
 class Seen:
-    """The volumes, and when they were looked at (seconds of ``time.monotonic``)."""
+    """The volumes, the room for them, and when that was looked at (``time.monotonic``)."""
 
     volumes: Sequence[VolumeInfo]
     unreadable: Sequence[UnreadableVolume]
+    room: Room | None
     at: float
 
 
@@ -42,7 +44,7 @@ class Survey:
 
     def __init__(self, catalogue: Catalogue) -> None:
         self._catalogue = catalogue
-        self._last = Seen((), (), float("-inf"))
+        self._last = Seen((), (), None, float("-inf"))
         self._next = float("-inf")
         self._looking: asyncio.Task[None] | None = None
 
@@ -60,7 +62,8 @@ class Survey:
         begun = time.monotonic()
         try:
             volumes, unreadable = await self._catalogue.survey_volumes()
-            self._last = Seen(volumes, unreadable, time.monotonic())
+            room = await self._catalogue.space.measure()
+            self._last = Seen(volumes, unreadable, room, time.monotonic())
         except (OSError, StorageError):
             pass  # the daemon is stopping; what is known stays
         finally:

@@ -312,6 +312,14 @@ def test_where_the_file_system_cannot_tell_all_may_use_space(
     ]
     assert data.allocated_ranges(0, ROW_SIZE, 2) == [(0, piece), (piece, piece)]
     assert data.allocated_ranges(ROW_SIZE, ROW_SIZE, 2) == []
+    # What is to be overwritten must be no hole.
+    data.write(2 * piece, b"x" * BLOCK)
+    data.write(ROW_SIZE, b"x" * BLOCK)
+    found = data.occupied_ranges(0, 2 * ROW_SIZE, 9)
+    assert found == [(5 * BLOCK, BLOCK), (2 * piece, BLOCK), (ROW_SIZE, BLOCK)]
+    assert data.occupied_ranges(0, 2 * ROW_SIZE, 2) == found[:2]
+    assert data.occupied_ranges(2 * piece + 4, 2, 2) == [(2 * piece + 4, 2)]
+    assert data.occupied_ranges(6 * BLOCK, BLOCK, 2) == []
     data.close()
 
 

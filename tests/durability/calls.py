@@ -25,7 +25,7 @@ from typing import Any
 from unittest.mock import patch
 
 from backends import local_data, local_layers
-from snapshots import dirty_pages, head, merge, punching, threads, volume
+from snapshots import dirty_pages, head, merge, punching, threads, volume, wiping
 
 from .disk import PAGE, Directory, Disk, File
 from .loop import InlineExecutor, to_thread
@@ -289,12 +289,17 @@ class Calls:
         return [(page, PAGE) for page in pages if offset <= page < offset + length][:limit]
 
     def statvfs(self, path: SimulatedPath) -> SimpleNamespace:
-        return SimpleNamespace(f_bavail=_SPACE // PAGE, f_frsize=PAGE, f_blocks=_SPACE // PAGE)
+        pages = _SPACE // PAGE
+        return SimpleNamespace(
+            f_bavail=pages, f_frsize=PAGE, f_blocks=pages, f_favail=pages, f_files=pages
+        )
 
     @contextlib.contextmanager
     def scandir(self, path: SimulatedPath) -> Iterator[list[SimpleNamespace]]:
         yield [
-            SimpleNamespace(stat=functools.partial(_stat, below.disk.find(below.path)))
+            SimpleNamespace(
+                name=below.name, stat=functools.partial(_stat, below.disk.find(below.path))
+            )
             for below in path.iterdir()
         ]
 
@@ -385,6 +390,8 @@ _LIMITS = {
     (volume, "INLINE_WRITE"): 3 * PAGE,
     (volume, "SYNC_FROM"): 24,
     (local_layers, "RESERVE_SIZE"): 8 << 10,
+    (wiping, "_PIECE"): 3 * PAGE,
+    (wiping, "_WRITE"): 2 * PAGE,
 }
 
 
@@ -433,6 +440,7 @@ def routed(seed: object) -> Iterator[Process]:
         (local_data, "os"): calls,
         (local_data, "fallocate"): calls.fallocate,
         (local_data, "find_extents"): calls.find_extents,
+        (local_data, "find_data"): calls.find_extents,
         (local_data, "sync_file_range"): calls.sync_file_range,
         (local_data, "is_cached"): calls.is_cached,
         (local_data, "count_unwritten"): calls.count_unwritten,

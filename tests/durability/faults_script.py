@@ -42,8 +42,10 @@ from backends.local_layers import LocalLayerStore
 from nbdserve.control.errors import one_line
 from snapshots import head as head_module
 from snapshots import merge as merge_module
+from snapshots import reservations as reservations_module
 from snapshots import threads as threads_module
 from snapshots import volume as volume_module
+from snapshots import wiping as wiping_module
 from snapshots.catalogue import Catalogue
 from snapshots.handle import Handle
 from snapshots.volume import Volume
@@ -204,6 +206,9 @@ def _small_limits() -> Iterator[None]:
             (head_module, "_COMPACT_FROM", 2 << 10),
             (merge_module, "JOURNAL_STEP", 4 << 10),
             (merge_module, "_CHUNK_BLOCKS", 2),
+            (wiping_module, "_PIECE", 2 * BLOCK),
+            (reservations_module, "_MORE", 4 * BLOCK),
+            (reservations_module, "_NEAR", 0),
         ):
             stack.enter_context(mock.patch.object(module, name, value))
         yield
@@ -336,6 +341,7 @@ class _Script:
         """Wait for everything that goes on in the background."""
         while True:
             tasks = set(self.catalogue._merging._tasks) | set(self.catalogue._tasks)
+            tasks |= self.catalogue._wiping._tasks
             for host in self.catalogue._views.hosts:
                 for view in host._views.values():  # type: ignore[attr-defined]
                     if isinstance(view, Volume):
@@ -581,16 +587,21 @@ class _Script:
         modelled = self.model[volume]
         modelled.sizes = {size} if done is not None else modelled.sizes | {size}
 
-    async def delete_volume(self, volume: str) -> None:
+    async def delete_volume(self, volume: str, *, wipe: bool = False) -> None:
         if volume not in self.catalogue.volume_names():
             return
         await self.end(volume)
-        work = self.catalogue.delete_volume(volume, with_snapshots=True)
+        work = self.catalogue.delete_volume(volume, with_snapshots=True, wipe=wipe)
         done = await self.do(f"delete {volume}", work=work, commits=True)
-        if done is not None:
+        if done is not None or (wipe and volume not in self.catalogue.volume_names()):
             del self.model[volume]
         else:
             self.model[volume].sure = False
+
+    async def reserve(self, volume: str, length: int) -> None:
+        if volume in self.catalogue.volume_names():
+            work = self.catalogue.reserve_space(volume, length)
+            await self.do(f"reserve {volume}", work=work, commits=True)
 
     async def rename(self, old: str, new: str) -> None:
         if old not in self.catalogue.volume_names():
@@ -666,12 +677,15 @@ class _Script:
         await self.zero("a", BORDER - BLOCK, BLOCK + 512, "trim")
         await self.flush("a")
         await self.write("b", 3 * BLOCK + 7, 9)
+        await self.reserve("b", 8 * BLOCK)
         await self.snapshot(("a", "two"), ("b", "two"))
         await self.write("a", 3 * BLOCK, 5 * BLOCK)
         await self.write("b", BLOCK - 3, 6)
         await self.do("record", "a", "b", work=self.catalogue._views.record_all())
         await self.do("reserve", work=self.catalogue._store.keep_reserve())
         await self.read_everything()
+        # What is held without content is not copied to the next act.
+        await self.reserve("b", 0)
 
     async def cloned(self) -> None:
         await self.write("a", 13 * BLOCK, BLOCK)
@@ -696,7 +710,7 @@ class _Script:
         await self.delete_snapshot("a", "two")
         await self.delete_snapshot("a", "three")
         await self.read_everything()
-        await self.delete_volume("d")
+        await self.delete_volume("d", wipe=True)
         await self.flush("b")
 
     async def compacted(self) -> None:

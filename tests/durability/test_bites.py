@@ -10,7 +10,7 @@ import zlib
 import pytest
 
 from backends import local_data, local_layers
-from snapshots import head, manifest_store, merge, punching, recent, volume
+from snapshots import head, manifest_store, merge, punching, recent, volume, wiping
 from snapshots.extent_log import SECTOR, encode_extents
 
 from .simulation import Finding, Tally, simulate
@@ -207,6 +207,19 @@ def a_layer_is_deleted_before_the_manifest_is_committed(patch):
         await self.finish(staged)
 
     patch.setattr(manifest_store.ManifestStore, "commit", commit)
+
+
+@bug
+def a_volume_is_wiped_before_it_is_removed(patch):
+    async def remove(self, manifest, *, wipe=False):
+        if wipe:
+            data = await self._store.open_data(manifest.head, writable=True)
+            wiping._overwrite(data, data.allocated_ranges(0, manifest.size, 1000))
+            data.close()
+        await real(self, manifest, wipe=wipe)
+
+    real = manifest_store.ManifestStore.remove
+    patch.setattr(manifest_store.ManifestStore, "remove", remove)
 
 
 @bug

@@ -430,7 +430,8 @@ class Workload:
                 for client in self.clients[volume]:
                     client.gone = True
                 volume.optional = True
-                await self.catalogue.delete_volume(volume.name, with_snapshots=True)
+                wipe = self.random.random() < 0.5
+                await self.catalogue.delete_volume(volume.name, with_snapshots=True, wipe=wipe)
                 self.model.volumes.remove(volume)
                 del self.clients[volume]
 

@@ -51,6 +51,7 @@ DOCUMENTS = [
     PROJECT / "docs" / "web.md",
     PROJECT / "docs" / "limits.md",
     PROJECT / "docs" / "schedules.md",
+    PROJECT / "docs" / "space.md",
 ]
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 CRON_LINE = re.compile(r"^(?:[\d*/,-]+\s+){5}(.*)$")

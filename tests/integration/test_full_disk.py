@@ -2,8 +2,10 @@
 
 import asyncio
 import errno
+import json
 import logging
 import os
+import re
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -13,13 +15,23 @@ import pytest
 
 from backends.errors import NoSpaceError
 from backends.local_layers import LocalLayerStore
-from snapshots import catalogue as catalogue_module
 from snapshots import head as head_module
-from snapshots import sealing as sealing_module
 from snapshots.catalogue import Catalogue
 from snapshots.handle import Handle
+from snapshots.space import SpacePolicy
+from snapshots.space_watch import Threshold
 
-from .parts import GIB, MIB, Daemon, over_all_transports, require, require_root, run, run_nbdsh
+from .parts import (
+    GIB,
+    MIB,
+    SYSTEM_PATH,
+    Daemon,
+    over_all_transports,
+    require,
+    require_root,
+    run,
+    run_nbdsh,
+)
 
 FILE_SYSTEM_MIB = 96
 
@@ -57,6 +69,7 @@ def test_full_disk(small_file_system: Path, start_daemon: Callable[..., Daemon])
 
     fill = """
 import errno
+import json
 def fill(start, limit=1024):
     written = 0
     for index in range(limit):
@@ -145,6 +158,7 @@ def test_space_that_other_files_took_and_gave_back(
     output = run_nbdsh(
         """
 import errno
+import json
 failed = 0
 for index in range(1, 64):
     try:
@@ -313,8 +327,7 @@ def test_every_operation_while_the_disk_is_full_and_after(
         for targets in ([("disk", "full")], [("disk", "full"), ("other", "full")]):
             with pytest.raises(NoSpaceError, match="make room"):
                 await catalogue.create_snapshots(targets)
-        for module in (catalogue_module, sealing_module):
-            monkeypatch.setattr(module, "LOW_WATER", 0)
+        catalogue.space.policy = SpacePolicy(min_free=Threshold())
         for targets in ([("disk", "full")], [("disk", "full"), ("other", "full")]):
             ballast.take_all()
             with pytest.raises(NoSpaceError, match="no space left"):
@@ -374,3 +387,118 @@ def test_every_operation_while_the_disk_is_full_and_after(
     asyncio.run(scenario())
     assert not any(record.exc_info for record in caplog.records)
     assert not list(data.glob("lost/*"))
+
+
+def test_a_wiped_volume_is_not_on_the_disk_any_more(
+    small_file_system: Path, tmp_path: Path, start_daemon: Callable[..., Daemon]
+) -> None:
+    """What only the volume had; and it works on a full disk, which then has space again."""
+    daemon = start_daemon(small_file_system / "data")
+    for name in ("secret", "plain"):
+        daemon.create(name, GIB)
+    fill = "h.pwrite({!r} * (4 * 2**20 // 16), {}); h.flush()"
+    marks = {
+        "own": b"wiped-from-disk-",
+        "shared": b"kept-by-a-clone-",
+        "plain": b"merely-deleted--",
+    }
+    run_nbdsh(fill.format(marks["shared"], 0), daemon.uri("secret"))
+    daemon.command("snapshot", "create", "secret@first")
+    daemon.command("volume", "create", "clone", "--from", "secret@first")
+    run_nbdsh(fill.format(marks["own"], 2**20), daemon.uri("secret"))
+    run_nbdsh(fill.format(marks["plain"], 0), daemon.uri("plain"))
+    Ballast(small_file_system / "ballast").take_all()
+
+    done = daemon.command("volume", "delete", "secret", "--with-snapshots", "--wipe").stdout
+    assert re.fullmatch(
+        r"deleted volume secret, wiped 4(\.\d)?M; not wiped: 4(\.\d)?M that clone use too\n", done
+    )
+    daemon.command("volume", "delete", "plain")
+    (small_file_system / "ballast").unlink()
+    assert run_nbdsh("print(bytes(h.pread(16, 2**21)))", daemon.uri("clone")) == (
+        f"{marks['shared']!r}\n"
+    )
+    assert daemon.stop() == 0
+    run("sync", "--file-system", small_file_system)
+    image = tmp_path / "image"
+    if image.stat().st_blocks * 512 > 8 * MIB:  # else it was a tmpfs: nothing of it is anywhere
+        content = image.read_bytes()
+        assert {name: mark in content for name, mark in marks.items()} == {
+            "own": False, "shared": True, "plain": True
+        }  # fmt: skip
+
+
+HAMMER = """
+import errno, itertools, sys
+print("begun", flush=True)
+for block in itertools.count():
+    try:
+        h.pwrite(b"t" * 2**16, (2**28 + block * 2**16) % 2**30)
+    except nbd.Error as error:
+        assert error.errnum == errno.ENOSPC, error
+"""
+RESERVE = 24
+
+
+def test_a_volume_can_write_what_is_reserved_for_it_on_a_full_disk(
+    small_file_system: Path, start_daemon: Callable[..., Daemon]
+) -> None:
+    """Others have filled it: a volume that goes on trying all the time, and files beside."""
+    daemon = start_daemon(small_file_system / "data")
+    daemon.create("thief", GIB)
+    daemon.command("volume", "create", "ours", "--size", "1G", "--reserve", f"{RESERVE}M")
+    status = json.loads(daemon.command("status", "--json").stdout)
+    assert status["reserved"] == RESERVE * MIB
+    assert RESERVE * MIB < status["held"] < (RESERVE + 8) * MIB
+    refused = daemon.command("volume", "reserve", "thief", "1G", check=False)
+    assert "volume thief: to reserve 1G another" in refused.stderr
+    Ballast(small_file_system / "ballast").take_all()
+    hammering = subprocess.Popen(
+        ["nbdsh", "--uri", daemon.uri("thief"), "-c", HAMMER],
+        stdout=subprocess.PIPE,
+        env={**os.environ, "PATH": SYSTEM_PATH},
+    )
+    try:
+        assert hammering.stdout is not None
+        assert hammering.stdout.readline() == b"begun\n"
+        half = RESERVE // 2
+        run_nbdsh(
+            f"for at in range({half}): h.pwrite(bytes([at + 1]) * 2**20, at * 2**21)\nh.flush()",
+            daemon.uri("ours"),
+        )
+        # Small ones at random, each a run of its own in the journal and an extent of its own.
+        count = (RESERVE - half - 2) * 256
+        run_nbdsh(
+            "import random; places = random.Random(1).sample(range(2**15, 2**17), "
+            f"{count})\nfor at in places: h.pwrite(b's' * 4096, at * 2**12)\nh.flush()",
+            daemon.uri("ours"),
+        )
+        assert hammering.poll() is None
+    finally:
+        hammering.kill()
+        hammering.wait()
+        hammering.stdout.close()
+    daemon.kill()
+    daemon.start()
+    run_nbdsh(
+        f"for at in range({half}): assert h.pread(2**20, at * 2**21) == bytes([at + 1]) * 2**20",
+        daemon.uri("ours"),
+    )
+    # What is used up is as full as everything else is.
+    run_nbdsh(
+        """
+import errno
+import json
+try:
+    for at in range(64): h.pwrite(b"x" * 2**20, 2**29 + 2**28 + at * 2**20)
+    assert False, "there is no space"
+except nbd.Error as error:
+    assert error.errnum == errno.ENOSPC
+""",
+        daemon.uri("ours"),
+    )
+    (small_file_system / "ballast").unlink()
+    run_nbdsh("h.pwrite(b'x' * 2**20, 2**29 + 2**28); h.flush()", daemon.uri("ours"))
+    done = daemon.command("volume", "reserve", "ours", "none")
+    assert done.stdout == "reserved nothing for volume ours\n"
+    assert json.loads(daemon.command("status", "--json").stdout)["held"] == 0

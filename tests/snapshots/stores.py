@@ -117,6 +117,8 @@ class FaultyStore(MemoryLayerStore):
             found.used = sum(BLOCK * len(pages) for pages in found._data.values())
             found.used += sum(len(log) for logs in found._logs.values() for log in logs.values())
             found.used += sum(map(len, found._records.values()))
+            found._held = dict(self._held)
+            found.used += sum(found._held.values())
             return found
 
     async def create_layer(self, layer: str) -> None:

@@ -24,11 +24,12 @@ from backends.errors import (
 from backends.local_layers import LocalLayerStore
 from backends.memory_layers import MemoryLayerStore
 from snapshots import catalogue as catalogue_module
-from snapshots import sealing as sealing_module
 from snapshots.catalogue import Catalogue
 from snapshots.handle import Handle
 from snapshots.sink import open_sink
 from snapshots.source import open_source
+from snapshots.space import SpacePolicy
+from snapshots.space_watch import Threshold
 from tests.snapshots.stores import BLOCK, FaultyStore, run, until
 
 SIZE = 32 * BLOCK
@@ -143,8 +144,7 @@ def test_refusals_say_why_and_change_nothing(monkeypatch: pytest.MonkeyPatch) ->
             pin.release()
             pin.release()
             await quiet(c)
-            monkeypatch.setattr(sealing_module, "LOW_WATER", 1 << 60)
-            monkeypatch.setattr(catalogue_module, "LOW_WATER", 1 << 60)
+            c.space.policy = SpacePolicy(min_free=Threshold(size=1 << 60))
             store.capacity = store.used + (100 << 20)
             await refused(NoSpaceError, "needed for a snapshot", c.create_snapshots([("v", "t")]))
             monkeypatch.setattr(catalogue_module, "MAX_LAYERS", 2)

@@ -13,10 +13,13 @@ import pytest
 from backends.errors import CorruptError, NotFoundError
 from snapshots.catalogue import Catalogue
 from snapshots.manifest import (
+    Deletion,
     Manifest,
     Merge,
     Snapshot,
+    pack_deletion,
     pack_transaction,
+    unpack_deletion,
     unpack_manifest,
     unpack_merge,
     unpack_transaction,
@@ -281,3 +284,18 @@ def test_a_missing_layer_is_named_and_harms_no_other_volume() -> None:
         await catalogue.close()
 
     run(scenario())
+
+
+def test_deletions_with_and_without_wiping() -> None:
+    layers = frozenset(("a", "b"))
+    assert unpack_deletion(pack_deletion(layers), WHERE) == Deletion(layers)
+    assert unpack_deletion(pack_deletion(layers, "v"), WHERE) == Deletion(layers, "v")
+    # One of a program that knows of no wiping.
+    assert unpack_deletion(pack_record(1, {"layers": ["a"]}), WHERE).wipe is None
+    for wipe in ("../v", 7, ["v"], b"v"):
+        with pytest.raises(CorruptError, match=WHERE):
+            unpack_deletion(pack_record(1, {"layers": ["a"], "wipe": wipe}), WHERE)
+    for reserve in (-1, "many", 1.5):
+        content = pack_record(1, {**manifest().as_map(), "reserve": reserve})
+        with pytest.raises(CorruptError, match="reserved"):
+            unpack_manifest(content, WHERE, manifest().id)

@@ -1,0 +1,32 @@
+"""The configuration file that the environment names, NBDSERVE_CONFIG, or else the system's.
+
+Commands that do the daemon's work in its stead keep to the policy in it, as the daemon would.
+"""
+
+import os
+from pathlib import Path
+
+from nbdserve.configuration import file
+from nbdserve.configuration.space import NOTHING_OF_SPACE, combine_space
+from snapshots.space import DEFAULT_POLICY, SpacePolicy
+
+VARIABLE = "NBDSERVE_CONFIG"
+
+
+def named_file() -> Path | None:
+    """The file that the environment names, or the system's, where there is one."""
+    named = os.environ.get(VARIABLE)
+    if named:
+        return Path(named)
+    return file.DEFAULT_FILE if file.DEFAULT_FILE.exists() else None
+
+
+def policy_of(data: Path) -> SpacePolicy:
+    """The policy of a data directory; the default where no file, or one of another, is named."""
+    path = named_file()
+    if path is None:
+        return DEFAULT_POLICY
+    settings = file.read_file(path)
+    if settings.data is not None and settings.data.absolute() != data.absolute():
+        return DEFAULT_POLICY
+    return combine_space(NOTHING_OF_SPACE, settings.space)
