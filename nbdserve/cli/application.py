@@ -24,7 +24,11 @@ _COMMANDS = {
     "backup": "nbdserve.cli.backup:backup",
     "status": "nbdserve.cli.status:status",
     "check": "nbdserve.cli.check:check",
+    "completion": "nbdserve.cli.completion:completion",
 }
+
+COMPLETION = "_NBDSERVE_COMPLETE"
+"""The variable with which a shell asks for completions, as click names it."""
 
 INTERRUPTED = 128 + signal.SIGINT
 TERMINATED = 128 + signal.SIGTERM
@@ -57,6 +61,8 @@ def run(arguments: Sequence[str]) -> int:
     """The exit status of one command line; every error is one line on standard error."""
     logging.basicConfig(level=logging.WARNING, handlers=[_line_handler()])
     signal.signal(signal.SIGTERM, _terminate)
+    if COMPLETION in os.environ:
+        import nbdserve.cli.completion  # noqa: F401, PLC0415 - which adds to what click knows
     try:
         result = application.main(list(arguments), prog_name="nbdserve", standalone_mode=False)
     except click.exceptions.NoArgsIsHelpError as error:

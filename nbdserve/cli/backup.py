@@ -21,6 +21,7 @@ from typing import Any
 import click
 
 from backends.errors import StorageError, one_line
+from nbdserve.cli.completing import complete_volume
 from nbdserve.cli.keeping import storage_class_option
 from nbdserve.cli.key_options import add_key_options
 from nbdserve.cli.limits import limit_options
@@ -49,7 +50,7 @@ LABEL = "backup"
 
 
 @click.command()
-@click.argument("volumes", metavar="VOL…", nargs=-1, required=True)
+@click.argument("volumes", metavar="VOL…", nargs=-1, required=True, shell_complete=complete_volume)
 @click.option("--repo", "url", metavar="URL", required=True, help="Where to.")
 @keep_options
 @storage_class_option

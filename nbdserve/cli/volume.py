@@ -5,6 +5,7 @@ from typing import Any
 import click
 
 from backends.errors import UnavailableError
+from nbdserve.cli.completing import complete_snapshot, complete_volume
 from nbdserve.cli.options import (
     data_directory,
     data_option,
@@ -63,7 +64,13 @@ def _print(info: dict[str, Any], as_json: bool, done: str) -> None:
 @volume.command()
 @click.argument("name")
 @click.option("--size", help="Size, such as 10G; with --from it may only be larger.")
-@click.option("--from", "source", metavar="VOL@SNAP", help="Clone this snapshot.")
+@click.option(
+    "--from",
+    "source",
+    metavar="VOL@SNAP",
+    shell_complete=complete_snapshot,
+    help="Clone this snapshot.",
+)
 @data_option
 @json_option
 def create(name: str, size: str | None, source: str | None, as_json: bool) -> None:
@@ -108,7 +115,7 @@ def list_(as_json: bool) -> None:
 
 
 @volume.command()
-@click.argument("name")
+@click.argument("name", shell_complete=complete_volume)
 @data_option
 @json_option
 def show(name: str, as_json: bool) -> None:
@@ -132,7 +139,7 @@ def show(name: str, as_json: bool) -> None:
 
 
 @volume.command()
-@click.argument("name")
+@click.argument("name", shell_complete=complete_volume)
 @click.option("--size", required=True, help="The new size, such as 20G; never less than before.")
 @data_option
 @json_option
@@ -145,7 +152,7 @@ def resize(name: str, size: str, as_json: bool) -> None:
 
 
 @volume.command()
-@click.argument("old")
+@click.argument("old", shell_complete=complete_volume)
 @click.argument("new")
 @data_option
 @json_option
@@ -157,7 +164,7 @@ def rename(old: str, new: str, as_json: bool) -> None:
 
 
 @volume.command()
-@click.argument("name")
+@click.argument("name", shell_complete=complete_volume)
 @rate_option
 @click.option("--wait", is_flag=True, help="Return when the volume is whole.")
 @data_option
@@ -197,7 +204,7 @@ def _await_whole(session: Session, name: str) -> None:
 
 
 @volume.command()
-@click.argument("name")
+@click.argument("name", shell_complete=complete_volume)
 @click.option("--with-snapshots", is_flag=True, help="Delete its snapshots with it.")
 @data_option
 @json_option

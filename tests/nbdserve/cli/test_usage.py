@@ -86,8 +86,7 @@ def test_every_command_has_help(cli: CommandLine) -> None:
 def test_completion_knows_the_commands() -> None:
     environment = os.environ | {
         "_NBDSERVE_COMPLETE": "bash_complete",
-        "COMP_WORDS": "nbdserve vol",
-        "COMP_CWORD": "1",
+        "COMPLETED_LINE": "nbdserve vol",
     }
     done = subprocess.run(
         [Path(sys.executable).parent / "nbdserve"],
