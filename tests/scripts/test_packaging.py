@@ -43,7 +43,10 @@ def run(*command: str | Path, **environment: str) -> str:
 
 @pytest.fixture(scope="module")
 def tracked(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a copy of what git tracks: as a clone, with nothing that an older build left."""
+    """Return a copy of what git tracks: as a clone, with nothing that an older build left.
+
+    It has a unit, a list of users and a configuration of the test's own.
+    """
     if not (PROJECT / ".git").exists() or shutil.which("git") is None:
         pytest.skip("not a git checkout")
     copy = tmp_path_factory.mktemp("checkout")
@@ -51,6 +54,11 @@ def tracked(tmp_path_factory: pytest.TempPathFactory) -> Path:
         if (PROJECT / name).is_file():
             (copy / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(PROJECT / name, copy / name)
+    units = copy / "scripts" / "systemd"
+    units.mkdir(exist_ok=True)
+    (units / "of-the-test@.service").write_text("ExecStart=/opt/nbdserve/bin/nbdserve serve\n")
+    (units / "of-the-test.sysusers").write_text("u nbdserve -\n")
+    (units / "nbdserve.toml").write_text("workers = 2\n")
     return copy
 
 
@@ -161,11 +169,18 @@ def test_an_installation_is_laid_out_as_a_package(built: Path, tmp_path: Path) -
     shipped = {file.name for file in (PROJECT / "scripts").glob("systemd/*")}
     units = {name for name in shipped if name.endswith((".service", ".socket", ".timer"))}
     installed = tmp_path / "lib" / "systemd" / "system"
-    assert {file.name for file in installed.glob("*")} == units
-    for unit in installed.glob("*"):
+    assert {file.name for file in installed.iterdir()} == units | {"of-the-test@.service"}
+    for unit in installed.iterdir():
         assert "/opt/" not in unit.read_text()
+    assert "=/usr/bin/nbdserve serve" in (installed / "of-the-test@.service").read_text()
+    users = tmp_path / "usr" / "lib" / "sysusers.d" / "nbdserve.conf"
+    assert users.read_text() == "u nbdserve -\n"
     configuration = tmp_path / "etc" / "nbdserve" / "nbdserve.toml"
-    assert configuration.exists() == ("nbdserve.toml" in shipped)
+    assert configuration.read_text() == "workers = 2\n"
+    assert (share / "doc" / "nbdserve" / "examples" / "nbdserve.toml").exists()
+    for directory in ("man/man1", "doc/nbdserve", "bash-completion/completions"):
+        for file in (share / directory).glob("*"):
+            assert file.is_dir() or file.stat().st_mode & 0o777 == 0o644, file
 
 
 def test_installing_again_leaves_the_configuration_alone(built: Path, tmp_path: Path) -> None:
