@@ -66,6 +66,8 @@ def completion(shell: str) -> None:
     """Print the script that completes nbdserve's commands in a shell.
 
     It completes commands and options, and the names of volumes and snapshots in the data directory.
+    For bash, eval "$(nbdserve completion bash)" in ~/.bashrc loads it; for zsh the same with zsh in
+    ~/.zshrc, behind compinit. fish looks for it in ~/.config/fish/completions/nbdserve.fish.
     """
     root = click.get_current_context().find_root().command
     click.echo(script_for(shell, root), nl=False)

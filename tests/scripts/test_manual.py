@@ -27,6 +27,14 @@ def pages(tmp_path: Path) -> Path:
     return tmp_path
 
 
+def require(*programs: str) -> None:
+    """Skip the test without these programs, unless this is continuous integration."""
+    for program in programs:
+        if shutil.which(program) is None:
+            assert os.environ.get("CI") != "true", program
+            pytest.skip(f"{program} not found: run scripts/install-test-dependencies")
+
+
 def shown(page: Path, width: int = 2000) -> str:
     """A page as man shows it, without emphasis; a wide one has no line broken."""
     done = subprocess.run(
@@ -59,9 +67,7 @@ COMMANDS = commands_of(application)
 
 
 def test_groff_and_mandoc_have_nothing_to_complain_about(pages: Path) -> None:
-    for program in ("groff", "mandoc"):
-        if shutil.which(program) is None:
-            pytest.skip(f"{program} not found: run scripts/install-test-dependencies")
+    require("groff", "mandoc")
     for page in sorted(pages.iterdir()):
         shown(page, 78)
         # "style" would complain about pages referred to that are not installed.
@@ -75,8 +81,7 @@ def test_groff_and_mandoc_have_nothing_to_complain_about(pages: Path) -> None:
 
 
 def test_every_option_of_every_command_is_on_its_page(pages: Path) -> None:
-    if shutil.which("groff") is None:
-        pytest.skip("groff not found: run scripts/install-test-dependencies")
+    require("groff")
     texts = {page.name: shown(page) for page in pages.iterdir()}
     assert len(COMMANDS) > 20
     for words, command in COMMANDS.items():
