@@ -1,5 +1,6 @@
 """The top of the command line, and what becomes of errors."""
 
+import io
 import logging
 import os
 import signal
@@ -47,6 +48,8 @@ def application() -> None:
 
 def main() -> NoReturn:
     """Run the command line of this process."""
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="replace")  # a locale without … is no reason to fail
     status = run(sys.argv[1:])
     try:
         sys.stdout.flush()

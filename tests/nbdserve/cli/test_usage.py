@@ -139,6 +139,15 @@ def test_standard_output_that_is_closed_or_full(data: Path) -> None:
     assert len(outcome.stderr.splitlines()) == 1, outcome.stderr
 
 
+def test_a_locale_that_lacks_a_character_is_no_error() -> None:
+    environment = os.environ | {"PYTHONIOENCODING": "latin-1"}
+    done = subprocess.run(
+        [*PROGRAM, "backup", "--help"], env=environment, capture_output=True, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert done.stdout.startswith(b"Usage: nbdserve backup [OPTIONS] VOL?")
+
+
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_ends_a_command_without_a_traceback(
     data: Path, number: signal.Signals, status: int
