@@ -24,8 +24,8 @@ _COMMANDS = {
     "repo": "nbdserve.cli.repo:repo",
     "backup": "nbdserve.cli.backup:backup",
     "status": "nbdserve.cli.status:status",
-    "check": "nbdserve.cli.check:check",
     "completion": "nbdserve.cli.completion:completion",
+    "check": "nbdserve.cli.check:check",
 }
 
 COMPLETION = "_NBDSERVE_COMPLETE"
