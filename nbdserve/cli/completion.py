@@ -17,7 +17,8 @@ from click.shell_completion import (
     split_arg_string,
 )
 
-VARIABLE: Final = "_NBDSERVE_COMPLETE"
+from nbdserve.cli.application import COMPLETION
+
 SHELLS: Final = ("bash", "zsh", "fish")
 
 _BASH = """\
@@ -77,4 +78,4 @@ def script_for(shell: str, application: click.Command) -> str:
     """The script that completes ``application``, whose program is nbdserve."""
     kind = get_completion_class(shell)
     assert kind is not None
-    return kind(application, {}, "nbdserve", VARIABLE).source()
+    return kind(application, {}, "nbdserve", COMPLETION).source()

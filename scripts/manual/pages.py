@@ -97,7 +97,6 @@ def make_pages(application: click.Group) -> list[Page]:
     """All pages, as the commands and docs/man/ are now."""
     context = click.Context(application, info_name="nbdserve")
     commands = dict(_commands_of(application, context))
-    names = ["nbdserve", *(f"nbdserve-{name}" for name in commands)]
     pages = [_make_main_page(application, context, commands)]
     pages += [_make_command_page(name, command, context) for name, command in commands.items()]
     for page in pages:
@@ -112,8 +111,7 @@ def make_pages(application: click.Group) -> list[Page]:
             page.add("A COMPLETE FILE", text)
         pages.append(page)
     for page in pages:
-        others = [name for name in names if name != page.name]
-        _add_references(page, [(name, 1) for name in others], pages)
+        _add_references(page, pages)
     return pages
 
 
@@ -177,11 +175,11 @@ def _add_written(page: Page) -> None:
         page.add(title or "DESCRIPTION", text)
 
 
-def _add_references(page: Page, names: list[tuple[str, int]], pages: list[Page]) -> None:
-    formats = [(other.name, other.section) for other in pages if other.section != 1]
-    listed = [reference for reference in [*names, *formats] if reference[0] != page.name]
-    page.add(SEE_ALSO, ",\n".join(f"{bold(name)}({section})" for name, section in listed))
-    page.sections.sort(key=lambda section: section[0] == SEE_ALSO)  # to the end, stably
+def _add_references(page: Page, pages: list[Page]) -> None:
+    """Name all other pages, at the end."""
+    others = (f"{bold(other.name)}({other.section})" for other in pages if other is not page)
+    page.add(SEE_ALSO, ",\n".join(others))
+    page.sections.sort(key=lambda section: section[0] == SEE_ALSO)  # which is stable
 
 
 def _commands_of(group: click.Group, context: click.Context) -> Iterator[tuple[str, click.Command]]:

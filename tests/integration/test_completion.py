@@ -3,6 +3,7 @@
 import os
 import pty
 import select
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,14 +20,25 @@ PATIENCE = 60.0
 DAMAGED = b"no manifest"
 
 
-@pytest.fixture
-def names(data_directory: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a data directory with two volumes and a snapshot, which nobody serves."""
+    data = tmp_path_factory.mktemp("made") / "data"
+    for command in (
+        ("volume", "create", "web", "--size", "1M"),
+        ("volume", "create", "mail", "--size", "1M"),
+        ("snapshot", "create", "web@monday"),
+    ):
+        run(NBDSERVE, *command, "--data", data)
+    return data
+
+
+@pytest.fixture
+def names(made: Path, data_directory: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Return a copy of it that the environment names."""
+    shutil.copytree(made, data_directory)
     monkeypatch.setenv("NBDSERVE_DATA", str(data_directory))
     monkeypatch.setenv("PATH", f"{NBDSERVE.parent}:{os.environ['PATH']}")
-    for volume in ("web", "mail"):
-        run(NBDSERVE, "volume", "create", volume, "--size", "1M")
-    run(NBDSERVE, "snapshot", "create", "web@monday")
     return data_directory
 
 
