@@ -4,12 +4,21 @@
 # make check  format, lint, types and the fast tests
 # make torture  what make test does a little of, at length: fuzzing for TORTURE_MINUTES, a million
 #             states of power cuts, every fault, …; TORTURE="--only PART" for one: docs/testing.md
+# make dist   the source distribution and the wheel, in dist/
+# make install  what a package has: program, units, manual pages, completion, configuration;
+#             with PREFIX=/usr/local and DESTDIR= as everywhere: docs/packaging.md
+# make deb    a Debian package of that, in dist/
 # make bench  measure beside nbdkit and qemu-nbd; BENCH="--quick" only sees that it runs
 # make bench-repo  measure repositories beside restic and borg, with BENCH as above
 # make conformance  check nbdserve and its peers against the specification; writes
 #             docs/conformance.md
 
 PYTHON ?= python3
+PREFIX ?= /usr/local
+DESTDIR ?=
+# What make install and make deb install instead of building it, and further options of pip.
+WHEEL ?=
+PIP_OPTIONS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 # Where the demo listens: a TCP port on the loopback address.
@@ -24,25 +33,51 @@ STORAGE_TESTS := tests/backends tests/durability tests/snapshots
 # Python without the suffix that tools find it by.
 SCRIPTS := scripts/kernel-vm scripts/s3-test-server scripts/nbd-conformance scripts/conformance-table
 
-.PHONY: run test fast-tests storage-tests integration-tests s3-tests check lint torture bench bench-repo conformance
+.PHONY: run dist install deb test fast-tests storage-tests integration-tests s3-tests check lint torture bench bench-repo conformance
 .DELETE_ON_ERROR:
 
-$(VENV)/installed: pyproject.toml
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
-	  { echo "Python 3.11 or newer is needed; name it with: make PYTHON=/path/to/python3" >&2; exit 1; }
-	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
-	  if [ "$$(id -u)" -eq 0 ] && command -v apt-get >/dev/null; then \
+# What running it needs; as root on Debian also the parts of Python that are packages of their own.
+$(VENV)/base: pyproject.toml
+	@if ! $(PYTHON) -c 'import ensurepip, venv' 2>/dev/null; then \
+	  if [ "$$(id -u)" -eq 0 ] && [ "$(PYTHON)" = python3 ] && command -v apt-get >/dev/null; then \
 	    apt-get --quiet update && \
 	    DEBIAN_FRONTEND=noninteractive apt-get --quiet --yes install --no-install-recommends python3-venv; \
 	  else \
-	    echo "Python's venv module is needed; as root: apt-get install --yes python3-venv" >&2; exit 1; \
-	  fi
+	    echo "$(PYTHON) with its module venv is needed; on Debian, as root: apt-get install --yes python3-venv" >&2; \
+	    exit 1; \
+	  fi; \
+	fi
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "Python 3.11 or newer is needed; name it with: make PYTHON=/path/to/python3" >&2; exit 1; }
+	@echo "Setting up $(VENV), which is done once and takes a minute or so"
 	@[ -x $(BIN)/python ] || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable .
 	@touch $@
 
-run: $(VENV)/installed
+# What developing it needs.
+$(VENV)/installed: $(VENV)/base
+	@echo "Installing into $(VENV) what the tests need"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	@touch $@
+
+run: $(VENV)/base
 	@scripts/demo $(PORT)
+
+dist: $(VENV)/installed
+	$(BIN)/python -m build --no-isolation
+
+install deb: export DESTDIR := $(DESTDIR)
+install deb: export PREFIX := $(PREFIX)
+install deb: export WHEEL := $(WHEEL)
+install deb: export PIP := $(BIN)/python -m pip
+install deb: export PIP_OPTIONS := $(PIP_OPTIONS)
+install deb: export PYTHON := $(PYTHON)
+
+install: $(VENV)/base
+	@scripts/install
+
+deb: $(VENV)/base
+	@scripts/make-deb
 
 # Four parts side by side: the last two wait for other programs most of the time.
 test: lint

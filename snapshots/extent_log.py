@@ -186,7 +186,10 @@ def read_log(
         raise CorruptError(f"{where}: cut short at offset {len(content)}")
     seed = zlib.crc32(layer.encode())
     header = _payload(content, 0, seed, where)
-    if header is None or header[:1] != [FORMAT] or header[1:] != [layer, log]:
+    if header == [FORMAT + 1, layer, log]:
+        newer = f"format {header[0]} is newer than this nbdserve understands"
+        raise CorruptError(f"{where}: {newer}, at offset 0")
+    if header != [FORMAT, layer, log]:
         raise CorruptError(f"{where}: offset 0 is not the header of this {log}")
     sequence = 0
     extents = 0

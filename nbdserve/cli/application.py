@@ -1,5 +1,6 @@
 """The top of the command line, and what becomes of errors."""
 
+import io
 import logging
 import os
 import signal
@@ -24,10 +25,14 @@ _COMMANDS = {
     "backup": "nbdserve.cli.backup:backup",
     "policy": "nbdserve.cli.policy:policy",
     "status": "nbdserve.cli.status:status",
+    "completion": "nbdserve.cli.completion:completion",
     "check": "nbdserve.cli.check:check",
     "config": "nbdserve.cli.config:config",
     "reload": "nbdserve.cli.reload:reload",
 }
+
+COMPLETION = "_NBDSERVE_COMPLETE"
+"""The variable with which a shell asks for completions, as click names it."""
 
 INTERRUPTED = 128 + signal.SIGINT
 TERMINATED = 128 + signal.SIGTERM
@@ -46,6 +51,8 @@ def application() -> None:
 
 def main() -> NoReturn:
     """Run the command line of this process."""
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="replace")  # a locale without … is no reason to fail
     status = run(sys.argv[1:])
     try:
         sys.stdout.flush()
@@ -60,6 +67,8 @@ def run(arguments: Sequence[str]) -> int:
     """The exit status of one command line; every error is one line on standard error."""
     logging.basicConfig(level=logging.WARNING, handlers=[_line_handler()])
     signal.signal(signal.SIGTERM, _terminate)
+    if COMPLETION in os.environ:
+        import nbdserve.cli.completion  # noqa: F401, PLC0415 - which adds to what click knows
     try:
         result = application.main(list(arguments), prog_name="nbdserve", standalone_mode=False)
     except click.exceptions.NoArgsIsHelpError as error:

@@ -16,6 +16,7 @@ from click.core import ParameterSource
 from backends.errors import StorageError, one_line
 from nbdserve.cli.backup_plan import Plan, given_hooks, plan_of_options, plan_of_policy
 from nbdserve.cli.backup_run import AnotherRunsError, BackupRun
+from nbdserve.cli.completing import complete_volume
 from nbdserve.cli.configured import config_option, configured_data, find_policy, read_config
 from nbdserve.cli.keeping import storage_class_option
 from nbdserve.cli.key_options import add_key_options
@@ -31,7 +32,7 @@ _BESIDE_A_POLICY = {"policy", "config", "wait", "data", "as_json", "help"}
 
 
 @click.command()
-@click.argument("volumes", metavar="[VOL…]", nargs=-1)
+@click.argument("volumes", metavar="[VOL…]", nargs=-1, shell_complete=complete_volume)
 @click.option("--repo", "url", metavar="URL", help="Where to.")
 @click.option(
     "--policy",

@@ -14,6 +14,7 @@ import click
 
 from backends.errors import CorruptError, InUseError, UnavailableError
 from backends.local_layers import LocalLayerStore
+from nbdserve.cli.completing import complete_volume
 from nbdserve.cli.options import data_directory, data_option, json_option
 from nbdserve.cli.output import print_json
 from nbdserve.cli.progress import Progress
@@ -25,7 +26,7 @@ from snapshots.names import check_name
 
 
 @click.command()
-@click.argument("volume", metavar="[VOL]", required=False)
+@click.argument("volume", metavar="[VOL]", required=False, shell_complete=complete_volume)
 @click.option(
     "--repair", is_flag=True, help="Repair what is safe: orphaned layers, a torn end of a journal."
 )

@@ -12,6 +12,7 @@ from pathlib import Path
 import click
 
 from backends.errors import InvalidError, NoSpaceError, NotFoundError, StorageError, one_line
+from nbdserve.cli.completing import complete_file
 from nbdserve.cli.keeping import at_option, storage_class_option
 from nbdserve.cli.limits import limit_options
 from nbdserve.cli.options import json_option, skip_damaged_option
@@ -32,7 +33,7 @@ _FORMATS = click.Choice([image_format.value for image_format in Format])
 @click.command("export")
 @click.argument("url")
 @click.argument("snapshot", metavar="VOL@SNAP")
-@click.argument("file", metavar="FILE|-")
+@click.argument("file", metavar="FILE|-", shell_complete=complete_file)
 @click.option("--format", "given", type=_FORMATS, help="qcow2 if FILE ends in .qcow2, else raw.")
 @click.option("--force", is_flag=True, help="Replace FILE once the new one is whole.")
 @at_option
@@ -91,7 +92,7 @@ def export(
 
 
 @click.command("import")
-@click.argument("file", metavar="FILE|-")
+@click.argument("file", metavar="FILE|-", shell_complete=complete_file)
 @click.argument("url")
 @click.argument("snapshot", metavar="VOL@SNAP")
 @click.option("--format", "given", type=_FORMATS, help="qcow2 if FILE ends in .qcow2, else raw.")

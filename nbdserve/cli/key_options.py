@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from nbdserve.cli.completing import complete_file
 from nbdserve.cli.lazy_group import LazyGroup
 
 _SOURCE = "nbdserve.key"
@@ -32,7 +33,12 @@ def add_key_options(command: click.Command) -> None:
         option = "--" + name.replace("_", "-")
         command.params.append(
             click.Option(
-                [option, name], metavar=metavar, help=text, expose_value=False, callback=_keep
+                [option, name],
+                metavar=metavar,
+                help=text,
+                expose_value=False,
+                callback=_keep,
+                shell_complete=complete_file if metavar == "FILE" else None,
             )
         )
 

@@ -4,11 +4,14 @@ import os
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
 from snapshots.names import parse_size
+
+if TYPE_CHECKING:
+    from click.shell_completion import CompletionItem
 
 Decorated = TypeVar("Decorated", bound=Callable[..., Any])
 
@@ -23,6 +26,15 @@ def _keep_data(context: click.Context, parameter: click.Parameter, value: str | 
         context.meta[_DATA] = Path(value)  # meta is shared with the groups above and below
 
 
+def _complete_directory(
+    context: click.Context, parameter: click.Parameter, incomplete: str
+) -> list["CompletionItem[str]"]:
+    """A directory: the shell's own business."""
+    from click.shell_completion import CompletionItem  # noqa: PLC0415
+
+    return [CompletionItem(incomplete, type="dir")]
+
+
 def data_option(function: Decorated) -> Decorated:
     """``--data DIR``: taken before or behind the command; the one behind wins.
 
@@ -33,6 +45,7 @@ def data_option(function: Decorated) -> Decorated:
         metavar="DIR",
         expose_value=False,
         callback=_keep_data,
+        shell_complete=_complete_directory,
         help="The data directory; NBDSERVE_DATA in the environment says the same.",
     )(function)
 
@@ -91,7 +104,12 @@ def parse_rate(text: str | None) -> int | None:
 
 def given_data_directory() -> Path | None:
     """The data directory that the command line or the environment names."""
-    data = click.get_current_context().meta.get(_DATA)
+    return data_directory_of(click.get_current_context())
+
+
+def data_directory_of(context: click.Context) -> Path | None:
+    """The data directory of a command line that may not be complete yet."""
+    data = context.meta.get(_DATA)
     if isinstance(data, Path):
         return data
     named = os.environ.get("NBDSERVE_DATA")
@@ -100,7 +118,7 @@ def given_data_directory() -> Path | None:
 
 def data_directory() -> Path:
     """The data directory: given, or that of the system's daemon; a usage error without either."""
-    data = given_data_directory() or _system_data_directory()
+    data = given_data_directory() or system_data_directory()
     if data is None:
         raise click.UsageError(
             "no data directory: give --data DIR or set NBDSERVE_DATA", click.get_current_context()
@@ -108,7 +126,7 @@ def data_directory() -> Path:
     return data
 
 
-def _system_data_directory() -> Path | None:
+def system_data_directory() -> Path | None:
     # Most commands are told where the data is, and need none of what this imports.
     from nbdserve.configuration import file  # noqa: PLC0415
 

@@ -6,6 +6,7 @@ from typing import Any
 import click
 
 from backends.errors import CorruptError
+from nbdserve.cli.completing import complete_snapshot
 from nbdserve.cli.keeping import at_option, storage_class_option
 from nbdserve.cli.limits import limit_options
 from nbdserve.cli.options import (
@@ -131,7 +132,7 @@ def list_(url: str, volume: str | None, as_json: bool) -> None:
 
 
 @click.command()
-@click.argument("snapshot", metavar="VOL@SNAP")
+@click.argument("snapshot", metavar="VOL@SNAP", shell_complete=complete_snapshot)
 @click.argument("url")
 @storage_class_option
 @limit_options

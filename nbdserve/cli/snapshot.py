@@ -3,6 +3,7 @@
 import click
 
 from backends.errors import InvalidError
+from nbdserve.cli.completing import complete_new_snapshot, complete_snapshot, complete_volume
 from nbdserve.cli.options import data_directory, data_option, json_option
 from nbdserve.cli.output import (
     format_size,
@@ -31,7 +32,9 @@ def snapshot() -> None:
 
 
 @snapshot.command()
-@click.argument("snapshots", metavar="VOL@SNAP…", nargs=-1, required=True)
+@click.argument(
+    "snapshots", metavar="VOL@SNAP…", nargs=-1, required=True, shell_complete=complete_new_snapshot
+)
 @data_option
 @json_option
 def create(snapshots: tuple[str, ...], as_json: bool) -> None:
@@ -43,7 +46,7 @@ def create(snapshots: tuple[str, ...], as_json: bool) -> None:
 
 
 @snapshot.command("list")
-@click.argument("volume", required=False)
+@click.argument("volume", required=False, shell_complete=complete_volume)
 @data_option
 @json_option
 def list_(volume: str | None, as_json: bool) -> None:
@@ -58,7 +61,7 @@ def list_(volume: str | None, as_json: bool) -> None:
 
 
 @snapshot.command()
-@click.argument("snapshot", metavar="VOL@SNAP")
+@click.argument("snapshot", metavar="VOL@SNAP", shell_complete=complete_snapshot)
 @data_option
 @json_option
 def delete(snapshot: str, as_json: bool) -> None:
@@ -88,7 +91,7 @@ def delete_snapshot(client: Client, volume: str, name: str) -> Document:
 
 
 @snapshot.command()
-@click.argument("snapshot", metavar="VOL@SNAP")
+@click.argument("snapshot", metavar="VOL@SNAP", shell_complete=complete_snapshot)
 @click.option("--force", is_flag=True, help="Disconnect the clients that have the volume open.")
 @data_option
 @json_option
@@ -103,8 +106,8 @@ def rollback(snapshot: str, force: bool, as_json: bool) -> None:
 
 
 @snapshot.command()
-@click.argument("older", metavar="VOL@A")
-@click.argument("newer", metavar="[VOL@B]", required=False)
+@click.argument("older", metavar="VOL@A", shell_complete=complete_snapshot)
+@click.argument("newer", metavar="[VOL@B]", required=False, shell_complete=complete_snapshot)
 @data_option
 @json_option
 def diff(older: str, newer: str | None, as_json: bool) -> None:

@@ -5,6 +5,7 @@ from typing import Any
 import click
 
 from backends.errors import UnavailableError
+from nbdserve.cli.completing import complete_snapshot, complete_volume
 from nbdserve.cli.options import (
     data_directory,
     data_option,
@@ -72,7 +73,13 @@ def _print(info: dict[str, Any], as_json: bool, done: str) -> None:
 @volume.command()
 @click.argument("name")
 @click.option("--size", help="Size, such as 10G; with --from it may only be larger.")
-@click.option("--from", "source", metavar="VOL@SNAP", help="Clone this snapshot.")
+@click.option(
+    "--from",
+    "source",
+    metavar="VOL@SNAP",
+    shell_complete=complete_snapshot,
+    help="Clone this snapshot.",
+)
 @reserve_option
 @force_option
 @data_option
@@ -129,7 +136,7 @@ def list_(as_json: bool) -> None:
 
 
 @volume.command()
-@click.argument("name")
+@click.argument("name", shell_complete=complete_volume)
 @data_option
 @json_option
 def show(name: str, as_json: bool) -> None:
@@ -154,7 +161,7 @@ def show(name: str, as_json: bool) -> None:
 
 
 @volume.command("map")
-@click.argument("name")
+@click.argument("name", shell_complete=complete_volume)
 @click.option(
     "--cells",
     type=click.IntRange(1, MOST_CELLS),
@@ -179,7 +186,7 @@ def map_(name: str, cells: int, as_json: bool) -> None:
 
 
 @volume.command()
-@click.argument("name")
+@click.argument("name", shell_complete=complete_volume)
 @click.option("--size", required=True, help="The new size, such as 20G; never less than before.")
 @force_option
 @data_option
@@ -193,7 +200,7 @@ def resize(name: str, size: str, force: bool, as_json: bool) -> None:
 
 
 @volume.command()
-@click.argument("name")
+@click.argument("name", shell_complete=complete_volume)
 @click.argument("size", metavar="SIZE|none")
 @data_option
 @json_option
@@ -210,7 +217,7 @@ def reserve(name: str, size: str, as_json: bool) -> None:
 
 
 @volume.command()
-@click.argument("old")
+@click.argument("old", shell_complete=complete_volume)
 @click.argument("new")
 @data_option
 @json_option
@@ -222,7 +229,7 @@ def rename(old: str, new: str, as_json: bool) -> None:
 
 
 @volume.command()
-@click.argument("name")
+@click.argument("name", shell_complete=complete_volume)
 @rate_option
 @click.option("--wait", is_flag=True, help="Return when the volume is whole.")
 @data_option
@@ -262,7 +269,7 @@ def _await_whole(session: Session, name: str) -> None:
 
 
 @volume.command()
-@click.argument("name")
+@click.argument("name", shell_complete=complete_volume)
 @click.option("--iops", metavar="N", type=click.IntRange(0), help="Requests a second; 0: any.")
 @click.option("--iops-burst", metavar="N", type=click.IntRange(0), help="Requests at once.")
 @click.option("--bandwidth", metavar="SIZE", help="Bytes read and written a second, such as 50M.")
@@ -307,7 +314,7 @@ def limit(
 
 
 @volume.command()
-@click.argument("name")
+@click.argument("name", shell_complete=complete_volume)
 @click.option("--with-snapshots", is_flag=True, help="Delete its snapshots with it.")
 @click.option(
     "--wipe", is_flag=True, help="Overwrite what it has on the disk, and no other volume uses."

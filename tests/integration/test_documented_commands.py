@@ -9,7 +9,7 @@ these things are put in place of others, and nothing else is:
   new bucket, and https://s3.example.com the test's S3 server, whose credentials are in the
   environment.
 - Port 10809 is a free one; `nbdserve serve` runs in the background, a later one in its place.
-- scripts/ is that of the project.
+- scripts/ is that of the project, and .venv/ what runs the tests, from its directory.
 - debian.qcow2 is a small image; qemu-system-x86_64 starts with its processors stopped, and quits.
 - A block that names /dev/nbd0 runs under a real kernel in a virtual machine, from which this
   machine's loopback is 10.0.2.2; there, sudo is not needed, the module is loaded already, and of
@@ -52,7 +52,10 @@ DOCUMENTS = [
     PROJECT / "docs" / "limits.md",
     PROJECT / "docs" / "schedules.md",
     PROJECT / "docs" / "space.md",
+    PROJECT / "docs" / "packaging.md",
+    PROJECT / "docs" / "quickstart.md",
 ]
+MANUAL = PROJECT / "docs" / "man"
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 CRON_LINE = re.compile(r"^(?:[\d*/,-]+\s+){5}(.*)$")
 
@@ -86,6 +89,8 @@ class Sandbox:
                 serve = line.split()[2:]
             elif line.startswith("scripts/"):
                 lines.append(f"{PROJECT}/{line}")
+            elif line.startswith(".venv/"):
+                lines.append(f"(cd {PROJECT}; {NBDSERVE.parent}/{line.partition('/bin/')[2]})")
             elif line.startswith("make "):
                 lines.append(line.replace("make ", f"make --dry-run --directory {PROJECT} ", 1))
             elif line.startswith("qemu-system-"):
@@ -174,8 +179,20 @@ def sandbox(
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda document: document.name)
 def test_document(sandbox: Sandbox, document: Path) -> None:
-    blocks = FENCE.findall(document.read_text())
-    shown = [block for block in blocks if block[0] in {"sh", "crontab"}]
+    _run_all(sandbox, document.read_text())
+
+
+def test_manual_pages(sandbox: Sandbox) -> None:
+    """The examples of all pages, that of the daemon first, as one document."""
+    first = [
+        MANUAL / f"nbdserve{name}.md" for name in ("", "-serve", "-volume", "-snapshot", "-repo")
+    ]
+    others = sorted(set(MANUAL.glob("*.md")) - set(first))
+    _run_all(sandbox, "\n".join(page.read_text() for page in [*first, *others]))
+
+
+def _run_all(sandbox: Sandbox, text: str) -> None:
+    shown = [block for block in FENCE.findall(text) if block[0] in {"sh", "crontab"}]
     assert len(shown) > 2
     for language, block in shown:
         sandbox.run(language, block)

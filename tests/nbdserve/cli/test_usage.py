@@ -86,8 +86,7 @@ def test_every_command_has_help(cli: CommandLine) -> None:
 def test_completion_knows_the_commands() -> None:
     environment = os.environ | {
         "_NBDSERVE_COMPLETE": "bash_complete",
-        "COMP_WORDS": "nbdserve vol",
-        "COMP_CWORD": "1",
+        "COMPLETED_LINE": "nbdserve vol",
     }
     done = subprocess.run(
         [Path(sys.executable).parent / "nbdserve"],
@@ -138,6 +137,15 @@ def test_standard_output_that_is_closed_or_full(data: Path) -> None:
         )
     assert outcome.returncode == 1
     assert len(outcome.stderr.splitlines()) == 1, outcome.stderr
+
+
+def test_a_locale_that_lacks_a_character_is_no_error() -> None:
+    environment = os.environ | {"PYTHONIOENCODING": "latin-1"}
+    done = subprocess.run(
+        [*PROGRAM, "backup", "--help"], env=environment, capture_output=True, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert done.stdout.startswith(b"Usage: nbdserve backup [OPTIONS] VOL?")
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])

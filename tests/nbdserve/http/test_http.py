@@ -216,7 +216,7 @@ def test_health_says_why_not() -> None:
         assert status == 503
         assert json.loads(text) == {
             "status": "failing",
-            "reasons": ["the daemon is stopping", "the disk is full: 1 MiB are free"],
+            "reasons": ["the daemon is stopping", "the disk is full: 1M are free"],
         }
         assert (await made.get("/health/live"))[0] == 200
 
