@@ -51,6 +51,7 @@ DOCUMENTS = [
     PROJECT / "docs" / "web.md",
     PROJECT / "docs" / "limits.md",
     PROJECT / "docs" / "schedules.md",
+    PROJECT / "docs" / "attach.md",
 ]
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 CRON_LINE = re.compile(r"^(?:[\d*/,-]+\s+){5}(.*)$")
@@ -114,7 +115,8 @@ class Sandbox:
             f"mkdir -p tls\ncat >{file.relative_to(self.directory)} <<'END'\n{file.read_text()}END"
             for file in sorted(self.directory.glob("tls/*.pem"))
         ]
-        self.kernel_machine.run("\n".join(["set -e", *files, *lines, ""]))
+        options = ["--nbdserve"] if "nbdserve attach" in block else []
+        self.kernel_machine.run("\n".join(["set -e", *files, *lines, ""]), None, *options)
 
     def _run_crontab(self, block: str) -> None:
         variables = {}
