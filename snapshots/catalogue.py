@@ -382,7 +382,10 @@ class Catalogue:
 
     @_to_its_end
     async def resize_volume(self, name: str, size: int, *, force: bool = False) -> VolumeInfo:
-        """Make a volume larger; the new part reads as zeroes. Clients see it on reconnecting."""
+        """Make a volume larger; the new part reads as zeroes.
+
+        Clients may use it at once; those that do not ask again see it on reconnecting.
+        """
         check_volume_size(size)
         async with self._turn():
             manifest = self._manifests.get(name)

@@ -66,7 +66,6 @@ class Handle:
         self.view = view
         self.bases = bases
         self.revoke = revoke
-        self.size = view.size
         self.read_only = view.read_only
         self.block_size = view.block_size
         self.try_read = view.try_read
@@ -82,6 +81,11 @@ class Handle:
         self.cache = view.cache
         self.flush = view.flush
         self.note = view.note
+
+    @property
+    def size(self) -> int:
+        """Bytes that it has now: who has it open may use what a volume has grown by."""
+        return self.view.size
 
     def status(self, context: str, offset: int, length: int, limit: int) -> list[tuple[int, int]]:
         """Up to ``limit`` runs (length in bytes, status) of a metadata context (contexts.py).

@@ -39,6 +39,7 @@ def main():
         "many-snapshots-in-a-repository": backups,
         "restarts": restarts,
         "cron": cron,
+        "attach": attach,
     }
     parser = argparse.ArgumentParser(prog="python -m tests.torture", description=__doc__)
     parser.add_argument("--minutes", type=float, default=10, help="for fuzz and storm; 10")
@@ -196,6 +197,11 @@ def restarts(arguments):
 def cron(_arguments):
     """Let cron run a policy for five minutes; whether all was right."""
     return run_test("tests/integration/test_schedules.py", NBDSERVE_CRON_MINUTES=5)
+
+
+def attach(_):
+    """Kill and stop the daemon ten times under a host and a guest; whether they only waited."""
+    return run_test("tests/integration/test_attach.py", NBDSERVE_ATTACH_RESTARTS=10)
 
 
 def run_test(test, **environment):

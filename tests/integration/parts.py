@@ -342,21 +342,30 @@ class KernelMachine:
     def __init__(self, directory: Path) -> None:
         self._script = directory / "script"
 
-    def run(self, script: str, answers: Mapping[str, Callable[[], None]] | None = None) -> str:
+    def run(
+        self,
+        script: str,
+        answers: Mapping[str, Callable[[], None]] | None = None,
+        *options: str | Path,
+        timeout: float = 240,
+    ) -> str:
         """Run a script to its end with status 0; return what it printed.
+
+        `options` go to scripts/kernel-vm.
 
         When it prints a line that is a key of `answers`, that function is called here, and then
         the script, which should be waiting in `read`, gets a line.
         """
         self._script.write_text(script)
         machine = subprocess.Popen(
-            [*DIE_WITH_PARENT, SCRIPTS / "kernel-vm", "--timeout", "240", self._script],
+            [*DIE_WITH_PARENT, sys.executable, SCRIPTS / "kernel-vm", "--timeout", str(timeout),
+             *options, self._script],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
             errors="replace",
-        )
+        )  # fmt: skip
         assert machine.stdin is not None
         assert machine.stdout is not None
         lines = []

@@ -54,6 +54,7 @@ DOCUMENTS = [
     PROJECT / "docs" / "space.md",
     PROJECT / "docs" / "packaging.md",
     PROJECT / "docs" / "quickstart.md",
+    PROJECT / "docs" / "attach.md",
 ]
 MANUAL = PROJECT / "docs" / "man"
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -120,7 +121,8 @@ class Sandbox:
             f"mkdir -p tls\ncat >{file.relative_to(self.directory)} <<'END'\n{file.read_text()}END"
             for file in sorted(self.directory.glob("tls/*.pem"))
         ]
-        self.kernel_machine.run("\n".join(["set -e", *files, *lines, ""]))
+        options = ["--nbdserve"] if "nbdserve attach" in block else []
+        self.kernel_machine.run("\n".join(["set -e", *files, *lines, ""]), None, *options)
 
     def _run_crontab(self, block: str) -> None:
         variables = {}

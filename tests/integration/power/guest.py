@@ -1,32 +1,11 @@
-"""What the machine boots into: busybox, this Python, nbdserve as it is here, and what it imports.
+"""What the machine boots into: busybox, this Python, and nbdserve as it is here."""
 
-Python and its standard library lie where they do on this machine, so that Python finds them;
-nbdserve and the packages it needs are together in /nbdserve. Nothing is compiled: the files come
-with their times, so the bytecode that is beside them counts.
-"""
-
-import compileall
-import re
-import sys
-import sysconfig
 from importlib.machinery import SourceFileLoader
-from importlib.metadata import PackageNotFoundError, distribution
 from importlib.util import module_from_spec, spec_from_loader
 from pathlib import Path
 
 PROJECT = Path(__file__).resolve().parents[3]
-FOR_REPOSITORIES = ("boto3", "lz4")
-PACKAGES = ("nbdserve", "snapshots", "backends")
 MODULES = ("virtio_pci", "virtio_net", "virtio_blk", "xfs")
-PYTHON = Path(sys._base_executable).resolve()
-TOP = Path("/nbdserve")
-
-# Of the standard library, what a server has no use for.
-_LEFT_OUT = re.compile(
-    r"(site-packages|dist-packages|test|tests|idlelib|ensurepip|lib2to3|tkinter|turtledemo"
-    r"|pydoc_data|distutils|unittest|config-.*|.*\.opt-\d\.pyc"
-    r"|(_test.*|_ctypes_test|_xxtestfuzz|_tkinter|_sqlite3|_curses.*|readline|_codecs_.*)\..*\.so)"
-)
 
 INIT = """\
 #!/bin/busybox sh
@@ -131,63 +110,11 @@ def build_initramfs(version):
     for module in kernel_vm.list_modules(version, MODULES):
         modules.append(f"/modules/{module.name}")
         archive.add_file(Path(modules[-1]), module.read_bytes(), 0o644)
-    binaries = [PYTHON]
-    archive.add_file(PYTHON, PYTHON.read_bytes(), 0o755)
-    for there, here in sorted({**_standard_library(), **_packages()}.items()):
-        found = here.stat()
-        archive.add_file(there, here.read_bytes(), 0o644, int(found.st_mtime))
-        if ".so" in here.suffixes:
-            binaries.append(here)
-    for library in sorted(set(kernel_vm.list_libraries(*binaries))):
-        archive.add_file(library, library.read_bytes(), 0o755)
-    archive.add_file(TOP / "bridge.py", BRIDGE.encode(), 0o644)
+    kernel_vm.add_nbdserve(archive)
+    archive.add_file(kernel_vm.PYTHON_PATH / "bridge.py", BRIDGE.encode(), 0o644)
     archive.add_file(Path("/broken/sitecustomize.py"), BROKEN.encode(), 0o644)
-    init = INIT.format(modules=" ".join(modules), python=PYTHON, top=TOP)
+    init = INIT.format(
+        modules=" ".join(modules), python=kernel_vm.PYTHON, top=kernel_vm.PYTHON_PATH
+    )
     archive.add_file(Path("/init"), init.encode(), 0o755)
     return archive.finish()
-
-
-def _standard_library():
-    found = {}
-    for kind in ("stdlib", "platstdlib"):
-        top = Path(sysconfig.get_path(kind, vars={"platbase": sys.base_prefix}))
-        for path in _files(top):
-            found[path] = path
-    return found
-
-
-def _files(top):
-    for path in top.iterdir():
-        if _LEFT_OUT.fullmatch(path.name):
-            continue
-        if path.is_dir():
-            yield from _files(path)
-        else:
-            yield path
-
-
-def _packages():
-    """This project, and what it needs but for repositories."""
-    found = {}
-    for package in PACKAGES:
-        compileall.compile_dir(PROJECT / package, quiet=1)
-        for path in _files(PROJECT / package):
-            found[TOP / path.relative_to(PROJECT)] = path
-    needed, seen = ["nbdserve"], set(FOR_REPOSITORIES)
-    while needed:
-        name = needed.pop()
-        seen.add(name)
-        try:
-            here = distribution(name)
-        except PackageNotFoundError:
-            continue  # for another version of Python
-        for file in here.files or ():
-            path = Path(here.locate_file(file))
-            inside = ".." not in file.parts and not file.name.startswith("__editable__")
-            if inside and path.exists() and (name != "nbdserve" or "dist-info" in file.parts[0]):
-                found[TOP / file] = path
-        for line in here.requires or ():
-            required = re.match(r"[\w.-]+", line)[0]
-            if "extra ==" not in line and required not in seen:
-                needed.append(required)
-    return found

@@ -1,0 +1,51 @@
+"""`nbdserve attach` where it cannot be: one line says why."""
+
+from pathlib import Path
+
+import pytest
+
+from nbdserve.attach import attaching
+from nbdserve.cli.application import run
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "words"),
+    [
+        (["attach"], 2, "VOL"),
+        (["attach", "no/name"], 1, "no/name"),
+        (["attach", "web", "/dev/sda", "--uri", "nbd://h/"], 1, "no nbd device"),
+        (["attach", "web", "--uri", "http://h/"], 1, "nbd://"),
+        (["attach", "web", "--uri", "nbd://h/", "--tls-ca", "f"], 2, "nbds://"),
+        (["attach", "web", "--uri", "nbd://h/", "--block-size", "1024"], 2, "4096"),
+        (["attach", "web", "--uri", "nbds://h/", "--tls-ca", "/none"], 1, "/none"),
+        (["attach", "web", "--uri", "nbd://h/", "--dead-timeout", "0"], 2, "dead-timeout"),
+        (["attach", "web", "--data", "/none"], 1, "does not exist"),
+        (["detach"], 2, "VOL"),
+    ],
+)
+def test_wrong(
+    arguments: list[str], status: int, words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(arguments) == status
+    said = capsys.readouterr().err
+    assert words in said
+    assert len(said.splitlines()) == 1
+
+
+@pytest.mark.parametrize("command", [["attach", "web", "--uri", "nbd://h/"], ["detach", "web"]])
+def test_without_root(
+    command: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(attaching.os, "geteuid", lambda: 1000)
+    assert run(command) == 1
+    assert "needs root" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(Path("/sys/module/nbd").exists(), reason="this machine has the nbd driver")
+@pytest.mark.parametrize("command", [["attach", "web", "--uri", "nbd://h/"], ["detach", "web"]])
+def test_without_the_driver(
+    command: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(attaching.os, "geteuid", lambda: 0)
+    assert run(command) == 1
+    assert "modprobe nbd" in capsys.readouterr().err
