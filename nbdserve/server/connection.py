@@ -128,13 +128,6 @@ class Connection:
         elif self._readiness.waiting:
             self._readiness.cancel()
 
-    def expire(self) -> None:
-        """Close the connection although requests still run, which are answered ESHUTDOWN."""
-        if self._serving is not None:
-            self._serving.expire()
-        else:
-            self.abort()
-
     def abort(self) -> None:
         """Close the connection now."""
         self._aborted = True

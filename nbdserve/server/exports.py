@@ -63,9 +63,6 @@ class Serving(Protocol):
     def finish(self) -> None:
         """Answer what was received, then end."""
 
-    def expire(self) -> None:
-        """Answer with ESHUTDOWN what still runs, then end."""
-
     def abort(self) -> None:
         """End now."""
 

@@ -111,9 +111,9 @@ class Server:
     async def drain(self, timeout: float) -> bool:  # noqa: ASYNC109 - forces instead of raising
         """Stop listening, let the requests that were received be answered, close everything.
 
-        After ``timeout`` seconds what still runs is answered with ESHUTDOWN, and dropped. Returns
-        whether all was done; if not,
-        requests may still be running on exports that are not yet closed in the registry.
+        After ``timeout`` seconds what still runs is dropped, unanswered: who connects again asks
+        again, while an error, ESHUTDOWN too, would reach a guest. Returns whether all was done; if
+        not, requests may still be running on exports that are not yet closed in the registry.
         """
         for door in self._doors:
             for sock in door.close():
@@ -125,11 +125,8 @@ class Server:
             for connection in self._connections.values():
                 about = connection.identity.about(connection.export)
                 log.warning("dropped, its requests took too long", extra=about)
-                connection.expire()
-            if not await self._wait(1.0):
-                for connection in self._connections.values():
-                    connection.abort()
-                await self._wait(1.0)
+                connection.abort()
+            await self._wait(1.0)
             return False
         return True
 

@@ -61,9 +61,6 @@ class Session:
     def finish(self) -> None:
         self._transmission.finish()
 
-    def expire(self) -> None:
-        self._transmission.expire()
-
     def abort(self) -> None:
         self._transmission.abort()
         self._readiness.cancel()

@@ -66,7 +66,6 @@ from nbdserve.protocol.constants import (
     REQUEST_MAGIC,
     SIMPLE_REPLY_MAGIC,
     STRUCTURED_REPLY_MAGIC,
-    ErrorCode,
     ReplyStyle,
 )
 from nbdserve.protocol.replies import (
@@ -79,7 +78,6 @@ from nbdserve.protocol.replies import (
 from nbdserve.protocol.requests import (
     EXTENDED_REQUEST,
     REQUEST,
-    Refusal,
     Request,
     payload_length,
 )
@@ -145,7 +143,6 @@ _FULL: Final = 1 << 20  # of the output buffer: beyond, room only for what is un
 _MIN_ROOM: Final = 256 << 10  # of the receive buffer: below, what is left moves to its front
 _SHORT: Final = 64 << 10  # READs that are tried again
 _WOULD_BLOCK: Final = (BlockingIOError, InterruptedError)
-_SHUTTING_DOWN: Final = Refusal(ErrorCode.ESHUTDOWN, "the server is shutting down")
 
 log = logging.getLogger(__name__)
 
@@ -266,17 +263,6 @@ class Transmission:
         self._large = self._stream = None
         self._wake_long_reads()
         self._check_closed()
-
-    def expire(self) -> None:
-        """End although requests still run: those are answered with ESHUTDOWN, as far as it goes."""
-        if self._gone:
-            return
-        for task, (request, _) in self._tasks.items():
-            if not task.done():  # else it is answered, and only not forgotten yet
-                # Behind the chunks that a long READ may have in the queue.
-                self._output.enqueue(self._operations.refused(request, _SHUTTING_DOWN))
-        self._send()
-        self.abort()
 
     @property
     def in_flight(self) -> int:

@@ -93,9 +93,6 @@ class RemoteServing:
     def finish(self) -> None:
         self._channel.event("finish", self._number)
 
-    def expire(self) -> None:
-        self._channel.event("expire", self._number)
-
     def abort(self) -> None:
         self._channel.event("abort", self._number)
 

@@ -2,7 +2,7 @@
 
 The daemon's calls go to a ``LocalHost``. A connection comes as a socket with what its handshake led
 to, and is served as it would be in the daemon; ``over`` is told when its last request has ended,
-``gone`` when its socket is closed. The daemon's ``finish``, ``expire`` and ``abort`` end it from
+``gone`` when its socket is closed. The daemon's ``finish`` and ``abort`` end it from
 outside.
 
 When the daemon is gone so is this process, at once, as if it had crashed with it: another daemon
@@ -124,7 +124,7 @@ class Worker:
             write_logs(Logs(*arguments), "worker")
         elif name in _TOLD:
             getattr(self._host, name)(*arguments)
-        elif name in ("finish", "expire", "abort"):
+        elif name in ("finish", "abort"):
             (number,) = arguments
             session = self._sessions.get(number)  # it may just have ended
             if session is not None:

@@ -55,7 +55,6 @@ SIZES = (4 << 20, 1 << 40)
 LENGTHS = (*messages.LENGTHS, *messages.LENGTHS, *messages.LONG, *messages.MOST)
 RAW, CUT, SETTLE, HOLD, RELEASE, TAKE, REPEAT, START = range(8, 16)
 DISC, EOF, FINISH, ABORT, RESET, EXPIRE = range(6)
-ESHUTDOWN = 108
 CONTEXTS = ((1, "base:allocation"), (7, DEPTH))
 POOL = random.Random(1).randbytes(1 << 20)
 
@@ -366,7 +365,6 @@ class _Scene:
         self.next = 0  # of the expected
         self.sent = 0
         self.over = False  # the server may have stopped answering
-        self.expired = False
         self.ours, self.theirs = socket.socketpair()
         for end in (self.ours, self.theirs):
             end.setblocking(False)
@@ -523,8 +521,7 @@ class _Scene:
     def _judge(self, reply):
         one = self.under_way.pop(reply.cookie)
         self.reader.lengths.pop(reply.cookie, None)
-        allowed = one.errors | {ESHUTDOWN} if self.expired else one.errors
-        if reply.error not in allowed:
+        if reply.error not in one.errors:
             raise wire.ProtocolError(f"error {reply.error} ({reply.text}) in answer to {one}")
         request = one.request
         simple = self.terms.framing == wire.SIMPLE_REPLIES
@@ -682,9 +679,8 @@ class _Scene:
             self.transmission.finish()
             self.transmission.finish()
         elif ending == EXPIRE:
-            self.expired = True
             self.transmission.finish()
-            self.transmission.expire()
+            self.transmission.abort()
         elif ending == ABORT:
             self.transmission.abort()
             self.transmission.finish()

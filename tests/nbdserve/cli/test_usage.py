@@ -145,7 +145,7 @@ def test_a_locale_that_lacks_a_character_is_no_error() -> None:
         [*PROGRAM, "backup", "--help"], env=environment, capture_output=True, check=False
     )
     assert (done.returncode, done.stderr) == (0, b"")
-    assert done.stdout.startswith(b"Usage: nbdserve backup [OPTIONS] VOL?")
+    assert done.stdout.startswith(b"Usage: nbdserve backup [OPTIONS] [VOL?]")
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])

@@ -230,10 +230,7 @@ def test_drain_gives_up_at_its_time_out():
             await settle(lambda number=number: harness.export.waiting == 2 * number)
         waiting = await harness.raw()
         assert await harness.server.drain(0.05) is False
-        for client in clients:
-            replies = [await client.reply() for _ in range(2)]
-            assert {reply.cookie for reply in replies} == {7, 8}
-            assert {reply.error for reply in replies} == {errno.ESHUTDOWN}
+        for client in clients:  # whoever comes again asks again; an error would reach a guest
             assert await client.at_end() == b""
         await waiting.at_end()
         assert harness.registry.closed == 0
