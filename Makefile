@@ -30,10 +30,13 @@ BENCH ?=
 TORTURE_MINUTES ?= 10
 TORTURE ?=
 STORAGE_TESTS := tests/backends tests/durability tests/snapshots
+# What waits for virtual machines, and for daemons that are killed.
+MACHINE_TESTS := $(foreach name,kernel attach attach_connecting real_power_cuts restart crash,\
+  tests/integration/test_$(name).py)
 # Python without the suffix that tools find it by.
 SCRIPTS := scripts/kernel-vm scripts/s3-test-server scripts/nbd-conformance scripts/conformance-table
 
-.PHONY: run dist install deb test fast-tests storage-tests integration-tests s3-tests check lint torture bench bench-repo conformance
+.PHONY: run dist install deb test fast-tests storage-tests integration-tests machine-tests s3-tests check lint torture bench bench-repo conformance
 .DELETE_ON_ERROR:
 
 # What running it needs; as root on Debian also the parts of Python that are packages of their own.
@@ -79,10 +82,11 @@ install: $(VENV)/base
 deb: $(VENV)/base
 	@scripts/make-deb
 
-# Four parts side by side: the last two wait for other programs most of the time.
+# Five parts side by side: the last three wait for other programs most of the time.
 test: lint
 	@scripts/install-test-dependencies
-	@$(MAKE) --no-print-directory --jobs=4 fast-tests storage-tests integration-tests s3-tests
+	@$(MAKE) --no-print-directory --jobs=5 fast-tests storage-tests integration-tests \
+	  machine-tests s3-tests
 
 fast-tests: $(VENV)/installed
 	$(BIN)/python -m pytest -m 'not integration' --durations=10 $(STORAGE_TESTS:%=--ignore=%)
@@ -91,7 +95,10 @@ storage-tests: $(VENV)/installed
 	$(BIN)/python -m pytest --durations=10 $(STORAGE_TESTS)
 
 integration-tests: $(VENV)/installed
-	$(BIN)/python -m pytest -m 'integration and not s3' --durations=10
+	$(BIN)/python -m pytest -m 'integration and not s3' --durations=10 $(MACHINE_TESTS:%=--ignore=%)
+
+machine-tests: $(VENV)/installed
+	$(BIN)/python -m pytest -m 'not s3' --durations=10 $(MACHINE_TESTS)
 
 s3-tests: $(VENV)/installed
 	$(BIN)/python -m pytest -m s3 --durations=10

@@ -88,6 +88,7 @@ class Policies:
 @pytest.fixture
 def policies(cli: CommandLine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Policies:
     made = Policies(cli, tmp_path)
+    made.file.touch()
     monkeypatch.setenv("NBDSERVE_CONFIG", str(made.file))
     for name in ("a", "b", "other"):
         cli.done("volume", "create", name, "--size", "4M")
