@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 
+from nbdserve.control import address as control
+from nbdserve.control.client import Client, path
 from tests.nbdserve.test_daemon import (
     MAKE_CERTIFICATES,
     PROGRAM,
@@ -328,3 +330,35 @@ def test_the_end_tells_what_was_not_answered(start: Start, data: Path, workers: 
     assert "export=disk: dropped, its requests took too long" in error
     assert "Traceback" not in error
     guest.client.close()
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_limits_hold_for_open_connections_and_what_watches_needs_a_restart(
+    start: Start, data: Path, workers: str
+) -> None:
+    served = Served(start, data, workers)
+    listen = f'listen = ["{served.unix}"]\n'
+    (address,) = served.start(listen, 1)
+    guest = Guest(address)
+    guest.read()
+    outcome = served.reload(
+        f'{listen}http = "127.0.0.1:0"\nslow_request_seconds = 1\n'
+        '[[export]]\nname = "d*"\niops = 2\niops_burst = 2\n[space]\nmax_overcommit = 0.5\n'
+    )
+    assert outcome == {
+        "changed": ["exports", "space"],
+        "needs_restart": [
+            "http: 127.0.0.1:0 instead of None",
+            "slow_request_seconds: 1.0 instead of 10.0",
+        ],
+    }
+    limits = json.loads(command("volume", "limit", "disk", "--data", data, "--json"))
+    assert (limits["iops"], limits["source"]) == (2, "configuration")
+    for _ in range(4):
+        guest.read()
+    measured = Client(lambda: control.connect(data)).get(path("measurements"))
+    assert measured["exports"][0]["throttled_seconds"] > 0
+    status = json.loads(command("status", "--data", data, "--json"))
+    assert status["max_overcommit"] == 0.5
+    guest.client.close()
+    served.stop()

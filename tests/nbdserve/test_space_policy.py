@@ -45,7 +45,7 @@ def test_the_file_and_the_command_line(tmp_path: Path) -> None:
         ("[space]\nmax_overcommit = nan", ["'max_overcommit'", "a number"]),
         ("[space]\nwarn_free = '101%'", ["'warn_free'", "'20G'", "'10%'"]),
         ("[space]\nwarn_free = 10", ["'warn_free'", "a string"]),
-        ("[space]\nwarn_fee = '1%'", ["[space]: unknown key 'warn_fee'", "critical_free"]),
+        ("[space]\nwarn_fee = '1%'", ["[space]: unknown key 'warn_fee'", "'warn_free'"]),
         ("space = 3", ["'space'", "[space]"]),
         ("[[space]]\nmin_free = '1%'", ["'space'", "[space]"]),
         ("[space]\nwarn_free = '1%'\ncritical_free = '2%'", ["'critical_free'", "'warn_free'"]),
