@@ -139,7 +139,7 @@ class Reloader:
         return Outcome(
             [line for change in prepared for line in change.what],
             [
-                f"{name}: {after} instead of {before}"
+                f"{name}: {_shown(after)} instead of {_shown(before)}"
                 for name, before, after in (
                     ("data", old.data, wanted.data),
                     ("workers", old.workers, wanted.workers),
@@ -151,3 +151,9 @@ class Reloader:
                 if before != after
             ],
         )
+
+
+def _shown(value: object) -> str:
+    if isinstance(value, tuple):
+        return ", ".join(map(str, value)) or "none"
+    return "none" if value is None else str(value)

@@ -348,7 +348,7 @@ def test_limits_hold_for_open_connections_and_what_watches_needs_a_restart(
     assert outcome == {
         "changed": ["exports", "space"],
         "needs_restart": [
-            "http: 127.0.0.1:0 instead of None",
+            "http: 127.0.0.1:0 instead of none",
             "slow_request_seconds: 1.0 instead of 10.0",
         ],
     }
