@@ -273,6 +273,9 @@ class LayerStore(Protocol):
     async def has_log(self, layer: str, log: str) -> bool:
         """Whether a layer has a log of that name."""
 
+    async def log_size(self, layer: str, log: str) -> int:
+        """Bytes of a log, space reserved at its end included; 0: no such log."""
+
     async def delete_log(self, layer: str, log: str) -> None:
         """Remove a log; one that is gone already is no error."""
 

@@ -486,6 +486,12 @@ class LocalLayerStore:
             return False
         return True
 
+    async def log_size(self, layer: str, log: str) -> int:
+        try:
+            return (await aiofiles.os.stat(self._layer(layer) / log)).st_size
+        except FileNotFoundError:
+            return 0
+
     async def delete_log(self, layer: str, log: str) -> None:
         await _unlink(self._layer(layer) / log)
 

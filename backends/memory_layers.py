@@ -272,6 +272,9 @@ class MemoryLayerStore:
     async def has_log(self, layer: str, log: str) -> bool:
         return log in self._logs.get(layer, {})
 
+    async def log_size(self, layer: str, log: str) -> int:
+        return len(self._logs.get(layer, {}).get(log, b""))
+
     async def delete_log(self, layer: str, log: str) -> None:
         self.take(-len(self._logs.get(layer, {}).pop(log, b"")))
 

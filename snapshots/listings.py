@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from backends.errors import StorageError
 from backends.layers import LayerStore
+from snapshots.extent_log import JOURNAL
 from snapshots.hydration import Hydration, HydrationInfo
 from snapshots.manifest import Manifest, Snapshot
 from snapshots.manifest_store import ManifestStore
@@ -23,7 +24,8 @@ class VolumeInfo:
     ``mapped`` is what the volume holds data for, ``own`` the disk space of layers that only it
     uses, ``shared`` that of layers that other volumes use too; None: its files cannot be read.
     ``hydration`` says how far a volume is that was restored lazily, and is not whole yet.
-    ``reserved`` is what it can write however full the disk gets (reservations.py).
+    ``reserved`` is what it can write however full the disk gets (reservations.py). ``journal`` is
+    the size of the head's journal, space reserved in it included.
     """
 
     name: str
@@ -38,6 +40,7 @@ class VolumeInfo:
     clients: int
     hydration: HydrationInfo | None = None
     reserved: int = 0
+    journal: int | None = None
 
 
 @dataclass(frozen=True)
@@ -95,7 +98,9 @@ class Listings:
                 shared += allocated
             else:
                 own += allocated
-        return self._describe(manifest, await self._count_mapped(manifest), own, shared)
+        mapped = await self._count_mapped(manifest)
+        journal = await self._store.log_size(manifest.head, JOURNAL)
+        return self._describe(manifest, mapped, own, shared, journal)
 
     async def volume_if_readable(self, manifest: Manifest) -> VolumeInfo:
         """The same; of one whose files cannot be read, what its manifest says, and a warning."""
@@ -106,7 +111,12 @@ class Listings:
             return self._describe(manifest, None, None, None)
 
     def _describe(
-        self, manifest: Manifest, mapped: int | None, own: int | None, shared: int | None
+        self,
+        manifest: Manifest,
+        mapped: int | None,
+        own: int | None,
+        shared: int | None,
+        journal: int | None = None,
     ) -> VolumeInfo:
         return VolumeInfo(
             name=manifest.name,
@@ -121,6 +131,7 @@ class Listings:
             clients=self._views.clients(manifest.id),
             hydration=self._hydration.info(manifest),
             reserved=manifest.reserve,
+            journal=journal,
         )
 
     async def _count_mapped(self, manifest: Manifest) -> int:

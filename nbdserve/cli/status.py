@@ -58,6 +58,7 @@ def status(seconds: float | None, as_json: bool) -> None:
         "snapshots": str(document["snapshots"]),
         "clients": str(document["clients"]),
         "backups": ", ".join(document["backups"]) or "-",
+        "jobs": "; ".join(map(_describe_job, document["jobs"])) or "-",
         "fetched": "; ".join(
             f"volume {found['volume']}: {describe_hydration(found)}"
             for found in document["hydrations"]
@@ -76,6 +77,12 @@ def _describe_provisioned(document: dict[str, Any]) -> str:
         f"{format_size(document['provisioned'])}, {document['overcommit']:.2f} times what the disk"
         f" can hold{bound}"
     )
+
+
+def _describe_job(job: dict[str, Any]) -> str:
+    what = f"{job['volume']}@{job['snapshot']}" if job["kind"] == "push" else job["volume"]
+    done, total = format_size(job["done"]), format_size(job["total"])
+    return f"{job['kind']} of {what}, {job['repository']}: {done} of {total}"
 
 
 def _describe_wipe(wipe: dict[str, Any]) -> str:

@@ -142,6 +142,8 @@ def _of_volumes(state: State, seen: Seen | None) -> Iterator[Metric]:
         ("volume_own_bytes", "Disk space that only this volume and its snapshots use.",
          lambda v: v.own),
         ("volume_shared_bytes", "Disk space that other volumes use too.", lambda v: v.shared),
+        ("volume_journal_bytes", "Journal of the head, space reserved in it included.",
+         lambda v: v.journal),
         ("volume_layers", "Layers of the volume.", lambda v: v.layers),
         ("volume_snapshots", "Snapshots of the volume.", lambda v: v.snapshots),
     )  # fmt: skip
