@@ -106,7 +106,7 @@ def test_a_push_is_seen_while_it_runs_also_by_a_daemon_that_was_restarted(
     with held("push", "repo", "push", "a@one", url) as process:
         for _ in range(2):
             wait_for(lambda: [job["done"] for job in status(cli)["jobs"]] == [5])
-            assert "push of a@one" in cli.done("status").out
+            assert "push of a@one" in cli.done("status")
             (job,) = status(cli)["jobs"]
             assert job.pop("started") > 0
             assert job == {

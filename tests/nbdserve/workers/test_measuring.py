@@ -6,6 +6,7 @@ import signal
 from pathlib import Path
 
 from backends.local_layers import LocalLayerStore
+from nbdserve.logs import Logs
 from nbdserve.measuring import Measuring
 from nbdserve.workers.host import WorkerHost
 from snapshots.catalogue import Catalogue
@@ -21,7 +22,7 @@ async def open_measured(
     store = LocalLayerStore(path)
     measuring = Measuring()
     hosts = [
-        WorkerHost(path, "critical", lambda: store.lock_descriptor, measuring.retire)
+        WorkerHost(path, Logs("error"), lambda: store.lock_descriptor, measuring.retire)
         for _ in range(count)
     ]
     measuring.processes = hosts
