@@ -6,6 +6,7 @@ Commands that do the daemon's work in its stead keep to the policy in it, as the
 import os
 from pathlib import Path
 
+from backends.errors import StorageError
 from nbdserve.configuration import file
 from nbdserve.configuration.space import NOTHING_OF_SPACE, combine_space
 from snapshots.space import DEFAULT_POLICY, SpacePolicy
@@ -22,11 +23,23 @@ def named_file() -> Path | None:
 
 
 def policy_of(data: Path) -> SpacePolicy:
-    """The policy of a data directory; the default where no file, or one of another, is named."""
+    """The policy of a data directory; the default where no file, or one of another, is named.
+
+    A file that the environment names has to be right. The system's says nothing of a directory that
+    it does not name, and what else is wrong with it does not matter. NotFoundError, InvalidError.
+    """
     path = named_file()
     if path is None:
         return DEFAULT_POLICY
-    settings = file.read_file(path)
-    if settings.data is not None and settings.data.absolute() != data.absolute():
+    if path != file.DEFAULT_FILE:
+        settings = file.read_file(path)
+        if settings.data is not None and settings.data.absolute() != data.absolute():
+            return DEFAULT_POLICY
+        return combine_space(NOTHING_OF_SPACE, settings.space)
+    try:
+        stated = file.read_data_directory(path)
+    except StorageError:
         return DEFAULT_POLICY
-    return combine_space(NOTHING_OF_SPACE, settings.space)
+    if stated is None or stated.absolute() != data.absolute():
+        return DEFAULT_POLICY
+    return combine_space(NOTHING_OF_SPACE, file.read_space_policy(path))

@@ -81,7 +81,12 @@ from nbdserve.configuration.settings import (
     MAX_WORKERS,
     Settings,
 )
-from nbdserve.configuration.space import NOTHING_OF_SPACE, SPACE_KEYS, read_space
+from nbdserve.configuration.space import (
+    NOTHING_OF_SPACE,
+    SPACE_KEYS,
+    SpaceSettings,
+    read_space,
+)
 from nbdserve.configuration.table import Source, Table
 from nbdserve.configuration.tls import TLS_KEYS, read_tls
 from nbdserve.configuration.watching import WATCHING_KEYS, read_watching
@@ -144,6 +149,18 @@ def read_data_directory(path: Path) -> Path | None:
     """What a file says of ``data``, whatever else is in it; None when it says nothing."""
     data = _parse(path, _read_text(path)).get("data")
     return Path(data) if isinstance(data, str) and data else None
+
+
+def read_space_policy(path: Path) -> SpaceSettings:
+    """What a file says of space, whatever else is in it. NotFoundError or InvalidError."""
+    text = _read_text(path)
+    values = _parse(path, text)
+    problems = Problems(path)
+    own = {key: value for key, value in values.items() if key == "space"}
+    table = Table(Source(path, find_lines(text), problems), own, KEYS)
+    found = table.one("space", SPACE_KEYS, read_space)
+    problems.check()
+    return found or NOTHING_OF_SPACE
 
 
 def _parse(path: Path, text: str) -> dict[str, object]:

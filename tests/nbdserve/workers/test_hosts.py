@@ -359,9 +359,12 @@ def test_a_worker_that_stands_still_at_the_gate_releases_the_others(tmp_path, mo
         pid = target.pid
         original = getattr(WorkerHost, step)
 
+        stopped = asyncio.Event()
+
         async def still(self, *arguments):
             if self is target:
                 os.kill(self.pid, signal.SIGSTOP)
+                stopped.set()
             return await original(self, *arguments)
 
         with monkeypatch.context() as patch:
@@ -372,7 +375,7 @@ def test_a_worker_that_stands_still_at_the_gate_releases_the_others(tmp_path, mo
                         catalogue.create_snapshots([("a", "s"), ("b", "s")])
                     )
                     if step == "freeze":
-                        await asyncio.sleep(0.1)
+                        await stopped.wait()
                         async with asyncio.timeout(10):
                             # Frozen or not yet, reads go on; writes do once it is given up.
                             await handles["b"].read(0, memoryview(bytearray(BLOCK)))
