@@ -1,6 +1,7 @@
 """A command line that is run in this process, on a real data directory."""
 
 import json
+import logging
 import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -41,7 +42,13 @@ class CommandLine:
 
     def __call__(self, *arguments: str | Path) -> Outcome:
         self._capture.readouterr()
-        status = run([str(argument) for argument in arguments])
+        root = logging.getLogger()
+        handlers, level = root.handlers[:], root.level
+        try:
+            status = run([str(argument) for argument in arguments])
+        finally:  # as if it had been another process
+            root.handlers[:] = handlers
+            root.setLevel(level)
         captured = self._capture.readouterr()
         return Outcome(status, captured.out, captured.err)
 
