@@ -4,6 +4,7 @@ from pathlib import Path
 
 import click
 
+from backends.errors import InvalidError
 from nbdserve.addresses import UnixAddress
 from nbdserve.attach import attaching, detaching
 from nbdserve.attach.connecting import Connector, TlsFiles
@@ -13,6 +14,7 @@ from nbdserve.attach.server import ServerUri, parse_uri
 from nbdserve.cli.options import data_directory, data_option, json_option
 from nbdserve.cli.output import Document, format_size, print_listing, print_result
 from nbdserve.cli.session import check_directory
+from nbdserve.protocol.handshake import TlsMode
 from snapshots.names import check_name, parse_snapshot_name
 
 _MOST_CONNECTIONS = 16
@@ -35,7 +37,7 @@ _COLUMNS = {
     "--uri",
     metavar="URI",
     help="The server: nbd://HOST:PORT/, nbds://HOST:PORT/ or nbd+unix:///?socket=PATH."
-    "  [default: nbd.sock in the data directory]",
+    "  [default: the daemon of this host]",
 )
 @click.option(
     "--connections",
@@ -122,12 +124,7 @@ def attach(
     """
     _check_export(volume)
     index = None if device is None else parse_device(device)
-    if uri is not None:
-        server = parse_uri(uri, volume)
-    else:
-        data = data_directory()
-        check_directory(data)
-        server = ServerUri(UnixAddress(data.resolve() / "nbd.sock"), False)
+    server = _local_server() if uri is None else parse_uri(uri, volume)
     files = TlsFiles(tls_ca, tls_certificate, tls_key, tls_hostname)
     if not server.tls and files != TlsFiles():
         raise click.UsageError(
@@ -167,6 +164,30 @@ def attached(as_json: bool) -> None:
     other programs have attached have none, and their volume is not known.
     """
     print_listing("attached", attaching.list_devices(), as_json, _COLUMNS)
+
+
+def _local_server() -> ServerUri:
+    """The daemon of the data directory, at an address where it does not insist on TLS."""
+    # A keeper that is told the URI has its memory locked without all that this imports.
+    from nbdserve.configuration.environment import listeners_of  # noqa: PLC0415
+
+    data = data_directory()
+    check_directory(data)
+    loopback = None
+    for listener in listeners_of(data):
+        if listener.tls is not None and listener.tls.mode is TlsMode.REQUIRED:
+            continue
+        address = listener.address
+        if isinstance(address, UnixAddress):
+            return ServerUri(UnixAddress(address.path.resolve()), False)
+        if loopback is None and address.is_loopback and address.port:
+            loopback = address
+    if loopback is None:
+        raise InvalidError(
+            f"the daemon of {data} has no Unix socket and no loopback address without TLS:"
+            " give --uri"
+        )
+    return ServerUri(loopback, False)
 
 
 def _check_export(name: str) -> None:

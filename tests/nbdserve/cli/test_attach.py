@@ -4,8 +4,21 @@ from pathlib import Path
 
 import pytest
 
+from backends.errors import InvalidError
+from nbdserve.addresses import Address, TcpAddress, UnixAddress
 from nbdserve.attach import attaching
+from nbdserve.cli import attach as attach_command
 from nbdserve.cli.application import run
+
+TLS = """\
+tls_certificate = "/tls/cert.pem"
+tls_key = "/tls/key.pem"
+"""
+OPEN = """\
+[[listener]]
+address = "unix:/b"
+tls = "off"
+"""
 
 
 @pytest.mark.parametrize(
@@ -49,3 +62,33 @@ def test_without_the_driver(
     monkeypatch.setattr(attaching.os, "geteuid", lambda: 0)
     assert run(command) == 1
     assert "modprobe nbd" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("", UnixAddress(Path("/DATA/nbd.sock"))),
+        ("data = '/elsewhere'\nlisten = ['unix:/run/n.sock']", UnixAddress(Path("/DATA/nbd.sock"))),
+        ("listen = ['127.0.0.1:1', 'unix:/run/n.sock']", UnixAddress(Path("/run/n.sock"))),
+        ("data = '/DATA'\nlisten = ['0.0.0.0:1', '[::1]:2']", TcpAddress("::1", 2)),
+        (f"{TLS}[[listener]]\naddress = 'unix:/a'\n", None),
+        ("listen = ['0.0.0.0:1']", None),
+        (f"{TLS}[[listener]]\naddress = 'unix:/a'\n{OPEN}", UnixAddress(Path("/b"))),
+    ],
+)
+def test_the_daemon_of_this_host(
+    text: str, expected: Address | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without --uri it is found where the configuration file has it listen."""
+    data = tmp_path / "data"
+    data.mkdir()
+    configuration = tmp_path / "nbdserve.toml"
+    configuration.write_text(text.replace("/DATA", str(data)))
+    monkeypatch.setenv("NBDSERVE_CONFIG", str(configuration))
+    monkeypatch.setattr(attach_command, "data_directory", lambda: data)
+    if expected is None:
+        with pytest.raises(InvalidError, match="give --uri"):
+            attach_command._local_server()
+        return
+    address = attach_command._local_server().address
+    assert str(address) == str(expected).replace("/DATA", str(data))
