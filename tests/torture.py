@@ -30,6 +30,7 @@ def main():
         "twin": twin,
         "models": models,
         "power-cuts": power_cuts,
+        "bites": bites,
         "faults": faults,
         "vm": machine,
         "snapshots": snapshots,
@@ -125,6 +126,11 @@ def power_cuts(arguments):
         cwd=PROJECT, env={**os.environ, "PYTHONHASHSEED": "0"}, check=False,
     )  # fmt: skip
     return done.returncode == 0
+
+
+def bites(_arguments):
+    """Put every bug in that the power cuts are to find; whether they find it."""
+    return run_test("tests/durability/test_bites.py", NBDSERVE_BITES="all")
 
 
 def faults(arguments):

@@ -1,10 +1,11 @@
 """The simulation bites: each bug that is put in here is found.
 
 Most take some hundred states. The rarest, a merge that punches early, may take 8,000: power must
-fail between two calls, and leave the one and not the other. (How many it is depends on the order
-of sets, which is another in each process.)
+fail between two calls, and leave the one and not the other. (How many it is depends on the order of
+sets, which is another in each process.) Those that take long are for `make torture`.
 """
 
+import os
 import zlib
 
 import pytest
@@ -25,6 +26,11 @@ def bug(function):
     """A function that puts a bug in."""
     BUGS.append(pytest.param(function, id=function.__name__))
     return function
+
+
+def rare_bug(function):
+    """One that takes thousands of states, and minutes, to be found."""
+    return bug(function) if os.environ.get("NBDSERVE_BITES") == "all" else function
 
 
 async def nothing(*args):
@@ -133,7 +139,7 @@ def what_is_answered_is_not_noted(patch):
     patch.setattr(head.Head, "note", lambda self: None)
 
 
-@bug
+@rare_bug
 def what_ends_late_in_a_sealed_head_is_not_noted(patch):
     patch.setattr(head.Head, "note_late", lambda self: None)
 
@@ -158,7 +164,7 @@ def a_recent_file_is_believed_after_a_power_cut(patch):
     patch.setattr(recent, "_seed", lambda layer, run: zlib.crc32(layer.encode()))
 
 
-@bug
+@rare_bug
 def a_merge_punches_before_its_log_is_synced(patch):
     real = merge._copy
 
@@ -169,7 +175,7 @@ def a_merge_punches_before_its_log_is_synced(patch):
     patch.setattr(merge, "_copy", copy)
 
 
-@bug
+@rare_bug
 def a_merge_logs_before_its_data_is_synced(patch):
     def copy(source, target, log, logged, runs):
         with patch.context() as inner:
@@ -180,7 +186,7 @@ def a_merge_logs_before_its_data_is_synced(patch):
     patch.setattr(merge, "_copy", copy)
 
 
-@bug
+@rare_bug
 def a_group_is_committed_one_by_one(patch):
     async def finish(self, staged):
         if len(staged.manifests) == 1:
@@ -209,7 +215,7 @@ def a_layer_is_deleted_before_the_manifest_is_committed(patch):
     patch.setattr(manifest_store.ManifestStore, "commit", commit)
 
 
-@bug
+@rare_bug
 def a_volume_is_wiped_before_it_is_removed(patch):
     async def remove(self, manifest, *, wipe=False):
         if wipe:
@@ -236,7 +242,7 @@ def what_a_killed_process_renamed_is_not_synced(patch):
     patch.setattr(local_layers.LocalLayerStore, "_settle_names", nothing)
 
 
-@bug
+@rare_bug
 def files_that_a_killed_process_made_are_not_synced(patch):
     def init(self, directory, *, writable):
         real(self, directory, writable=writable)
