@@ -47,14 +47,24 @@ class DirectoryObjectStore:
         self._durable_directories: set[Path] = set()
         with self._explained("open"):
             if create:
-                with suppress(FileExistsError):
-                    root.mkdir()
-                    _sync_directory(root.parent)
+                self._create()
             if not root.is_dir():
                 if root.exists():
                     raise InvalidError(f"{root} is not a directory: name one")
                 raise NotFoundError(f"there is no directory {root}: create it, or mount its disk")
             self._remove_abandoned()
+
+    def _create(self) -> None:
+        """Make the directory, but not those that it lies in: a disk may not be mounted there."""
+        try:
+            self._root.mkdir()
+        except FileExistsError:
+            return
+        except FileNotFoundError:
+            raise NotFoundError(
+                f"there is no directory {self._root.parent}: create it, or mount its disk"
+            ) from None
+        _sync_directory(self._root.parent)
 
     def put(self, key: str, data: bytes | bytearray) -> None:
         target = self._path(key)

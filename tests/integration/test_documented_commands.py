@@ -153,7 +153,6 @@ def sandbox(
     daemon = Daemon(data_directory)
     bucket = s3_server.new_bucket()
     (tmp_path / "variables").touch()
-    (tmp_path / "backups").mkdir()
     shutil.copy(disk_image, tmp_path / "debian.qcow2")
     environment = {
         **os.environ,
