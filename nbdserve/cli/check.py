@@ -14,6 +14,7 @@ import click
 
 from backends.errors import CorruptError, InUseError, UnavailableError
 from backends.local_layers import LocalLayerStore
+from backends.ownership import give_to_owner
 from nbdserve.cli.completing import complete_volume
 from nbdserve.cli.options import data_directory, data_option, json_option
 from nbdserve.cli.output import print_json
@@ -66,9 +67,12 @@ def _check(data: Path, volume: str | None, repair: bool, progress: Progress) -> 
             return _ask(connection, volume, repair, progress)
         try:
             store = LocalLayerStore(data)
-            return check_report(asyncio.run(check_store(store, volume, repair, progress.update)))
+            report = check_report(asyncio.run(check_store(store, volume, repair, progress.update)))
         except InUseError as error:
             wait_for_lock(error, deadline)
+        else:
+            give_to_owner(data)
+            return report
 
 
 def _ask(connection: socket, volume: str | None, repair: bool, progress: Progress) -> Document:

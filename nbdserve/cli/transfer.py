@@ -9,6 +9,7 @@ import asyncio
 from typing import Any
 
 from backends.local_layers import LocalLayerStore
+from backends.ownership import give_to_owner
 from nbdserve.cli.job_report import JobReport
 from nbdserve.cli.progress import Progress
 from nbdserve.cli.session import Session
@@ -96,6 +97,7 @@ def restore(
             asyncio.run(sink.finish())
         finally:
             sink.close()
+            give_to_owner(session.data)
         return report, session.client.post(path("imports", begun["import"], "commit"), {})
 
 

@@ -12,6 +12,7 @@ from concurrent.futures import Future
 from pathlib import Path
 
 from backends.local_layers import LocalLayerStore
+from backends.ownership import give_to_owner
 from nbdserve.configuration.environment import policy_of
 from nbdserve.control.server import ControlServer
 from nbdserve.control.state import Host, State
@@ -67,6 +68,7 @@ class OfflineServer:
             await self._serve_until_left(store, catalogue)
         finally:
             await catalogue.close()
+            await asyncio.to_thread(give_to_owner, self._data)
 
     async def _serve_until_left(self, store: LocalLayerStore, catalogue: Catalogue) -> None:
         server = ControlServer(State(catalogue, store, Host(self._data, daemon=False)))
