@@ -112,7 +112,7 @@ class Reloader:
         for line in outcome.needs_restart:
             log.warning("needs a restart: %s", line)
         if not outcome.changed and not outcome.needs_restart:
-            log.info("the configuration has not changed")
+            log.info("nothing has changed that the daemon goes by")
         return outcome
 
     async def _reload(self) -> Outcome:

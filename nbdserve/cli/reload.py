@@ -32,4 +32,4 @@ def reload(as_json: bool) -> None:
     for line in outcome["needs_restart"]:
         click.echo(f"needs a restart: {line}")
     if not outcome["changed"] and not outcome["needs_restart"]:
-        click.echo("the configuration has not changed")
+        click.echo("nothing has changed that the daemon goes by")

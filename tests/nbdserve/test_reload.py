@@ -174,7 +174,7 @@ def test_listeners_come_and_go_and_connections_stay(served: Served, data: Path) 
     assert (data / "nbd.sock").stat().st_mode & 0o777 == 0o600
     for guest in guests:
         guest.read()
-    assert command("reload", "--data", data) == "the configuration has not changed\n"
+    assert command("reload", "--data", data) == "nothing has changed that the daemon goes by\n"
     for guest in guests:
         guest.client.close()
     assert "all requests that had come were answered" in served.stop()
