@@ -12,7 +12,7 @@ from .conftest import CommandLine
 MIB = 1 << 20
 VOLUME_KEYS = {
     "name", "id", "size", "created", "layers", "snapshots", "mapped", "own", "shared", "clients",
-    "hydration", "reserved",
+    "hydration", "reserved", "journal",
 }  # fmt: skip
 SNAPSHOT_KEYS = {"volume", "name", "id", "size", "created", "layers", "labels", "clients"}
 
