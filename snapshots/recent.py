@@ -86,7 +86,9 @@ class Recent:
 
     def _begin(self) -> None:
         if self._follows is not None and self._position == 0:
-            self._append([(self._follows, FOLLOWS)])
+            # Neither the gate nor a sync may fail for want of this: then nothing is noted.
+            with contextlib.suppress(OSError):
+                self._append([(self._follows, FOLLOWS)])
 
     def _append(self, records: Iterable[tuple[int, int]]) -> None:
         body, seed, generation = _BODY.pack, self._seed, self._generation

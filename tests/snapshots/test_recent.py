@@ -86,6 +86,22 @@ def test_the_head_below_is_told_in_every_generation_until_the_commit(store):
     recent.close()
 
 
+def test_a_gate_does_not_fail_because_nothing_can_be_noted(store):
+    recent = opened(store)
+    for file in recent._files:
+        file.write = fail
+    recent.follow(BELOW)
+    recent.note([(0, 1, DATA)])
+    recent.turn()
+    assert (read(store).runs, read(store).follows) == ([], None)
+    for file in recent._files:
+        del file.write
+    recent.turn()
+    recent.note([(1, 2, DATA)])
+    assert (read(store).runs, read(store).follows) == ([(1, 2, DATA)], BELOW)
+    recent.close()
+
+
 @pytest.mark.parametrize("file", FILES)
 @pytest.mark.parametrize("offset", [0, 5, 30, 47])
 def test_a_damaged_record_ends_its_file(store, file, offset):
