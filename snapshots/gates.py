@@ -13,6 +13,8 @@ nothing, and the next head is a layer of nobody.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 
 from backends.layers import DataFile, LayerStore
 from snapshots.head import Head, open_head
@@ -33,35 +35,39 @@ async def move_down(store: LayerStore, layer: str, head: str, blocks: int) -> bo
     found = await read_recent(store, layer)
     if found.follows != head:
         return False
-    owners, held = OwnerMap(blocks), OwnerMap(blocks)
-    source = target = None
+    held = OwnerMap(blocks)
     try:
         await apply_layer(store, layer, held)
         for first, last, kind in found.runs:
             held.set(first, min(last, blocks), kind)
         source = await store.open_data(layer, writable=False)
-        target = await store.open_data(head, writable=True)
-        below = await open_head(store, OpenLayer(head, target), 1, owners, blocks)
         try:
-            await asyncio.to_thread(_copy, source, below, held)
+            async with _opened(store, head, blocks) as below:
+                await asyncio.to_thread(_copy, source, below, held)
         finally:
-            below.close()
+            source.close()
     finally:
-        for data in (source, target):
-            if data is not None:
-                data.close()
-        owners.close()
         held.close()
     return True
 
 
 async def adopt(store: LayerStore, head: str, blocks: int) -> None:
     """Give a head that is not open what a killed process had noted. OSError, CorruptError."""
+    async with _opened(store, head, blocks):
+        pass  # opening it does that
+
+
+@asynccontextmanager
+async def _opened(store: LayerStore, head: str, blocks: int) -> AsyncIterator[Head]:
     owners = OwnerMap(blocks)
     try:
         data = await store.open_data(head, writable=True)
         try:
-            (await open_head(store, OpenLayer(head, data), 1, owners, blocks)).close()
+            opened = await open_head(store, OpenLayer(head, data), 1, owners, blocks)
+            try:
+                yield opened
+            finally:
+                opened.close()
         finally:
             data.close()
     finally:
