@@ -5,7 +5,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from snapshots.repository import Repository
 from tests.nbdserve.volume_content import write
 
 from .conftest import CommandLine
+from .holding import held
 
 PROGRAM = [sys.executable, "-m", "nbdserve"]
 MIB = 1 << 20
@@ -44,21 +44,6 @@ def url(tmp_path: Path, cli: CommandLine) -> str:
     write(cli.data, "a", 0, os.urandom(MIB))
     cli.done("snapshot", "create", "a@one")
     return where
-
-
-@contextmanager
-def held(method: str, *arguments: str) -> Iterator[subprocess.Popen[str]]:
-    process = subprocess.Popen(
-        [sys.executable, "-c", HELD.format(method=method), *arguments],
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    try:
-        assert process.stdout is not None
-        assert process.stdout.readline() == "held\n"
-        yield process
-    finally:
-        process.kill()
-        process.communicate()
 
 
 def start_daemon(data: Path) -> subprocess.Popen[str]:
@@ -103,7 +88,7 @@ def test_a_push_is_seen_while_it_runs_also_by_a_daemon_that_was_restarted(
     cli: CommandLine, url: str, daemons: Callable[[], subprocess.Popen[str]]
 ) -> None:
     daemon = daemons()
-    with held("push", "repo", "push", "a@one", url) as process:
+    with held(HELD.format(method="push"), "repo", "push", "a@one", url) as process:
         for _ in range(2):
             wait_for(lambda: [job["done"] for job in status(cli)["jobs"]] == [5])
             assert "push of a@one" in cli.done("status")
@@ -133,7 +118,7 @@ def test_a_push_that_was_interrupted(
 ) -> None:
     if serves:
         daemons()
-    with held("push", "repo", "push", "a@one", url) as process:
+    with held(HELD.format(method="push"), "repo", "push", "a@one", url) as process:
         process.terminate()
         process.communicate(timeout=60)
         assert process.returncode == 143
@@ -147,7 +132,7 @@ def test_a_push_that_was_killed(
     cli: CommandLine, url: str, daemons: Callable[[], subprocess.Popen[str]]
 ) -> None:
     daemons()
-    with held("push", "repo", "push", "a@one", url) as process:
+    with held(HELD.format(method="push"), "repo", "push", "a@one", url) as process:
         wait_for(lambda: bool(status(cli)["jobs"]))
         process.kill()
         process.wait()
@@ -162,7 +147,7 @@ def test_a_restore_is_seen_and_is_no_backup(
     cli.done("repo", "push", "a@one", url)
     daemons()
     before = status(cli)["history"]
-    with held("restore", "repo", "restore", url, "a@one", "b") as process:
+    with held(HELD.format(method="restore"), "repo", "restore", url, "a@one", "b") as process:
         wait_for(lambda: [job["done"] for job in status(cli)["jobs"]] == [5])
         (job,) = status(cli)["jobs"]
         assert (job["kind"], job["volume"], job["snapshot"]) == ("restore", "b", "a@one")

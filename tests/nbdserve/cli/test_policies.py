@@ -6,8 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from snapshots.repository import Repository
 from tests.nbdserve.volume_content import read, write
 
 from .conftest import CommandLine
+from .holding import held
 
 MIB = 1 << 20
 PROGRAM = [sys.executable, "-m", "nbdserve"]
@@ -94,21 +94,6 @@ def policies(cli: CommandLine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         cli.done("volume", "create", name, "--size", "4M")
         write(cli.data, name, 0, os.urandom(MIB))
     return made
-
-
-@contextmanager
-def held(name: str, *arguments: str) -> Iterator[subprocess.Popen[str]]:
-    process = subprocess.Popen(
-        [sys.executable, "-c", HELD.format(name=name), *arguments],
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    try:
-        assert process.stdout is not None
-        assert process.stdout.readline() == "held\n"
-        yield process
-    finally:
-        process.kill()
-        process.communicate()
 
 
 def wait_for(condition: Callable[[], bool]) -> None:
@@ -274,7 +259,7 @@ def test_a_backup_that_is_ended_while_frozen(
     policies: Policies, cli: CommandLine, number: signal.Signals
 ) -> None:
     policies.write(["a"], *policies.hooks())
-    with held("Freezing.__exit__", "backup", "--policy", "p") as process:
+    with held(HELD.format(name="Freezing.__exit__"), "backup", "--policy", "p") as process:
         assert policies.noted() == ["freeze a p"]
         process.send_signal(number)
         if number == signal.SIGKILL:
@@ -303,7 +288,7 @@ def test_of_two_runs_one_says_who_runs_or_waits(
         assert daemon.stdout is not None
         assert b"nbd.sock" in daemon.stdout.readline()
     try:
-        with held("push", "backup", "--policy", "p") as first:
+        with held(HELD.format(name="push"), "backup", "--policy", "p") as first:
             report = policies.run(os.EX_TEMPFAIL)
             assert (report["status"], report["backups"]) == ("skipped", [])
             assert f"policy p is being run by process {first.pid} since 20" in report["error"]
